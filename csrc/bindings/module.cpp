@@ -1,0 +1,300 @@
+// The Python extension: arrays in, views out, contract checked, GIL released. Nothing here knows an operator by name.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#include "core/contract.h"
+#include "core/error.h"
+#include "core/isa.h"
+#include "core/pool.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace deltaic {
+namespace {
+
+const char* const kFormats[] = {"f32", "bf16"};  // order of enum Format
+
+struct PyWeight {
+    Weight weight;
+    std::vector<py::array> arrays;  // keeps the packed bytes alive
+};
+
+struct PyBlockTable {
+    BlockTable table;
+    std::vector<void*> pointers;
+    std::vector<py::array> arrays;
+};
+
+View view_of(const py::array& array, const char** dtype_name) {
+    View v;
+    const auto dtype = array.dtype();
+    const char kind = dtype.kind();
+    const auto size = dtype.itemsize();
+    if (kind == 'f' && size == 4) {
+        v.dtype = Dtype::f32, *dtype_name = "f32";
+    } else if (kind == 'u' && size == 2) {
+        v.dtype = Dtype::u16, *dtype_name = "u16";
+    } else if (kind == 'u' && size == 1) {
+        v.dtype = Dtype::u8, *dtype_name = "u8";
+    } else if (kind == 'i' && size == 8) {
+        v.dtype = Dtype::i64, *dtype_name = "i64";
+    } else {
+        *dtype_name = "unsupported";
+    }
+    v.data = const_cast<void*>(array.data());
+    v.ndim = static_cast<int32_t>(array.ndim());
+    for (int i = 0; i < v.ndim && i < 5; ++i) v.shape[i] = array.shape(i);
+    return v;
+}
+
+// One call of an operator: converts the arguments in order and remembers the sizes.
+class Call {
+  public:
+    Call(const Contract& contract, const py::args& args) : contract_(contract), sizes_(contract), args_(args) {
+        if (args.size() != contract.arguments.size())
+            throw Error(contract.op + ": takes " + std::to_string(contract.arguments.size()) + " arguments, got " +
+                        std::to_string(args.size()));
+        views_.reserve(64);
+    }
+
+    template <class T>
+    T next() {
+        const Argument& argument = contract_.arguments[index_];
+        const py::handle value = args_[index_++];
+        if constexpr (std::is_same_v<T, View>) {
+            return array(argument, value);
+        } else if constexpr (std::is_same_v<T, Views>) {
+            const py::sequence items = sequence(argument, value);
+            const size_t first = views_.size();
+            if (first + items.size() > views_.capacity()) fail(argument, "is a list that is too long");
+            for (const py::handle item : items) views_.push_back(array(argument, item));
+            return Views{views_.data() + first, static_cast<int64_t>(items.size())};
+        } else if constexpr (std::is_same_v<T, const Weight&>) {
+            if (!py::isinstance<PyWeight>(value)) fail(argument, "is not a packed weight");
+            const Weight& w = value.cast<const PyWeight&>().weight;
+            const int64_t dims[3] = {w.count, w.rows, w.columns};
+            const bool experts = argument.dims.size() == 3;
+            if (!experts && w.count != 1) fail(argument, "holds several experts, expected one matrix");
+            sizes_.shape(argument, "weight", experts ? dims : dims + 1, experts ? 3 : 2);
+            return w;
+        } else if constexpr (std::is_same_v<T, Tables>) {
+            const py::sequence items = sequence(argument, value);
+            for (const py::handle item : items) {
+                if (!py::isinstance<PyBlockTable>(item)) fail(argument, "holds something that is not a BlockTable");
+                tables_.push_back(&item.cast<const PyBlockTable&>().table);
+            }
+            return Tables{tables_.data(), static_cast<int64_t>(tables_.size())};
+        } else if constexpr (std::is_integral_v<T>) {
+            if (!py::isinstance<py::int_>(value)) fail(argument, "is not an int");
+            const T number = value.cast<T>();
+            sizes_.integer(argument, number);
+            return number;
+        } else {
+            return value.cast<T>();
+        }
+    }
+
+    void finish() { sizes_.finish(); }
+
+  private:
+    [[noreturn]] void fail(const Argument& argument, const char* what) const {
+        throw Error(contract_.op + ": " + argument.name + " " + what);
+    }
+
+    py::sequence sequence(const Argument& argument, py::handle value) {
+        if (!py::isinstance<py::list>(value)) fail(argument, "is not a list");
+        auto items = py::reinterpret_borrow<py::sequence>(value);
+        sizes_.list(argument, static_cast<int64_t>(items.size()));
+        return items;
+    }
+
+    View array(const Argument& argument, py::handle value) {
+        if (value.is_none() && argument.optional) return View{};
+        if (!py::isinstance<py::array>(value)) fail(argument, "is not a numpy array");
+        const auto a = py::reinterpret_borrow<py::array>(value);
+        const char* dtype = nullptr;
+        const View v = view_of(a, &dtype);
+        if (!(a.flags() & py::array::c_style)) fail(argument, "is not C-contiguous");
+        sizes_.shape(argument, dtype, v.shape, v.ndim);
+        return v;
+    }
+
+    const Contract& contract_;
+    Sizes sizes_;
+    const py::args& args_;
+    size_t index_ = 0;
+    std::vector<View> views_;
+    std::vector<const BlockTable*> tables_;
+};
+
+const Isa* chosen = nullptr;
+
+template <class... A>
+void define(py::module_& m, const char* name, const char* text, void (*function)(A...)) {
+    auto* contract = new Contract(name, text);  // lives as long as the module
+    if (contract->arguments.size() != sizeof...(A)) throw Error(std::string(name) + ": contract and arguments differ in ops.h");
+    m.def(
+        name,
+        [contract, function](const py::args& args) {
+            Call call(*contract, args);
+            std::tuple<A...> values{call.template next<A>()...};  // braces: left to right
+            call.finish();
+            const py::gil_scoped_release released;
+            const OperatorScope scope;
+            std::apply(function, values);
+        },
+        text);
+}
+
+Format format_of(const std::string& name) {
+    for (size_t i = 0; i < std::size(kFormats); ++i)
+        if (name == kFormats[i]) return static_cast<Format>(i);
+    throw Error("Weight: unknown format '" + name + "'");
+}
+
+PyWeight make_weight(const std::vector<std::tuple<std::string, int64_t, py::array>>& parts, int64_t count, int64_t columns, bool glu) {
+    PyWeight result;
+    Weight& w = result.weight;
+    if (parts.empty() || parts.size() > Weight::kMaxSegments) throw Error("Weight: takes 1 to 8 parts");
+    if (count < 1 || columns < 1) throw Error("Weight: count and columns must be positive");
+    w.count = count, w.columns = columns, w.glu = glu;
+    for (const auto& [format, rows, array] : parts) {
+        Segment& g = w.segment[w.segments++];
+        g.format = format_of(format);
+        g.rows = glu ? 2 * rows : rows;
+        g.blocks = ceil_div(rows, kBlockRows) * (glu ? 2 : 1);
+        const char* dtype = nullptr;
+        const View v = view_of(array, &dtype);
+        const int64_t bytes = count * g.blocks * block_bytes(g.format, columns);
+        if (std::strcmp(dtype, "u8") != 0 || v.ndim != 1 || v.shape[0] != bytes)
+            throw Error("Weight: data is " + show(dtype, v.shape, v.ndim) + ", expected u8[" + std::to_string(bytes) + "]");
+        g.data = v.u8();
+        w.rows += g.rows;
+        result.arrays.push_back(array);
+    }
+    return result;
+}
+
+void set_block(PyBlockTable& t, size_t index, const py::array& block) {
+    const char* dtype = nullptr;
+    const View v = view_of(block, &dtype);
+    if ((v.dtype != Dtype::f32 && v.dtype != Dtype::u16) || v.ndim != 5 || v.shape[1] != 2 || !(block.flags() & py::array::c_style) ||
+        !block.writeable())
+        throw Error("BlockTable: block is " + show(dtype, v.shape, v.ndim) +
+                    ", expected a writeable C-contiguous f32 or u16 [layers,2,kv_heads,tokens,head_dim]");
+    BlockTable& b = t.table;
+    if (t.arrays.empty()) {
+        b.dtype = v.dtype, b.layers = v.shape[0], b.kv_heads = v.shape[2], b.tokens = v.shape[3], b.head_dim = v.shape[4];
+    } else if (b.dtype != v.dtype || b.layers != v.shape[0] || b.kv_heads != v.shape[2] || b.tokens != v.shape[3] ||
+               b.head_dim != v.shape[4]) {
+        throw Error("BlockTable: block is " + show(dtype, v.shape, v.ndim) + ", unlike the blocks before it");
+    }
+    if (index == t.arrays.size()) {
+        t.arrays.push_back(block);
+        t.pointers.push_back(v.data);
+    } else {
+        t.arrays[index] = block;
+        t.pointers[index] = v.data;
+    }
+    b.blocks = t.pointers.data();
+    b.size = static_cast<int64_t>(t.pointers.size());
+}
+
+// DELTAIC_ISA asks for a lower instruction set; a name that is unknown or unusable here is an error.
+const Isa* choose_isa() {
+    int count = 0;
+    const Isa* list = isa_list(&count);
+    const char* asked = std::getenv("DELTAIC_ISA");
+    std::string names;
+    for (int i = 0; i < count; ++i) {
+        if (!asked || !*asked) {
+            if (list[i].usable) return &list[i];
+            continue;
+        }
+        if (std::strcmp(list[i].name, asked) == 0) {
+            if (list[i].usable) return &list[i];
+            throw py::import_error(std::string("DELTAIC_ISA=") + asked + ": this CPU lacks that instruction set");
+        }
+        names += std::string(i ? ", " : "") + list[i].name;
+    }
+    throw py::import_error(std::string("DELTAIC_ISA=") + asked + " is not an instruction set of this build; expected one of: " + names);
+}
+
+}  // namespace
+}  // namespace deltaic
+
+PYBIND11_MODULE(_core, m) {
+    using namespace deltaic;
+    m.doc() = "Compiled operators of deltaic. Use deltaic.ops.cpu.";
+    static py::exception<Error> error(m, "ContractError", PyExc_ValueError);
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            if (p) std::rethrow_exception(p);
+        } catch (const Error& e) {
+            py::set_error(error, e.what());
+        }
+    });
+
+    chosen = choose_isa();
+    m.attr("isa") = chosen->name;
+    py::list usable;
+    int count = 0;
+    const Isa* list = isa_list(&count);
+    for (int i = 0; i < count; ++i)
+        if (list[i].usable) usable.append(list[i].name);
+    m.attr("usable_isas") = py::tuple(usable);
+    m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1]);
+
+    m.def("thread_count", &thread_count);
+    m.def(
+        "set_thread_count",
+        [](int threads) {
+            if (threads < 1 || threads > 1024) throw Error("set_thread_count: threads must be 1..1024");
+            const py::gil_scoped_release released;
+            set_thread_count(threads);
+        },
+        py::arg("threads"));
+    m.def(
+        "block_bytes", [](const std::string& format, int64_t columns) { return block_bytes(format_of(format), columns); },
+        "Bytes of one packed block of 16 rows.");
+
+    py::class_<PyWeight>(m, "Weight")
+        .def(py::init(&make_weight), py::arg("parts"), py::arg("count"), py::arg("columns"), py::arg("glu"))
+        .def_property_readonly("shape",
+                               [](const PyWeight& self) -> py::tuple {
+                                   const Weight& w = self.weight;
+                                   if (w.count > 1) return py::make_tuple(w.count, w.rows, w.columns);
+                                   return py::make_tuple(w.rows, w.columns);
+                               })
+        .def_property_readonly("dtype",
+                               [](const PyWeight& self) { return kFormats[static_cast<int>(self.weight.segment[0].format)]; })
+        .def_property_readonly("glu", [](const PyWeight& self) { return self.weight.glu; })
+        .def_property_readonly("arrays", [](const PyWeight& self) { return self.arrays; })
+        .def_property_readonly("nbytes", [](const PyWeight& self) {
+            int64_t bytes = 0;
+            for (const auto& a : self.arrays) bytes += a.nbytes();
+            return bytes;
+        });
+
+    py::class_<PyBlockTable>(m, "BlockTable")
+        .def(py::init<>())
+        .def("__len__", [](const PyBlockTable& self) { return self.arrays.size(); })
+        .def("append", [](PyBlockTable& self, const py::array& block) { set_block(self, self.arrays.size(), block); })
+        .def("replace",
+             [](PyBlockTable& self, size_t index, const py::array& block) {
+                 if (index >= self.arrays.size()) throw py::index_error("BlockTable: no such block");
+                 set_block(self, index, block);
+             })
+        .def_property_readonly("blocks", [](const PyBlockTable& self) { return self.arrays; });
+
+#define X(name, contract, arguments) define(m, #name, contract, chosen->ops->name);
+    DELTAIC_OPS(X)
+#undef X
+}

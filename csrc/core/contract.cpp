@@ -1,0 +1,165 @@
+#include "core/contract.h"
+
+#include <cctype>
+#include <cstdlib>
+
+#include "core/error.h"
+
+namespace deltaic {
+namespace {
+
+std::string trim(const std::string& s) {
+    size_t a = 0, b = s.size();
+    while (a < b && std::isspace(static_cast<unsigned char>(s[a]))) ++a;
+    while (b > a && std::isspace(static_cast<unsigned char>(s[b - 1]))) --b;
+    return s.substr(a, b - a);
+}
+
+std::vector<std::string> split(const std::string& s, char separator) {
+    std::vector<std::string> parts;
+    size_t begin = 0;
+    while (begin <= s.size()) {
+        size_t end = s.find(separator, begin);
+        if (end == std::string::npos) end = s.size();
+        parts.push_back(trim(s.substr(begin, end - begin)));
+        begin = end + 1;
+    }
+    return parts;
+}
+
+bool is_name(const std::string& s) { return !s.empty() && std::isalpha(static_cast<unsigned char>(s[0])); }
+
+bool is_plain_name(const std::string& s) { return is_name(s) && s.find_first_of("+*") == std::string::npos; }
+
+}  // namespace
+
+std::string show(const char* dtype, const int64_t* dims, int ndim) {
+    std::string s = std::string(dtype) + "[";
+    for (int i = 0; i < ndim; ++i) s += (i ? "," : "") + std::to_string(dims[i]);
+    return s + "]";
+}
+
+Contract::Contract(const char* op_name, const char* text) : op(op_name) {
+    const auto add_name = [&](const std::string& s) {
+        if (is_name(s) && name_index(s) < 0) names.push_back(s);
+    };
+    for (const std::string& entry : split(text, ';')) {
+        Argument a;
+        const size_t space = entry.find(' ');
+        a.name = entry.substr(0, space);
+        std::string rest = trim(entry.substr(space));
+        const size_t bracket = rest.find('[');
+        if (bracket != std::string::npos) {
+            a.dims = split(rest.substr(bracket + 1, rest.size() - bracket - 2), ',');
+            rest = rest.substr(0, bracket);
+        }
+        const size_t star = rest.find('*');
+        if (star != std::string::npos) {
+            a.list = rest.substr(star + 1);
+            rest = rest.substr(0, star);
+            add_name(a.list);
+        }
+        if (!rest.empty() && rest.back() == '?') {
+            a.optional = true;
+            rest.pop_back();
+        }
+        a.type = rest;
+        a.kind = rest == "weight"                     ? Kind::weight
+                 : rest == "table"                    ? Kind::table
+                 : rest == "int"                      ? Kind::integer
+                 : rest == "float" || rest == "double" ? Kind::number
+                                                      : Kind::array;
+        if (a.kind == Kind::integer) add_name(a.name);
+        for (const std::string& dim : a.dims)
+            for (const std::string& term : split(dim, '+'))
+                for (const std::string& factor : split(term, '*')) add_name(factor);
+        arguments.push_back(a);
+    }
+}
+
+int Contract::name_index(const std::string& name) const {
+    for (size_t i = 0; i < names.size(); ++i)
+        if (names[i] == name) return static_cast<int>(i);
+    return -1;
+}
+
+int64_t Sizes::evaluate(const std::string& expression) const {
+    int64_t sum = 0;
+    for (const std::string& term : split(expression, '+')) {
+        int64_t product = 1;
+        for (const std::string& factor : split(term, '*')) {
+            const int64_t value = is_name(factor) ? known_[static_cast<size_t>(contract_.name_index(factor))]
+                                                  : std::strtoll(factor.c_str(), nullptr, 10);
+            if (value < 0) return -1;
+            product *= value;
+        }
+        sum += product;
+    }
+    return sum;
+}
+
+void Sizes::mismatch(const Argument& argument, const std::string& shown) const {
+    std::string expected = argument.type + "[";
+    for (size_t i = 0; i < argument.dims.size(); ++i) {
+        const std::string& dim = argument.dims[i];
+        expected += (i ? "," : "") + dim;
+        const int64_t value = dim == "_" ? -1 : evaluate(dim);
+        if (value >= 0 && is_name(dim)) expected += "=" + std::to_string(value);
+    }
+    throw Error(contract_.op + ": " + argument.name + " is " + shown + ", expected " + expected + "]");
+}
+
+void Sizes::check(const Argument& argument, const std::string& expression, int64_t found, const std::string& shown) {
+    if (expression == "_") return;
+    if (is_plain_name(expression)) {
+        int64_t& known = known_[static_cast<size_t>(contract_.name_index(expression))];
+        if (known < 0) known = found;
+        if (known != found) mismatch(argument, shown);
+        return;
+    }
+    const int64_t expected = evaluate(expression);
+    if (expected < 0) {
+        pending_.push_back({&argument, expression, found, shown});
+    } else if (expected != found) {
+        mismatch(argument, shown);
+    }
+}
+
+void Sizes::integer(const Argument& argument, int64_t value) {
+    int64_t& known = known_[static_cast<size_t>(contract_.name_index(argument.name))];
+    if (value >= 0 && known >= 0 && known != value)
+        throw Error(contract_.op + ": " + argument.name + " is " + std::to_string(value) + ", expected " + std::to_string(known));
+    if (value >= 0) known = value;
+}
+
+void Sizes::list(const Argument& argument, int64_t size) {
+    int64_t& known = known_[static_cast<size_t>(contract_.name_index(argument.list))];
+    if (known < 0) known = size;
+    if (known != size)
+        throw Error(contract_.op + ": " + argument.name + " is a list of " + std::to_string(size) + ", expected " +
+                    std::to_string(known));
+}
+
+void Sizes::shape(const Argument& argument, const char* dtype, const int64_t* dims, int ndim) {
+    const bool type_fits = argument.type == dtype || (argument.type == "kv" && (std::string(dtype) == "f32" || std::string(dtype) == "u16"));
+    if (!type_fits || static_cast<size_t>(ndim) != argument.dims.size()) mismatch(argument, show(dtype, dims, ndim));
+    for (int i = 0; i < ndim; ++i) {
+        // The text is needed for errors only; the common case must not build it.
+        const std::string& expression = argument.dims[static_cast<size_t>(i)];
+        if (is_plain_name(expression)) {
+            int64_t& known = known_[static_cast<size_t>(contract_.name_index(expression))];
+            if (known < 0) known = dims[i];
+            if (known == dims[i]) continue;
+        }
+        check(argument, expression, dims[i], show(dtype, dims, ndim));
+    }
+}
+
+void Sizes::finish() {
+    for (const Pending& p : pending_) {
+        const int64_t expected = evaluate(p.expression);
+        if (expected != p.found) mismatch(*p.argument, p.shown);
+    }
+}
+
+}  // namespace deltaic

@@ -1,0 +1,61 @@
+// Turns an operator's contract text (ops.h) into checks. The binding feeds it one argument after another; sizes are compared by
+// name, and whatever does not fit is reported as `op: argument is f32[7], expected f32[D=8]`.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/view.h"
+
+namespace deltaic {
+
+enum class Kind { array, weight, table, integer, number };
+
+struct Argument {
+    std::string name;
+    Kind kind = Kind::array;
+    std::string type;               // f32, u8, u16, i64, kv, weight, table, int, float, double
+    bool optional = false;
+    std::string list;               // size name of a list argument, or empty
+    std::vector<std::string> dims;  // size expressions
+};
+
+struct Contract {
+    std::string op;
+    std::vector<Argument> arguments;
+    std::vector<std::string> names;  // all size names, in order of appearance
+
+    Contract(const char* op, const char* text);
+    int name_index(const std::string& name) const;  // -1 where unknown
+};
+
+// The sizes seen during one call.
+class Sizes {
+  public:
+    explicit Sizes(const Contract& contract) : contract_(contract), known_(contract.names.size(), -1) {}
+
+    void integer(const Argument& argument, int64_t value);
+    void list(const Argument& argument, int64_t size);
+    void shape(const Argument& argument, const char* dtype, const int64_t* dims, int ndim);
+    // Compares everything that was put off because a size was not known yet.
+    void finish();
+
+  private:
+    struct Pending {
+        const Argument* argument;
+        std::string expression;
+        int64_t found;
+        std::string shown;
+    };
+    int64_t evaluate(const std::string& expression) const;  // -1: not known yet
+    void check(const Argument& argument, const std::string& expression, int64_t found, const std::string& shown);
+    [[noreturn]] void mismatch(const Argument& argument, const std::string& shown) const;
+
+    const Contract& contract_;
+    std::vector<int64_t> known_;
+    std::vector<Pending> pending_;
+};
+
+std::string show(const char* dtype, const int64_t* dims, int ndim);
+
+}  // namespace deltaic

@@ -1,0 +1,91 @@
+// Plain-data views of the arrays that an operator reads and writes. No ownership, no strides: every array is C-contiguous.
+#pragma once
+
+#include <cstdint>
+
+// Helpers that per-instruction-set files include must never be merged by the linker with a copy built for another
+// instruction set, so they are always inlined.
+#define DELTAIC_INLINE inline __attribute__((always_inline))
+
+namespace deltaic {
+
+enum class Dtype : int32_t { f32, u16, u8, i64 };  // u16 holds bfloat16 bits
+
+struct View {
+    void* data = nullptr;
+    Dtype dtype = Dtype::f32;
+    int32_t ndim = 0;
+    int64_t shape[5] = {};
+
+    DELTAIC_INLINE float* f32() const { return static_cast<float*>(data); }
+    DELTAIC_INLINE uint16_t* u16() const { return static_cast<uint16_t*>(data); }
+    DELTAIC_INLINE uint8_t* u8() const { return static_cast<uint8_t*>(data); }
+    DELTAIC_INLINE int64_t* i64() const { return static_cast<int64_t*>(data); }
+    DELTAIC_INLINE explicit operator bool() const { return data != nullptr; }
+};
+
+// One view per sequence of a batch.
+struct Views {
+    const View* data = nullptr;
+    int64_t size = 0;
+    DELTAIC_INLINE const View& operator[](int64_t i) const { return data[i]; }
+};
+
+// Packed number formats of weight matrices. A matrix is cut into blocks of 16 rows, so that one vector register holds the
+// same column of 16 rows and a dot product needs no horizontal sum. Layout of one block, K columns:
+//   f32   [K][16] float
+//   bf16  [K/2][16][2] bfloat16 bits: two neighbouring columns of a row are one 32-bit lane
+enum class Format : int32_t { f32, bf16 };
+
+constexpr int64_t kBlockRows = 16;
+
+DELTAIC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Bytes of one block of 16 rows.
+DELTAIC_INLINE int64_t block_bytes(Format format, int64_t columns) {
+    return format == Format::f32 ? columns * 64 : ceil_div(columns, 2) * 64;
+}
+
+// Rows that share one format. A `glu` segment of `rows` outputs holds 2 * ceil(rows / 16) blocks: gate, up, gate, up...
+struct Segment {
+    Format format = Format::f32;
+    int64_t rows = 0;
+    int64_t blocks = 0;
+    const uint8_t* data = nullptr;
+};
+
+// A packed matrix [N, K], or `count` of them (experts) one after another inside each segment.
+struct Weight {
+    static constexpr int kMaxSegments = 8;
+    int64_t count = 1, rows = 0, columns = 0;  // rows: sum over segments
+    bool glu = false;
+    int segments = 0;
+    Segment segment[kMaxSegments];
+
+    DELTAIC_INLINE const uint8_t* block(int s, int64_t expert, int64_t index) const {
+        const Segment& g = segment[s];
+        return g.data + (expert * g.blocks + index) * block_bytes(g.format, columns);
+    }
+};
+
+// Keys and values of one sequence for all attention layers, in blocks of a fixed number of tokens:
+// block [layers][2 (K, V)][kv_heads][tokens][head_dim], float or bfloat16 bits.
+struct BlockTable {
+    void* const* blocks = nullptr;
+    int64_t size = 0;
+    Dtype dtype = Dtype::f32;
+    int64_t layers = 0, kv_heads = 0, tokens = 0, head_dim = 0;
+
+    // First element of the [tokens][head_dim] matrix: which = 0 for K, 1 for V.
+    DELTAIC_INLINE int64_t offset(int64_t layer, int64_t which, int64_t head) const {
+        return ((layer * 2 + which) * kv_heads + head) * tokens * head_dim;
+    }
+};
+
+struct Tables {
+    const BlockTable* const* data = nullptr;
+    int64_t size = 0;
+    DELTAIC_INLINE const BlockTable& operator[](int64_t i) const { return *data[i]; }
+};
+
+}  // namespace deltaic

@@ -1,0 +1,311 @@
+// One logical vector of 16 floats for every instruction set. Each block below defines a native register `vec` (float) and `ivec`
+// (the same bits as int32) of kWidth lanes and about twenty functions on it; f32x16 and i32x16 are built from them once.
+// Kernels are written against f32x16 only, so that all instruction sets run the same loops in the same order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/view.h"
+
+#ifndef DELTAIC_ISA
+#error "compile the files of csrc/cpu once per instruction set, with -DDELTAIC_ISA=<name>"
+#endif
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
+#include <arm_neon.h>
+#endif
+
+namespace deltaic {
+namespace DELTAIC_ISA {
+
+DELTAIC_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+DELTAIC_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+DELTAIC_INLINE float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+DELTAIC_INLINE uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+DELTAIC_INLINE float bf16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
+// Round to nearest even; a NaN stays a (quiet) NaN.
+DELTAIC_INLINE uint16_t float_to_bf16(float value) {
+    const uint32_t bits = float_to_bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+// Register tile of matrix products: blocks of 16 rows x tokens; accumulators + operands fill 32 registers.
+constexpr int kTileTokens = 12;
+using vec = __m512;
+using ivec = __m512i;
+DELTAIC_INLINE vec v_set1(float a) { return _mm512_set1_ps(a); }
+DELTAIC_INLINE vec v_load(const float* p) { return _mm512_loadu_ps(p); }
+DELTAIC_INLINE void v_store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+DELTAIC_INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+DELTAIC_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+DELTAIC_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
+DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
+DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
+DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
+DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return _mm512_and_si512(a, b); }
+template <int n>
+DELTAIC_INLINE ivec i_shl(ivec a) {
+    return _mm512_slli_epi32(a, n);
+}
+DELTAIC_INLINE vec as_float(ivec a) { return _mm512_castsi512_ps(a); }
+DELTAIC_INLINE ivec as_int(vec a) { return _mm512_castps_si512(a); }
+DELTAIC_INLINE ivec v_round(vec a) { return _mm512_cvtps_epi32(a); }  // nearest even
+DELTAIC_INLINE vec i_to_float(ivec a) { return _mm512_cvtepi32_ps(a); }
+DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
+    const __m512i bits = as_int(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// ---------------------------------------------------------------------------------------------------------------------------
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+constexpr int kTileTokens = 2;
+using vec = __m256;
+using ivec = __m256i;
+DELTAIC_INLINE vec v_set1(float a) { return _mm256_set1_ps(a); }
+DELTAIC_INLINE vec v_load(const float* p) { return _mm256_loadu_ps(p); }
+DELTAIC_INLINE void v_store(float* p, vec a) { _mm256_storeu_ps(p, a); }
+DELTAIC_INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
+DELTAIC_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
+DELTAIC_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
+DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
+DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
+DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm256_set1_epi32(a); }
+DELTAIC_INLINE ivec i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
+DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return _mm256_and_si256(a, b); }
+template <int n>
+DELTAIC_INLINE ivec i_shl(ivec a) {
+    return _mm256_slli_epi32(a, n);
+}
+DELTAIC_INLINE vec as_float(ivec a) { return _mm256_castsi256_ps(a); }
+DELTAIC_INLINE ivec as_int(vec a) { return _mm256_castps_si256(a); }
+DELTAIC_INLINE ivec v_round(vec a) { return _mm256_cvtps_epi32(a); }
+DELTAIC_INLINE vec i_to_float(ivec a) { return _mm256_cvtepi32_ps(a); }
+DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
+    const __m256i bits = as_int(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = as_int(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+    rounded = _mm256_srli_epi32(rounded, 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// ---------------------------------------------------------------------------------------------------------------------------
+#elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
+constexpr int kWidth = 4;
+constexpr int kTileTokens = 2;
+using vec = float32x4_t;
+using ivec = int32x4_t;
+DELTAIC_INLINE vec v_set1(float a) { return vdupq_n_f32(a); }
+DELTAIC_INLINE vec v_load(const float* p) { return vld1q_f32(p); }
+DELTAIC_INLINE void v_store(float* p, vec a) { vst1q_f32(p, a); }
+DELTAIC_INLINE vec v_add(vec a, vec b) { return vaddq_f32(a, b); }
+DELTAIC_INLINE vec v_sub(vec a, vec b) { return vsubq_f32(a, b); }
+DELTAIC_INLINE vec v_mul(vec a, vec b) { return vmulq_f32(a, b); }
+DELTAIC_INLINE vec v_div(vec a, vec b) { return vdivq_f32(a, b); }
+DELTAIC_INLINE vec v_max(vec a, vec b) { return vmaxq_f32(a, b); }
+DELTAIC_INLINE vec v_min(vec a, vec b) { return vminq_f32(a, b); }
+DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+DELTAIC_INLINE ivec i_set1(int32_t a) { return vdupq_n_s32(a); }
+DELTAIC_INLINE ivec i_load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return vaddq_s32(a, b); }
+DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return vandq_s32(a, b); }
+template <int n>
+DELTAIC_INLINE ivec i_shl(ivec a) {
+    return vshlq_n_s32(a, n);
+}
+DELTAIC_INLINE vec as_float(ivec a) { return vreinterpretq_f32_s32(a); }
+DELTAIC_INLINE ivec as_int(vec a) { return vreinterpretq_s32_f32(a); }
+DELTAIC_INLINE ivec v_round(vec a) { return vcvtnq_s32_f32(a); }
+DELTAIC_INLINE vec i_to_float(ivec a) { return vcvtq_f32_s32(a); }
+DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(a);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    rounded = vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000)));
+    vst1_u16(p, vshrn_n_u32(rounded, 16));
+}
+DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+// ---------------------------------------------------------------------------------------------------------------------------
+#else  // portable: compiler vectors of four, which every target has or imitates
+constexpr int kWidth = 4;
+constexpr int kTileTokens = 1;
+typedef float vec __attribute__((vector_size(16)));
+typedef int32_t ivec __attribute__((vector_size(16)));
+DELTAIC_INLINE vec v_set1(float a) { return vec{a, a, a, a}; }
+DELTAIC_INLINE vec v_load(const float* p) {
+    vec a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+DELTAIC_INLINE void v_store(float* p, vec a) { memcpy(p, &a, sizeof a); }
+DELTAIC_INLINE vec v_add(vec a, vec b) { return a + b; }
+DELTAIC_INLINE vec v_sub(vec a, vec b) { return a - b; }
+DELTAIC_INLINE vec v_mul(vec a, vec b) { return a * b; }
+DELTAIC_INLINE vec v_div(vec a, vec b) { return a / b; }
+DELTAIC_INLINE vec v_max(vec a, vec b) { return a > b ? a : b; }
+DELTAIC_INLINE vec v_min(vec a, vec b) { return a < b ? a : b; }
+DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
+DELTAIC_INLINE ivec i_set1(int32_t a) { return ivec{a, a, a, a}; }
+DELTAIC_INLINE ivec i_load(const void* p) {
+    ivec a;
+    memcpy(&a, p, sizeof a);
+    return a;
+}
+DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return a + b; }
+DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return a & b; }
+template <int n>
+DELTAIC_INLINE ivec i_shl(ivec a) {
+    return a << n;
+}
+DELTAIC_INLINE vec as_float(ivec a) { return reinterpret_cast<vec>(a); }
+DELTAIC_INLINE ivec as_int(vec a) { return reinterpret_cast<ivec>(a); }
+DELTAIC_INLINE vec i_to_float(ivec a) { return __builtin_convertvector(a, vec); }
+DELTAIC_INLINE ivec v_round(vec a) {
+    return ivec{static_cast<int32_t>(rintf(a[0])), static_cast<int32_t>(rintf(a[1])), static_cast<int32_t>(rintf(a[2])),
+                static_cast<int32_t>(rintf(a[3]))};
+}
+DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
+    return vec{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
+}
+DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
+    for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(a[i]);
+}
+DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+#endif
+// ---------------------------------------------------------------------------------------------------------------------------
+
+constexpr int kParts = 16 / kWidth;
+
+struct f32x16 {
+    vec part[kParts];
+};
+
+#define DELTAIC_PARTS(expression)                        \
+    f32x16 r;                                            \
+    for (int i = 0; i < kParts; ++i) r.part[i] = (expression); \
+    return r
+
+DELTAIC_INLINE f32x16 set1(float a) { DELTAIC_PARTS(v_set1(a)); }
+DELTAIC_INLINE f32x16 load(const float* p) { DELTAIC_PARTS(v_load(p + i * kWidth)); }
+DELTAIC_INLINE f32x16 add(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_add(a.part[i], b.part[i])); }
+DELTAIC_INLINE f32x16 sub(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_sub(a.part[i], b.part[i])); }
+DELTAIC_INLINE f32x16 mul(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_mul(a.part[i], b.part[i])); }
+DELTAIC_INLINE f32x16 div(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_div(a.part[i], b.part[i])); }
+DELTAIC_INLINE f32x16 max(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_max(a.part[i], b.part[i])); }
+DELTAIC_INLINE f32x16 min(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_min(a.part[i], b.part[i])); }
+DELTAIC_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { DELTAIC_PARTS(v_fma(a.part[i], b.part[i], c.part[i])); }
+DELTAIC_INLINE f32x16 load_bf16(const uint16_t* p) { DELTAIC_PARTS(v_load_bf16(p + i * kWidth)); }
+// 16 lanes of two bfloat16 numbers each: the first (even columns) and the second (odd columns) of every lane as float.
+DELTAIC_INLINE f32x16 load_pair_first(const void* p) {
+    DELTAIC_PARTS(as_float(i_shl<16>(i_load(static_cast<const char*>(p) + i * kWidth * 4))));
+}
+DELTAIC_INLINE f32x16 load_pair_second(const void* p) {
+    DELTAIC_PARTS(as_float(i_and(i_load(static_cast<const char*>(p) + i * kWidth * 4), i_set1(static_cast<int32_t>(0xffff0000u)))));
+}
+DELTAIC_INLINE f32x16 zero() { return set1(0.0f); }
+DELTAIC_INLINE void store(float* p, f32x16 a) {
+    for (int i = 0; i < kParts; ++i) v_store(p + i * kWidth, a.part[i]);
+}
+DELTAIC_INLINE void store_bf16(uint16_t* p, f32x16 a) {
+    for (int i = 0; i < kParts; ++i) v_store_bf16(p + i * kWidth, a.part[i]);
+}
+
+// The first n lanes only; the others read as zero and are not written.
+DELTAIC_INLINE f32x16 load_n(const float* p, int64_t n) {
+    if (n >= 16) return load(p);
+    float lanes[16] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+DELTAIC_INLINE void store_n(float* p, f32x16 a, int64_t n) {
+    if (n >= 16) return store(p, a);
+    float lanes[16];
+    store(lanes, a);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// Sum and maximum of all lanes, in one fixed order for every instruction set.
+DELTAIC_INLINE float reduce_add(f32x16 a) {
+    float t[16];
+    store(t, a);
+    for (int step = 8; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) t[i] += t[i + step];
+    return t[0];
+}
+DELTAIC_INLINE float reduce_max(f32x16 a) {
+    float t[16];
+    store(t, a);
+    for (int step = 8; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
+    return t[0];
+}
+
+// e^x: x = n ln2 + r, |r| <= ln2/2, Taylor to r^7 (relative error below 2e-7). Clamped to the range of normal floats.
+DELTAIC_INLINE f32x16 exp(f32x16 x) {
+    f32x16 r;
+    for (int i = 0; i < kParts; ++i) {
+        const vec a = v_max(v_set1(-87.0f), v_min(v_set1(88.0f), x.part[i]));  // this operand order keeps a NaN
+        const ivec n = v_round(v_mul(a, v_set1(1.44269504088896341f)));
+        const vec nf = i_to_float(n);
+        const vec t = v_fma(nf, v_set1(2.12194440e-4f), v_fma(nf, v_set1(-0.693359375f), a));
+        vec p = v_set1(1.0f / 5040);
+        p = v_fma(p, t, v_set1(1.0f / 720));
+        p = v_fma(p, t, v_set1(1.0f / 120));
+        p = v_fma(p, t, v_set1(1.0f / 24));
+        p = v_fma(p, t, v_set1(1.0f / 6));
+        p = v_fma(p, t, v_set1(0.5f));
+        p = v_fma(p, t, v_set1(1.0f));
+        p = v_fma(p, t, v_set1(1.0f));
+        r.part[i] = as_float(i_add(as_int(p), i_shl<23>(n)));
+    }
+    return r;
+}
+DELTAIC_INLINE f32x16 sigmoid(f32x16 x) {
+    return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x))));
+}
+DELTAIC_INLINE f32x16 silu(f32x16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
+
+#undef DELTAIC_PARTS
+
+}  // namespace DELTAIC_ISA
+}  // namespace deltaic

@@ -1,0 +1,37 @@
+// THE list of operators. Declarations, the table of each instruction set, the Python binding and the argument checks all follow
+// from these lines. The meaning of each operator is python/deltaic/ops/reference.py.
+//
+// Contract: one entry per argument, separated by ';'. `name type[dims]`, where type is
+//   f32, u8, u16, i64      an array; `kv` is f32 or u16 (bfloat16 bits)
+//   weight                 a packed matrix [N,K] or [E,N,K]
+//   table                  a BlockTable
+//   int, float, double     a number; an int may be used as a size
+// `?` after the type: may be None.  `*B`: a list of B of them.  Equal names mean equal sizes; sums of products are allowed
+// once every name in them is known; `_` is any size.
+#pragma once
+
+#include "core/view.h"
+
+#define DELTAIC_OPS(X)                                                                                                  \
+    X(pack, "source kv[N,K]; format int; first int; step int; packed u8[_]",                                            \
+      (View source, int64_t format, int64_t first, int64_t step, View packed))                                          \
+    X(embed, "ids i64[T]; table weight[V,H]; y f32[T,H]", (View ids, const Weight& table, View y))                      \
+    X(rms_norm, "x f32[T,D]; weight f32[D]; eps float; y f32[T,D]", (View x, View weight, float eps, View y))           \
+    X(layer_norm, "x f32[T,D]; weight f32[D]; bias f32[D]; eps float; y f32[T,D]",                                      \
+      (View x, View weight, View bias, float eps, View y))                                                              \
+    X(linear,                                                                                                           \
+      "x f32[T,K]; w weight[N,K]; norm f32?[K]; eps float; bias f32?[N]; activation int; residual f32?[T,N]; "          \
+      "y f32[T,N]",                                                                                                     \
+      (View x, const Weight& w, View norm, float eps, View bias, int64_t activation, View residual, View y))            \
+    X(swiglu, "x f32[T,K]; w weight[2*I,K]; norm f32?[K]; eps float; y f32[T,I]",                                       \
+      (View x, const Weight& w, View norm, float eps, View y))
+
+namespace deltaic {
+
+struct Ops {
+#define X(name, contract, arguments) void(*name) arguments;
+    DELTAIC_OPS(X)
+#undef X
+};
+
+}  // namespace deltaic

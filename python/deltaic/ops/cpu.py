@@ -1,0 +1,136 @@
+"""The operators in C++: same names and arguments as `reference.py`, which says what each computes.
+
+Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension from
+the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError). Activations are C-contiguous float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from deltaic import _core
+from deltaic._core import BlockTable, Weight
+
+__all__ = [
+    "BlockTable",
+    "Weight",
+    "embed",
+    "isa",
+    "layer_norm",
+    "linear",
+    "num_threads",
+    "pack",
+    "pack_glu",
+    "rms_norm",
+    "set_num_threads",
+    "swiglu",
+]
+
+Array = np.ndarray
+FORMATS: tuple[str, ...] = _core.formats
+ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
+BLOCK_ROWS = 16
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return _core.isa
+
+
+def num_threads() -> int:
+    """Threads that the operators use."""
+    return _core.thread_count()
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets the size of the process-wide pool (1..1024)."""
+    _core.set_thread_count(threads)
+
+
+def _plain(array: Array) -> Array:
+    """A float32 or bfloat16 array as the extension takes it: C-contiguous float32, or uint16 with the bfloat16 bits."""
+    if array.dtype.name == "bfloat16":
+        return np.ascontiguousarray(array).view(np.uint16)
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _packed(shape: tuple[int, ...], format: str, interleave: int) -> Array:
+    """Uninitialised bytes for experts * blocks of 16 rows."""
+    experts, rows, columns = shape
+    blocks = -(-rows // BLOCK_ROWS) * interleave
+    return np.empty(experts * blocks * _core.block_bytes(format, columns), np.uint8)
+
+
+def _pack_into(packed: Array, source: Array, format: str, first: int, step: int) -> None:
+    experts = source.shape[0]
+    stride = packed.shape[0] // experts
+    for expert in range(experts):
+        rows = _plain(source[expert])
+        _core.pack(rows, FORMATS.index(format), first, step, packed[expert * stride : (expert + 1) * stride])
+
+
+def _three(array: Array) -> Array:
+    return array if array.ndim == 3 else array[None]
+
+
+def pack(parts: Sequence[Array], dtype: str | Sequence[str]) -> Weight:
+    """Packs matrices [N_i, K] (or [E, N_i, K]) that read the same input, each in its format, into one weight."""
+    formats = [dtype] * len(parts) if isinstance(dtype, str) else list(dtype)
+    segments = []
+    for part, format in zip(parts, formats, strict=True):
+        source = _three(part)
+        packed = _packed(source.shape, format, 1)
+        _pack_into(packed, source, format, 0, 1)
+        segments.append((format, source.shape[1], packed))
+    first = _three(parts[0])
+    return Weight(segments, first.shape[0], first.shape[2], False)
+
+
+def pack_glu(gate: Array, up: Array, dtype: str) -> Weight:
+    """Packs gate and up [I, K] (or [E, I, K]) with their blocks of 16 rows alternating, for `swiglu` and `moe`."""
+    gate3, up3 = _three(gate), _three(up)
+    packed = _packed(gate3.shape, dtype, 2)
+    _pack_into(packed, gate3, dtype, 0, 2)
+    _pack_into(packed, up3, dtype, 1, 2)
+    return Weight([(dtype, gate3.shape[1], packed)], gate3.shape[0], gate3.shape[2], True)
+
+
+def embed(ids: Array, table: Weight) -> Array:
+    y = np.empty((ids.shape[0], table.shape[1]), np.float32)
+    _core.embed(ids, table, y)
+    return y
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    y = np.empty_like(x)
+    _core.rms_norm(x, weight, eps, y)
+    return y
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    y = np.empty_like(x)
+    _core.layer_norm(x, weight, bias, eps, y)
+    return y
+
+
+def linear(
+    x: Array,
+    w: Weight,
+    *,
+    norm: Array | None = None,
+    eps: float = 1e-6,
+    bias: Array | None = None,
+    activation: str = "none",
+    residual: Array | None = None,
+) -> Array:
+    y = np.empty((x.shape[0], w.shape[0]), np.float32)
+    _core.linear(x, w, norm, eps, bias, ACTIVATIONS.index(activation), residual, y)
+    return y
+
+
+def swiglu(x: Array, w: Weight, *, norm: Array | None = None, eps: float = 1e-6) -> Array:
+    y = np.empty((x.shape[0], w.shape[0] // 2), np.float32)
+    _core.swiglu(x, w, norm, eps, y)
+    return y
