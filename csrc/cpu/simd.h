@@ -77,6 +77,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
@@ -126,6 +127,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm256_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
@@ -181,6 +183,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return vdivq_f32(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return vmaxq_f32(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return vminq_f32(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return vdupq_n_s32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return vaddq_s32(a, b); }
@@ -232,6 +235,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return a / b; }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return a > b ? a : b; }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return a < b ? a : b; }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return a < b ? yes : no; }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return ivec{a, a, a, a}; }
 DELTAIC_INLINE ivec i_load(const void* p) {
     ivec a;
@@ -290,6 +294,10 @@ DELTAIC_INLINE f32x16 div(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_div(a.part[i], b
 DELTAIC_INLINE f32x16 max(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_max(a.part[i], b.part[i])); }
 DELTAIC_INLINE f32x16 min(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_min(a.part[i], b.part[i])); }
 DELTAIC_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { DELTAIC_PARTS(v_fma(a.part[i], b.part[i], c.part[i])); }
+// Lane by lane: a < b ? yes : no.
+DELTAIC_INLINE f32x16 if_less(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
+    DELTAIC_PARTS(v_less(a.part[i], b.part[i], yes.part[i], no.part[i]));
+}
 DELTAIC_INLINE f32x16 load_bf16(const uint16_t* p) { DELTAIC_PARTS(v_load_bf16(p + i * kWidth)); }
 // 16 lanes of two bfloat16 numbers each: the first (even columns) and the second (odd columns) of every lane as float.
 DELTAIC_INLINE f32x16 load_pair_first(const void* p) {
