@@ -19,7 +19,6 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session", params=["reference", "cpu"])
 def ops(request: pytest.FixtureRequest) -> ModuleType:
     """Every op set that is part of this build. One that is there but cannot be imported is a failure, not a skip."""
-    name = f"deltaic.ops.{request.param}"
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not part of this build")
-    return importlib.import_module(name)
+    if request.param == "cpu" and importlib.util.find_spec("deltaic._core") is None:
+        pytest.skip("deltaic._core is not built")
+    return importlib.import_module(f"deltaic.ops.{request.param}")

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-from deltaic.model.config import RopeConfig, TextConfig, VisionConfig
+from deltaic.model.config import ModelConfig, load_config
 from deltaic.model.state import State
 from deltaic.model.text import TextModel
 from deltaic.model.vision import VisionModel
-from deltaic.model.weights import (
-    AttentionMixer,
-    DeltaMixer,
-    DenseFFN,
-    Layer,
-    SparseFFN,
-    TextWeights,
-    VisionBlock,
-    VisionWeights,
-)
+from deltaic.weights import build
+from deltaic.weights.checkpoint import Checkpoint, open_checkpoint
 from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3_5Config,
@@ -134,15 +130,12 @@ def torch_vision_model(fields: dict, seed: int = 0) -> torch.nn.Module:
     return randomise(cls._from_config(config, **EAGER), seed)
 
 
-KEPT_IN_F32 = ("conv1d.weight", "in_proj_b.weight", "in_proj_a.weight", "mlp.gate.weight", "shared_expert_gate.weight")
-
-
 @torch.no_grad()
 def rounded(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a text model whose matrices are rounded to bfloat16, those apart that `text_weights` keeps in float32."""
+    """A copy of a text model with all matrices rounded to bfloat16, as `dtype="bf16"` packs them."""
     model = copy.deepcopy(model)
     for name, p in model.named_parameters():
-        if p.ndim >= 2 and not name.endswith(KEPT_IN_F32):
+        if p.ndim >= 2 and not name.endswith("conv1d.weight"):
             p.copy_(p.bfloat16())
     return model
 
@@ -156,140 +149,23 @@ def torch_logits(model: torch.nn.Module, ids: np.ndarray, **inputs: torch.Tensor
 # the deltaic side
 
 
-def text_config(hf: Qwen3_5TextConfig | Qwen3_5MoeTextConfig) -> TextConfig:
-    """The same configuration in deltaic's dataclass."""
-    rope, is_moe = hf.rope_parameters, hasattr(hf, "num_experts")
-    same = [
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-        "linear_conv_kernel_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
-    ]  # fmt: skip
-    sparse = ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"]
-    return TextConfig(
-        **{name: getattr(hf, name) for name in same},
-        **{name: getattr(hf, name) if is_moe else 0 for name in sparse},
-        intermediate_size=0 if is_moe else hf.intermediate_size,
-        layer_types=tuple(hf.layer_types),
-        rope=RopeConfig(
-            theta=rope["rope_theta"],
-            rotary_dim=int(hf.head_dim * rope["partial_rotary_factor"]),
-            mrope_section=tuple(rope["mrope_section"]),
-            rope_type=rope["rope_type"],
-            factor=rope.get("factor", 1.0),
-            original_max_position_embeddings=rope.get("original_max_position_embeddings", 0),
-            attention_factor=rope.get("attention_factor"),
-        ),
-        mtp_num_hidden_layers=0,
-    )
-
-
-def vision_config(hf: object) -> VisionConfig:
-    """The same configuration in deltaic's dataclass."""
-    return VisionConfig(**{name: getattr(hf, name) for name in VisionConfig.__dataclass_fields__})
-
-
-class Tensors:
-    """A state dict as float32 numpy arrays, looked up below a prefix."""
-
-    def __init__(self, state_dict: dict[str, torch.Tensor], prefix: str = ""):
-        self.state_dict, self.prefix = state_dict, prefix
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.state_dict[self.prefix + name].detach().float().numpy().copy()
-
-    def below(self, prefix: str) -> Tensors:
-        return Tensors(self.state_dict, self.prefix + prefix)
-
-
-def text_weights(model: torch.nn.Module, config: TextConfig, ops: ModuleType, dtype: str = "f32") -> TextWeights:
-    """Pack the decoder. Gates of the delta rule, the router and the shared expert's gate stay in float32."""
-    state_dict = model.state_dict()
-    inner = "model.language_model." if hasattr(model.model, "language_model") else "model."
-    t = Tensors(state_dict, inner)
-    layers = []
-    for i, kind in enumerate(config.layer_types):
-        w = t.below(f"layers.{i}.")
-        mixer = _delta(w.below("linear_attn."), ops, dtype) if kind == LINEAR else _attention(w, ops, dtype)
-        ffn = (_sparse if config.is_moe else _dense)(w.below("mlp."), ops, dtype)
-        layers.append(Layer(w["input_layernorm.weight"], mixer, w["post_attention_layernorm.weight"], ffn))
-    embed = ops.pack([t["embed_tokens.weight"]], dtype)
-    tied = config.tie_word_embeddings
-    head = embed if tied else ops.pack([Tensors(state_dict)["lm_head.weight"]], dtype)
-    return TextWeights(embed, layers, t["norm.weight"], head)
-
-
-def _delta(w: Tensors, ops: ModuleType, dtype: str) -> DeltaMixer:
-    parts = [w[f"in_proj_{name}.weight"] for name in ("qkv", "z", "b", "a")]
-    return DeltaMixer(
-        in_proj=ops.pack(parts, [dtype, dtype, "f32", "f32"]),
-        conv_weight=np.ascontiguousarray(w["conv1d.weight"][:, 0].T),
-        A_log=w["A_log"],
-        dt_bias=w["dt_bias"],
-        norm=w["norm.weight"],
-        out_proj=ops.pack([w["out_proj.weight"]], dtype),
-    )
-
-
-def _attention(w: Tensors, ops: ModuleType, dtype: str) -> AttentionMixer:
-    w = w.below("self_attn.")
-    qkv = ops.pack([w[f"{name}_proj.weight"] for name in "qkv"], dtype)
-    return AttentionMixer(qkv, w["q_norm.weight"], w["k_norm.weight"], ops.pack([w["o_proj.weight"]], dtype))
-
-
-def _dense(w: Tensors, ops: ModuleType, dtype: str) -> DenseFFN:
-    gate_up = ops.pack_glu(w["gate_proj.weight"], w["up_proj.weight"], dtype)
-    return DenseFFN(gate_up, ops.pack([w["down_proj.weight"]], dtype))
-
-
-def _sparse(w: Tensors, ops: ModuleType, dtype: str) -> SparseFFN:
-    gate, up = (np.ascontiguousarray(x) for x in np.split(w["experts.gate_up_proj"], 2, axis=1))
-    shared = w.below("shared_expert.")
-    return SparseFFN(
-        router=ops.pack([w["gate.weight"]], "f32"),
-        gate_up=ops.pack_glu(gate, up, dtype),
-        down=ops.pack([w["experts.down_proj"]], dtype),
-        shared_gate_up=ops.pack_glu(shared["gate_proj.weight"], shared["up_proj.weight"], dtype),
-        shared_down=ops.pack([shared["down_proj.weight"]], dtype),
-        shared_gate=ops.pack([w["shared_expert_gate.weight"]], "f32"),
-    )
-
-
-def vision_weights(model: torch.nn.Module, config: VisionConfig, ops: ModuleType, dtype: str = "f32") -> VisionWeights:
-    """Pack the vision tower; the two temporal slices of the patch projection are added."""
-    t = Tensors(model.state_dict(), "model.visual.")
-
-    def linear(w: Tensors, name: str) -> tuple[object, np.ndarray]:
-        return ops.pack([w[name + ".weight"]], dtype), w[name + ".bias"]
-
-    blocks = []
-    for i in range(config.depth):
-        w = t.below(f"blocks.{i}.")
-        norms = [(w[f"norm{n}.weight"], w[f"norm{n}.bias"]) for n in (1, 2)]
-        attention = (*linear(w, "attn.qkv"), *linear(w, "attn.proj"))
-        mlp = (*linear(w, "mlp.linear_fc1"), *linear(w, "mlp.linear_fc2"))
-        blocks.append(VisionBlock(*norms[0], *attention, *norms[1], *mlp))
-    patch = t["patch_embed.proj.weight"].sum(axis=2).reshape(config.hidden_size, -1)
-    merger = t.below("merger.")
-    return VisionWeights(
-        ops.pack([patch], dtype),
-        t["patch_embed.proj.bias"],
-        t["pos_embed.weight"],
-        blocks,
-        merger["norm.weight"],
-        merger["norm.bias"],
-        *linear(merger, "linear_fc1"),
-        *linear(merger, "linear_fc2"),
-    )
-
-
 def build_text(model: torch.nn.Module, ops: ModuleType, dtype: str = "f32") -> TextModel:
-    config = text_config(model.config.get_text_config())
-    return TextModel(config, text_weights(model, config, ops, dtype), ops)
+    """The same decoder on an op set, through a checkpoint as transformers saves it."""
+    with saved(model) as (config, checkpoint):
+        return TextModel(config.text, build.build_text(checkpoint, config, ops, dtype, progress=False), ops)
 
 
 def build_vision(model: torch.nn.Module, ops: ModuleType, dtype: str = "f32") -> VisionModel:
-    config = vision_config(model.config.vision_config)
-    return VisionModel(config, vision_weights(model, config, ops, dtype), ops)
+    """The same vision tower on an op set, through a checkpoint as transformers saves it."""
+    with saved(model) as (config, checkpoint):
+        return VisionModel(config.vision, build.build_vision(checkpoint, config, ops, dtype, progress=False), ops)
+
+
+@contextmanager
+def saved(model: torch.nn.Module) -> Iterator[tuple[ModelConfig, Checkpoint]]:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield load_config(Path(folder)), open_checkpoint(folder)
 
 
 def text_positions(first: int, count: int) -> np.ndarray:

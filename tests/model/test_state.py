@@ -11,8 +11,8 @@ from deltaic.errors import ArgumentError, ContextLengthError, StateError
 from deltaic.model.state import BLOCK_TOKENS, State
 from oracle import ODD_HEADS
 
-HF = oracle.Qwen3_5TextConfig(**ODD_HEADS, num_hidden_layers=5)
-CONFIG = oracle.text_config(HF)
+with oracle.saved(oracle.torch_text_model(ODD_HEADS)) as (config, _):
+    CONFIG = config.text
 CONV_DIM = 2 * 3 * 12 + 6 * 20
 
 

@@ -10,8 +10,8 @@ import oracle
 import pytest
 import torch
 from deltaic.errors import ArgumentError, ContextLengthError, StateError
-from deltaic.model.rope import TextRope
 from deltaic.model.state import State
+from deltaic.ops import reference
 from oracle import TEXT_MODELS, build_text, feed, max_error, text_positions
 
 TOLERANCE = 1e-4  # float32, largest difference over largest value
@@ -130,12 +130,12 @@ def test_bfloat16_kv_stays_close_and_consistent(ops, rng):
 
 @pytest.mark.parametrize("name", list(TEXT_MODELS))
 def test_rope_tables_match_transformers(rng, name):
-    hf = torch_model(name)
+    hf, rope = torch_model(name), model_of(name, reference).rope
     positions = rng.integers(0, 4096, (50, 3))
     positions[0] = 262143
     expected = hf.model.rotary_emb(torch.zeros(1), torch.from_numpy(positions.T.copy())[:, None])
     half = expected[0].shape[-1] // 2
-    for found, table in zip(TextRope(oracle.text_config(hf.config).rope)(positions), expected, strict=True):
+    for found, table in zip(rope(positions), expected, strict=True):
         # float32 frequencies agree to a rounding, which a far position multiplies
         np.testing.assert_allclose(found[1:], table[0, 1:, :half].numpy(), atol=5e-4)
         np.testing.assert_allclose(found[0], table[0, 0, :half].numpy(), atol=4e-2)
@@ -143,8 +143,6 @@ def test_rope_tables_match_transformers(rng, name):
 
 def test_whole_model_in_float64(rng):
     """The reference op set is an executable specification: in double precision, chunks do not matter at all."""
-    from deltaic.ops import reference
-
     model, ids = model_of("moe", reference), random_ids(rng, 30)
 
     def run(cuts):

@@ -40,6 +40,9 @@ class TextModel:
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError."""
+        ids = np.ascontiguousarray(ids, np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
+            raise ArgumentError(f"token ids span {ids.min()}..{ids.max()}, expected 0..{self.config.vocab_size - 1}")
         return self.ops.embed(ids, self.weights.embed)
 
     def forward(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints) -> Array:
