@@ -242,6 +242,7 @@ def gigapixel_png(width: int, height: int) -> bytes:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "EPS pictures are not read"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_refused(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
         PROCESSOR.process(source)
@@ -259,6 +260,7 @@ def test_a_folder_a_pipe_and_an_unreadable_file(tmp_path: Path) -> None:
         PROCESSOR.process(Path("http://127.0.0.1/x.png"))  # a Path is never fetched
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_files_never_escape_as_other_errors() -> None:
     rng = np.random.default_rng(0)
     for form in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"):

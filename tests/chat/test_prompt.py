@@ -317,6 +317,16 @@ def test_text_only_models(small: Any, small_tokenizer: Tokenizer) -> None:
         small("a<|image_pad|>b", config=config, images=picture(64, 64))
 
 
+def test_without_a_tokenizer(small: Any, small_tokenizer: Tokenizer) -> None:
+    ids = small_tokenizer.encode("a<|image_pad|>b")
+    found = small(ids, tokenizer=None, images=picture(64, 64))
+    assert found.text == ""
+    np.testing.assert_array_equal(found.token_ids, small(ids, images=picture(64, 64)).token_ids)
+    for prompt in ("text", [{"role": "user", "content": "x"}]):
+        with pytest.raises(ConfigError, match=r"tokenizer\.json: expected one"):
+            small(prompt, tokenizer=None)
+
+
 def test_parts_that_do_not_fit_together(small: Any, small_tokenizer: Tokenizer) -> None:
     text, image = "<|image_pad|>", picture(64, 64)
     config = make_config(small_tokenizer)

@@ -10,7 +10,7 @@ import pytest
 from chat_helpers import small_backend
 from deltaic.chat.tokenizer import Tokenizer
 from deltaic.errors import ArgumentError, ConfigError, PromptError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 _SMALL = Tokenizer(small_backend())
@@ -54,6 +54,7 @@ def test_equals_transformers(family_tokenizer: Tokenizer, reference_processor: A
         assert family_tokenizer.decode(ids, False) == reference.decode(ids, skip_special_tokens=False)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(0, _SMALL.vocab_size + 5), max_size=40), st.booleans())
 def test_stream_equals_decode(ids: list[int], skip_special: bool) -> None:
     stream = _SMALL.stream(skip_special)
@@ -62,6 +63,7 @@ def test_stream_equals_decode(ids: list[int], skip_special: bool) -> None:
     assert "".join(pieces) == _SMALL.decode(ids, skip_special)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(max_size=30))
 def test_stream_never_emits_half_a_character(text: str) -> None:
     ids = _SMALL.encode(text)
