@@ -5,8 +5,8 @@
 
 Weights are bfloat16, normally distributed with a standard deviation of 1/sqrt(inputs); norms, decays and time steps lie
 in realistic ranges; no tensor is left at 0 or 1. The files look like a release's: shards of 4 GB with an index,
-config.json, generation_config.json, preprocessor_config.json, tokenizer and chat template. Needs little memory: one tensor at a
-time, in pieces. The text that such a model writes is noise, only its cost is real."""
+config.json, generation_config.json, preprocessor_config.json, tokenizer and chat template. Needs little memory: one
+tensor at a time, in pieces. The text that such a model writes is noise, only its cost is real."""
 
 from __future__ import annotations
 
