@@ -1,0 +1,399 @@
+"""The public face: `load` finds a checkpoint and packs it, `Model` answers questions with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deltaic.arguments import choice, describe, integer
+from deltaic.errors import ArgumentError, ContextLengthError, DeviceError, PromptError
+from deltaic.generate.loop import Runner, Stream, TextRules, check_state, generate_ids
+from deltaic.generate.sampling import (
+    MAX_NEW_TOKENS,
+    Sampler,
+    check_logprobs,
+    check_option_names,
+    is_small,
+    read_generation_config,
+    recommended_sampling,
+    resolve_sampling,
+)
+from deltaic.generate.stop import ReasoningSplit, StopStrings, check_stop
+from deltaic.machine import default_threads
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from deltaic.chat.image import ImageProcessor
+    from deltaic.chat.prompt import Prompt
+    from deltaic.chat.template import ChatTemplate
+    from deltaic.chat.tokenizer import Tokenizer
+    from deltaic.generate.result import GenerationResult
+    from deltaic.generate.sampling import GenerationOptions
+    from deltaic.model.config import ModelConfig
+    from deltaic.model.state import State
+    from deltaic.model.text import TextModel
+    from deltaic.model.vision import VisionModel
+
+DTYPES = ("bf16", "f32")
+DEVICES = ("cpu", "cuda", "reference")
+MAX_THREADS = 1024
+
+
+def op_set(device: str) -> ModuleType:
+    """The module that computes on `device`. Raises ArgumentError or DeviceError."""
+    choice("device", device, DEVICES)
+    if device == "cuda":
+        raise DeviceError('device: "cuda" is not supported by this version; use device="cpu"')
+    if device == "reference":
+        from deltaic.ops import reference
+
+        return reference
+    try:
+        from deltaic.ops import cpu
+    except ImportError as error:
+        raise DeviceError(f"device: the compiled extension cannot be loaded ({error}); install deltaic again") from error
+    return cpu
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: str = "bf16",
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_dtype: str | None = None,
+    progress: bool | None = None,
+) -> Model:
+    """Load a checkpoint.
+
+    path_or_id  a folder with config.json and safetensors, or a Hugging Face hub id such as "Qwen/Qwen3.5-0.8B"
+    dtype       how weight matrices are stored: "bf16" or "f32"; activations are float32
+    device      "cpu", or "reference": the numpy definition of every operator, an executable specification, slow
+    threads     None: the physical cores this process may use
+    kv_dtype    how keys and values are stored: "bf16" or "f32"; None: as `dtype`
+    progress    True or False shows or hides progress bars on stderr; None: shown on a terminal
+
+    Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
+    """
+    from deltaic.model.config import load_config
+    from deltaic.model.text import TextModel
+    from deltaic.model.vision import VisionModel
+    from deltaic.weights.build import build_weights
+    from deltaic.weights.hub import resolve
+
+    choice("dtype", dtype, DTYPES)
+    kv_dtype = dtype if kv_dtype is None else choice("kv_dtype", kv_dtype, DTYPES)
+    threads = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
+    ops = op_set(device)
+    folder = resolve(path_or_id, progress=progress)
+    config = load_config(folder)
+    ops.set_num_threads(threads)
+    weights = build_weights(folder, config, ops, dtype=dtype, progress=progress)
+    text = TextModel(config.text, weights.text, ops)
+    vision = None
+    if config.vision is not None and weights.vision is not None:
+        vision = VisionModel(config.vision, weights.vision, ops)
+    return Model(folder, config, text, vision, ops, device=device, dtype=dtype, kv_dtype=kv_dtype, threads=threads)
+
+
+class Model:
+    """A loaded checkpoint; made by `deltaic.load`. May be used from several threads: computation takes turns, token by token.
+
+    Every method that takes generation options knows those of `deltaic.generate.sampling.GenerationOptions`:
+    max_new_tokens, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, seed, stop,
+    logprobs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        text: TextModel,
+        vision: VisionModel | None,
+        ops: ModuleType,
+        *,
+        device: str,
+        dtype: str,
+        kv_dtype: str,
+        threads: int,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.kv_dtype = kv_dtype
+        self.threads = threads
+        self._ops = ops
+        self._runner = Runner(text, vision, ops, threads=threads, image_token_id=config.image_token_id)
+        self._generation_config = read_generation_config(folder)
+        self._files_lock = threading.Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        self._image_processor: ImageProcessor | None = None
+
+    def __repr__(self) -> str:
+        return f"<deltaic.Model {self.folder.name} {self.dtype} on {self.device}>"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokeniser, read on first use."""
+        with self._files_lock:
+            if self._tokenizer is None:
+                from deltaic.chat.tokenizer import Tokenizer
+
+                self._tokenizer = Tokenizer.from_folder(self.folder)
+            return self._tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's chat template, read on first use."""
+        with self._files_lock:
+            if self._template is None:
+                from deltaic.chat.template import ChatTemplate
+
+                self._template = ChatTemplate.from_folder(self.folder)
+            return self._template
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """The checkpoint's image preprocessing, read on first use."""
+        with self._files_lock:
+            if self._image_processor is None:
+                from deltaic.chat.image import ImageProcessor
+
+                self._image_processor = ImageProcessor.from_folder(self.folder)
+            return self._image_processor
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer together may have."""
+        return self.config.text.max_position_embeddings
+
+    # ------------------------------------------------------------------------------------------------ prompt and logits
+
+    def prepare(
+        self,
+        prompt: Any,
+        *,
+        thinking: bool | None = None,
+        images: Sequence[Any] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Prompt:
+        """Turn messages, raw text or token ids into a Prompt: expanded token ids, pictures, positions.
+
+        Messages are rendered with the checkpoint's template; a string is raw text in which special tokens are honoured.
+        Raises PromptError, ImageError or ContextLengthError.
+        """
+        from deltaic.chat.prompt import Prompt, prepare
+
+        if isinstance(prompt, Prompt):
+            if thinking is not None or images is not None or tools is not None:
+                raise ArgumentError("thinking, images and tools belong to Model.prepare; this Prompt is prepared already")
+            made = prompt
+        else:
+            made = prepare(
+                prompt,
+                config=self.config,
+                tokenizer=self.tokenizer,
+                template=self.template,
+                image_processor=self.image_processor,
+                thinking=thinking,
+                images=images,
+                tools=tools,
+            )
+        return self._checked(made)
+
+    def _checked(self, prompt: Prompt) -> Prompt:
+        """The prompt, if the model can run it whatever its author did to it."""
+        ids, positions = prompt.token_ids, prompt.position_ids
+        if ids.ndim != 1 or not len(ids):
+            raise PromptError(f"the prompt is empty: expected at least one token, found token_ids of shape {ids.shape}")
+        if positions.shape != (len(ids), 3):
+            raise PromptError(f"position_ids: expected shape {(len(ids), 3)}, found {positions.shape}")
+        vocabulary = self.config.text.vocab_size
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
+        if len(wrong):
+            raise PromptError(f"token {wrong[0]} of the prompt is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}")
+        if len(ids) > self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens, the context has room for {self.context_length}; shorten the prompt"
+            )
+        return prompt
+
+    def new_state(self) -> State:
+        """An empty sequence state, to feed with `forward`."""
+        from deltaic.model.state import State
+
+        return State(self.config.text, self._ops, kv_dtype=self.kv_dtype)
+
+    def forward(self, prompt: Any, state: State | None = None) -> np.ndarray:
+        """Logits after every token of `prompt` (anything `prepare` takes): float32 [T, vocab].
+
+        With `state` the prompt continues that sequence, and the state is advanced. Raises what `prepare` raises, and
+        StateError for a state of another model.
+        """
+        from deltaic.model.state import State
+
+        made = self.prepare(prompt)
+        if state is None:
+            state = self.new_state()
+        check_state(state, State)
+        total = state.length + len(made.token_ids)
+        if total > self.context_length:
+            raise ContextLengthError(
+                f"the state holds {state.length} tokens and the prompt {len(made.token_ids)}, together {total}; "
+                f"the context has room for {self.context_length}"
+            )
+        shape = (len(made.token_ids), self.config.text.vocab_size)
+        try:
+            logits = np.empty(shape, np.float32)
+        except MemoryError:
+            raise ArgumentError(
+                f"the logits of {shape[0]} tokens need {4e-9 * shape[0] * shape[1]:.1f} GB, which cannot be had; "
+                "feed the prompt in parts, with a state"
+            ) from None
+        row = 0
+        for hidden in self._runner.hidden(made, state):
+            logits[row : row + len(hidden)] = self._runner.logits(hidden)
+            row += len(hidden)
+        return logits
+
+    # ------------------------------------------------------------------------------------------------------- generation
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        images: Sequence[Any] | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream:
+        """Answer piece by piece: an iterator of StreamPiece with a `result`; close it to stop early.
+
+        prompt    messages, a string (one user message), token ids, or a Prompt
+        images    put before the text of the last user message: paths, bytes, PIL images, arrays, data: or http(s) URLs
+        thinking  True or False; None: the template's own default
+        """
+        return self._start(_as_messages(prompt), images, thinking, tools, options)
+
+    def chat(
+        self,
+        prompt: Any,
+        *,
+        images: Sequence[Any] | None = None,
+        thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationResult:
+        """As `stream`, but returns the finished answer."""
+        return self._start(_as_messages(prompt), images, thinking, tools, options).finish()
+
+    def generate(
+        self, prompt: Any, *, images: Sequence[Any] | None = None, **options: Unpack[GenerationOptions]
+    ) -> GenerationResult:
+        """Continue raw text (special tokens in it are honoured), token ids or a Prompt."""
+        return self._start(prompt, images, None, None, options).finish()
+
+    def _start(
+        self,
+        prompt: Any,
+        images: Sequence[Any] | None,
+        thinking: bool | None,
+        tools: Sequence[dict[str, Any]] | None,
+        options: GenerationOptions,
+    ) -> Stream:
+        """Check every argument now, compute when the stream is first asked for a piece."""
+        began = perf_counter()
+        check_option_names(options)
+        stop = check_stop(options.get("stop"))
+        logprobs = check_logprobs(options.get("logprobs"))
+        resolve_sampling(options, {}, {})  # a wrong option is reported before a long prompt is prepared
+        if options.get("max_new_tokens") is not None:
+            integer("max_new_tokens", options["max_new_tokens"], 1, 2**31 - 1)
+        made = self.prepare(prompt, thinking=thinking, images=images, tools=tools)
+        in_thinking = self.template.starts_in_thinking(made.text)
+        recommended = recommended_sampling(
+            small=is_small(self.config.text), thinking=in_thinking, image=bool(made.images)
+        )
+        params = resolve_sampling(options, self._generation_config, recommended)
+        max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
+        tokenizer = self.tokenizer
+        sampler = Sampler(
+            self._ops,
+            params,
+            limit=min(tokenizer.vocab_size, self.config.text.vocab_size),
+            prompt_ids=made.token_ids,
+            logprobs=logprobs,
+        )
+        rules = TextRules(tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
+        end_ids = self.end_ids
+        return Stream(
+            lambda: generate_ids(
+                self._runner, made, self.new_state(), sampler, end_ids=end_ids, max_new_tokens=max_new_tokens
+            ),
+            rules,
+            end_ids=end_ids,
+            prompt_tokens=len(made.token_ids),
+            prepare_seconds=perf_counter() - began,
+        )
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those the files of the checkpoint name, and the template's own (spec 12.3: the files
+        disagree between releases, so the union counts)."""
+        own = (self.tokenizer.id_of(token) for token in ("<|im_end|>", "<|endoftext|>"))
+        return frozenset(self.config.eos_token_ids) | {i for i in own if i is not None}
+
+    def _room(self, prompt_tokens: int, asked: int | None) -> int:
+        """How many tokens may be generated. Raises ContextLengthError with both numbers where they do not fit."""
+        room = self.context_length - prompt_tokens
+        if asked is not None and asked > room:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {asked}, together {prompt_tokens + asked}; "
+                f"the context has room for {self.context_length}"
+            )
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens, the context has room for {self.context_length} with the answer; "
+                "shorten the prompt"
+            )
+        return asked or min(room, self._generation_config.get("max_new_tokens", MAX_NEW_TOKENS))
+
+    # ------------------------------------------------------------------------------------------------------------- facts
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the loaded model, as plain values."""
+        text = self.config.text
+        state = self.new_state()
+        return {
+            "folder": str(self.folder),
+            "architecture": self.config.architecture,
+            "device": self.device,
+            "isa": self._ops.isa(),
+            "threads": self.threads,
+            "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
+            "context_length": self.context_length,
+            "layers": text.num_hidden_layers,
+            "delta_layers": text.num_delta_layers,
+            "attention_layers": text.num_attention_layers,
+            "vision": self._runner.vision is not None,
+            "state_bytes": state.nbytes,
+        }
+
+
+def _as_messages(prompt: Any) -> Any:
+    """For chat and stream a string is one user message."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if prompt is None or isinstance(prompt, (bytes, int, float)):
+        raise PromptError(f"prompt: expected messages, a string, token ids or a Prompt, found {describe(prompt)}")
+    return prompt
