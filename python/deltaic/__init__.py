@@ -1,4 +1,5 @@
-"""Deltaic runs Qwen3.5 models (Gated DeltaNet + gated attention, dense or sparse-MoE, with vision) on one machine, fast.
+"""Deltaic runs Qwen3.5 models (Gated DeltaNet + gated attention, dense or sparse-MoE, with vision) on one machine,
+fast.
 
     model = deltaic.load("Qwen/Qwen3.5-0.8B")
     print(model.chat("Why is the sky blue?").text)
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from deltaic.errors import (
+from .errors import (
     ArgumentError,
     CheckpointError,
     ConfigError,
@@ -24,11 +25,11 @@ from deltaic.errors import (
 )
 
 if TYPE_CHECKING:
-    from deltaic.api import Model, load
-    from deltaic.chat.prompt import Prompt
-    from deltaic.generate.loop import Stream
-    from deltaic.generate.result import GenerationResult, StreamPiece, TokenLogprobs
-    from deltaic.model.state import State
+    from .api import Model, load
+    from .chat.prompt import Prompt
+    from .generate.loop import Stream
+    from .generate.result import GenerationResult, StreamPiece, TokenLogprobs
+    from .model.state import State
 
 __version__ = "0.1.0"
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaic.arguments import choice, describe, integer
-from deltaic.errors import ArgumentError, ContextLengthError, DeviceError, PromptError
-from deltaic.generate.loop import Runner, Stream, TextRules, check_state, generate_ids
-from deltaic.generate.sampling import (
+from .arguments import choice, describe, integer
+from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError
+from .generate.loop import Runner, Stream, TextRules, check_state, generate_ids
+from .generate.sampling import (
     MAX_NEW_TOKENS,
     Sampler,
     check_logprobs,
@@ -24,22 +24,22 @@ from deltaic.generate.sampling import (
     recommended_sampling,
     resolve_sampling,
 )
-from deltaic.generate.stop import ReasoningSplit, StopStrings, check_stop
-from deltaic.machine import default_threads
+from .generate.stop import ReasoningSplit, StopStrings, check_stop
+from .machine import default_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from deltaic.chat.image import ImageProcessor
-    from deltaic.chat.prompt import Prompt
-    from deltaic.chat.template import ChatTemplate
-    from deltaic.chat.tokenizer import Tokenizer
-    from deltaic.generate.result import GenerationResult
-    from deltaic.generate.sampling import GenerationOptions
-    from deltaic.model.config import ModelConfig
-    from deltaic.model.state import State
-    from deltaic.model.text import TextModel
-    from deltaic.model.vision import VisionModel
+    from .chat.image import ImageProcessor
+    from .chat.prompt import Prompt
+    from .chat.template import ChatTemplate
+    from .chat.tokenizer import Tokenizer
+    from .generate.result import GenerationResult
+    from .generate.sampling import GenerationOptions
+    from .model.config import ModelConfig
+    from .model.state import State
+    from .model.text import TextModel
+    from .model.vision import VisionModel
 
 DTYPES = ("bf16", "f32")
 DEVICES = ("cpu", "cuda", "reference")
@@ -52,13 +52,15 @@ def op_set(device: str) -> ModuleType:
     if device == "cuda":
         raise DeviceError('device: "cuda" is not supported by this version; use device="cpu"')
     if device == "reference":
-        from deltaic.ops import reference
+        from .ops import reference
 
         return reference
     try:
-        from deltaic.ops import cpu
+        from .ops import cpu
     except ImportError as error:
-        raise DeviceError(f"device: the compiled extension cannot be loaded ({error}); install deltaic again") from error
+        raise DeviceError(
+            f"device: the compiled extension cannot be loaded ({error}); install deltaic again"
+        ) from error
     return cpu
 
 
@@ -82,11 +84,11 @@ def load(
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
     """
-    from deltaic.model.config import load_config
-    from deltaic.model.text import TextModel
-    from deltaic.model.vision import VisionModel
-    from deltaic.weights.build import build_weights
-    from deltaic.weights.hub import resolve
+    from .model.config import load_config
+    from .model.text import TextModel
+    from .model.vision import VisionModel
+    from .weights.build import build_weights
+    from .weights.hub import resolve
 
     choice("dtype", dtype, DTYPES)
     kv_dtype = dtype if kv_dtype is None else choice("kv_dtype", kv_dtype, DTYPES)
@@ -104,11 +106,12 @@ def load(
 
 
 class Model:
-    """A loaded checkpoint; made by `deltaic.load`. May be used from several threads: computation takes turns, token by token.
+    """A loaded checkpoint; made by `deltaic.load`. May be used from several threads: computation takes turns, token by
+    token.
 
     Every method that takes generation options knows those of `deltaic.generate.sampling.GenerationOptions`:
-    max_new_tokens, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, seed, stop,
-    logprobs.
+    max_new_tokens, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, seed,
+    stop, logprobs.
     """
 
     def __init__(
@@ -146,7 +149,7 @@ class Model:
         """The checkpoint's tokeniser, read on first use."""
         with self._files_lock:
             if self._tokenizer is None:
-                from deltaic.chat.tokenizer import Tokenizer
+                from .chat.tokenizer import Tokenizer
 
                 self._tokenizer = Tokenizer.from_folder(self.folder)
             return self._tokenizer
@@ -156,7 +159,7 @@ class Model:
         """The checkpoint's chat template, read on first use."""
         with self._files_lock:
             if self._template is None:
-                from deltaic.chat.template import ChatTemplate
+                from .chat.template import ChatTemplate
 
                 self._template = ChatTemplate.from_folder(self.folder)
             return self._template
@@ -166,7 +169,7 @@ class Model:
         """The checkpoint's image preprocessing, read on first use."""
         with self._files_lock:
             if self._image_processor is None:
-                from deltaic.chat.image import ImageProcessor
+                from .chat.image import ImageProcessor
 
                 self._image_processor = ImageProcessor.from_folder(self.folder)
             return self._image_processor
@@ -176,7 +179,7 @@ class Model:
         """Tokens that prompt and answer together may have."""
         return self.config.text.max_position_embeddings
 
-    # ------------------------------------------------------------------------------------------------ prompt and logits
+    # ------------------------------------------------------------------------------- prompt and logits
 
     def prepare(
         self,
@@ -191,11 +194,13 @@ class Model:
         Messages are rendered with the checkpoint's template; a string is raw text in which special tokens are honoured.
         Raises PromptError, ImageError or ContextLengthError.
         """
-        from deltaic.chat.prompt import Prompt, prepare
+        from .chat.prompt import Prompt, prepare
 
         if isinstance(prompt, Prompt):
             if thinking is not None or images is not None or tools is not None:
-                raise ArgumentError("thinking, images and tools belong to Model.prepare; this Prompt is prepared already")
+                raise ArgumentError(
+                    "thinking, images and tools belong to Model.prepare; this Prompt is prepared already"
+                )
             made = prompt
         else:
             made = prepare(
@@ -220,7 +225,9 @@ class Model:
         vocabulary = self.config.text.vocab_size
         wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
         if len(wrong):
-            raise PromptError(f"token {wrong[0]} of the prompt is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}")
+            raise PromptError(
+                f"token {wrong[0]} of the prompt is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}"
+            )
         if len(ids) > self.context_length:
             raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens, the context has room for {self.context_length}; shorten the prompt"
@@ -229,7 +236,7 @@ class Model:
 
     def new_state(self) -> State:
         """An empty sequence state, to feed with `forward`."""
-        from deltaic.model.state import State
+        from .model.state import State
 
         return State(self.config.text, self._ops, kv_dtype=self.kv_dtype)
 
@@ -239,7 +246,7 @@ class Model:
         With `state` the prompt continues that sequence, and the state is advanced. Raises what `prepare` raises, and
         StateError for a state of another model.
         """
-        from deltaic.model.state import State
+        from .model.state import State
 
         made = self.prepare(prompt)
         if state is None:
@@ -265,7 +272,7 @@ class Model:
             row += len(hidden)
         return logits
 
-    # ------------------------------------------------------------------------------------------------------- generation
+    # ------------------------------------------------------------------------------- generation
 
     def stream(
         self,
@@ -330,6 +337,7 @@ class Model:
             self._ops,
             params,
             limit=min(tokenizer.vocab_size, self.config.text.vocab_size),
+            unused=[i for i in tokenizer.unused_ids if i < self.config.text.vocab_size],
             prompt_ids=made.token_ids,
             logprobs=logprobs,
         )
@@ -347,9 +355,10 @@ class Model:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those the files of the checkpoint name, and the template's own (spec 12.3: the files
-        disagree between releases, so the union counts)."""
-        own = (self.tokenizer.id_of(token) for token in ("<|im_end|>", "<|endoftext|>"))
+        """Tokens that end an answer: those the files of the checkpoint name, and the template's own (spec 12.3: the
+        files disagree between releases, so the union counts)."""
+        tokenizer = self.tokenizer
+        own = (tokenizer.eos_token_id, tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<|endoftext|>"))
         return frozenset(self.config.eos_token_ids) | {i for i in own if i is not None}
 
     def _room(self, prompt_tokens: int, asked: int | None) -> int:
@@ -357,17 +366,17 @@ class Model:
         room = self.context_length - prompt_tokens
         if asked is not None and asked > room:
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {asked}, together {prompt_tokens + asked}; "
-                f"the context has room for {self.context_length}"
+                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {asked}, "
+                f"together {prompt_tokens + asked}; the context has room for {self.context_length}"
             )
         if room < 1:
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens, the context has room for {self.context_length} with the answer; "
-                "shorten the prompt"
+                f"the prompt has {prompt_tokens} tokens, the context has room for {self.context_length} "
+                "with the answer; shorten the prompt"
             )
         return asked or min(room, self._generation_config.get("max_new_tokens", MAX_NEW_TOKENS))
 
-    # ------------------------------------------------------------------------------------------------------------- facts
+    # ------------------------------------------------------------------------------- facts
 
     def info(self) -> dict[str, Any]:
         """Facts about the loaded model, as plain values."""

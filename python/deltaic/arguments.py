@@ -1,5 +1,5 @@
-"""Checks of the arguments of public calls: each returns the plain Python value or raises `ArgumentError` with one sentence
-that names the argument, what is allowed and what was found."""
+"""Checks of the arguments of public calls: each returns the plain Python value or raises `ArgumentError` with one
+sentence that names the argument, what is allowed and what was found."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-from deltaic.errors import ArgumentError
+from .errors import ArgumentError
 
 
 def describe(value: object, limit: int = 60) -> str:
-    """`value` as it appears in an error message: its repr, cut to `limit` characters, with the type where that helps."""
+    """`value` as it appears in an error message: its repr, cut to `limit` characters, with the type where that
+    helps."""
     text = repr(value)
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return text if isinstance(value, (int, float, str)) else f"{text} ({type(value).__name__})"

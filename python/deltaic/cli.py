@@ -1,11 +1,12 @@
-"""The command line: `deltaic run | chat | demo | info`. Holds no logic that the Python API lacks; answers go to stdout, all
-else to stderr.
+"""The command line: `deltaic run | chat | demo | info`. Holds no logic that the Python API lacks; answers go to stdout,
+all else to stderr.
 
 Exit codes: 0 done, 1 failed while running, 2 a wrong argument, file or prompt (one line on stderr), 130 Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import stat
@@ -14,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from deltaic.errors import ArgumentError, DeltaicError, ImageError, PromptError
+from .errors import ArgumentError, DeltaicError, ImageError, PromptError
 
 if TYPE_CHECKING:
-    from deltaic.api import Model
-    from deltaic.generate.loop import Stream
-    from deltaic.generate.result import GenerationResult
+    from .api import Model
+    from .generate.loop import Stream
+    from .generate.result import GenerationResult
 
 MINIATURE = Path(__file__).parent / "miniature"
 DEMO_QUESTION = "Describe the picture."
@@ -95,8 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = command("run", "answer one question")
     run.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a Hugging Face hub id")
-    run.add_argument("question", nargs="?", help="the question; text piped to stdin is put after it, or is the question")
-    run.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture to look at; may be repeated")
+    run.add_argument(
+        "question", nargs="?", help="the question; text piped to stdin is put after it, or is the question"
+    )
+    run.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture to look at; may be repeated"
+    )
     run.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the answer")
     _add_thinking(run)
     _add_sampling(run)
@@ -138,7 +143,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frequency-penalty", type=float, help="against tokens used often; 0 = off")
     group.add_argument("--repetition-penalty", type=float, help="against tokens of prompt and answer; 1 = off")
     group.add_argument("--seed", type=int, help="same seed, same answer")
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="at most this many tokens, thinking included")
 
 
@@ -194,20 +201,20 @@ def _dim(text: str) -> str:
     return f"\x1b[2m{text}\x1b[0m" if text and sys.stderr.isatty() and "NO_COLOR" not in os.environ else text
 
 
-# ----------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------------- parts
 
 
 def _load(path_or_id: str, args: argparse.Namespace) -> Model:
-    from deltaic.api import load
+    from .api import load
 
     return load(path_or_id, dtype=args.dtype, device=args.device, threads=args.threads)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Generation options given on the command line, checked before a model is loaded for minutes."""
-    from deltaic.arguments import integer
-    from deltaic.generate.sampling import GenerationOptions, resolve_sampling
-    from deltaic.generate.stop import check_stop
+    from .arguments import integer
+    from .generate.sampling import GenerationOptions, resolve_sampling
+    from .generate.stop import check_stop
 
     options = {name: getattr(args, name, None) for name in GenerationOptions.__annotations__}
     options = {name: value for name, value in options.items() if value is not None}
@@ -278,7 +285,7 @@ def _user_message(text: str, images: Sequence[Path]) -> dict[str, Any]:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
-# -------------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------- commands
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -316,10 +323,8 @@ def _chat(args: argparse.Namespace) -> int:
     model = _load(args.model, args)
     interactive = sys.stdin.isatty()
     if interactive:
-        try:
+        with contextlib.suppress(ImportError):  # not on every platform; input() works without
             import readline  # noqa: F401  (line editing and history for input())
-        except ImportError:
-            pass  # not on every platform; input() works without
         _say(_dim("/image FILE shows a picture, /reset starts again, /exit or Ctrl-D ends, Ctrl-C stops an answer"))
     messages: list[dict[str, Any]] = []
     images: list[Path] = []
@@ -417,8 +422,9 @@ def installation_facts() -> dict[str, Any]:
     import platform
 
     import deltaic
-    from deltaic.api import op_set
-    from deltaic.machine import default_threads, memory_bytes
+
+    from .api import op_set
+    from .machine import default_threads, memory_bytes
 
     return {
         "version": deltaic.__version__,
@@ -432,9 +438,9 @@ def installation_facts() -> dict[str, Any]:
 
 def checkpoint_facts(path_or_id: str) -> dict[str, Any]:
     """What a checkpoint holds, from its configuration and the headers of its files; no weight is read."""
-    from deltaic.model.config import load_config
-    from deltaic.weights.checkpoint import open_checkpoint
-    from deltaic.weights.hub import resolve
+    from .model.config import load_config
+    from .weights.checkpoint import open_checkpoint
+    from .weights.hub import resolve
 
     folder = resolve(path_or_id)
     config = load_config(folder)

@@ -1,4 +1,5 @@
-"""What this process may use of the machine: physical cores, within CPU affinity and control-group limits, and memory."""
+"""What this process may use of the machine: physical cores, within CPU affinity and control-group limits, and
+memory."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def _read(path: Path) -> str | None:
 
 
 def cgroup_cpus(root: Path = _CGROUP_ROOT) -> float | None:
-    """CPUs that the control group's quota allows (version 2 `cpu.max`, version 1 `cpu.cfs_quota_us`), None for no limit."""
+    """CPUs that the control group's quota allows (version 2 `cpu.max`, version 1 `cpu.cfs_quota_us`), None for no
+    limit."""
     unified = _read(root / "cpu.max")
     if unified is not None:
         quota, _, period = unified.partition(" ")
@@ -38,8 +40,8 @@ def cgroup_cpus(root: Path = _CGROUP_ROOT) -> float | None:
 
 
 def physical_cores(cpus: list[int] | None = None, root: Path = _CPU_ROOT) -> int:
-    """Distinct physical cores among `cpus` (default: those this process may run on). Where the system does not tell which
-    hardware threads share a core, every hardware thread counts."""
+    """Distinct physical cores among `cpus` (default: those this process may run on). Where the system does not tell
+    which hardware threads share a core, every hardware thread counts."""
     cpus = _allowed_cpus() if cpus is None else cpus
     cores = set()
     for cpu in cpus:

@@ -1,10 +1,11 @@
-"""The loop: a prompt is prefilled in chunks, tokens are decoded one by one, and the ids become text. Three layers, each usable
-alone: `Runner` computes, `generate_ids` yields tokens, `Stream` yields text."""
+"""The loop: a prompt is prefilled in chunks, tokens are decoded one by one, and the ids become text. Three layers, each
+usable alone: `Runner` computes, `generate_ids` yields tokens, `Stream` yields text."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -12,29 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaic.errors import PromptError, StateError
-from deltaic.generate.result import FinishReason, GenerationResult, StreamPiece, TokenLogprobs
-from deltaic.generate.stop import ReasoningSplit, StopStrings
+from ..errors import PromptError, StateError
+from .result import FinishReason, GenerationResult, StreamPiece, TokenLogprobs
+from .stop import ReasoningSplit, StopStrings
 
 if TYPE_CHECKING:
-    from deltaic.chat.prompt import Prompt
-    from deltaic.chat.tokenizer import DetokenizeStream
-    from deltaic.generate.sampling import Sampler
-    from deltaic.model.state import State
-    from deltaic.model.text import TextModel
-    from deltaic.model.vision import VisionModel
+    from ..chat.prompt import Prompt
+    from ..chat.tokenizer import DetokenizeStream
+    from ..model.state import State
+    from ..model.text import TextModel
+    from ..model.vision import VisionModel
+    from .sampling import Sampler
 
 PREFILL_TOKENS = 512  # rows per forward call of a prompt: bounds the memory for activations
 
 # one lock per op set: its thread pool and thread count belong to the process, not to a model
-_OPS_LOCKS: dict[str, threading.RLock] = {}
+_OPS_LOCKS: dict[str, Any] = {}
 
 
 class Runner:
     """Feeds sequences to one model on one op set, from any thread.
 
-    The op set's lock is held for one chunk or one token at a time and never while a caller has the turn: several streams
-    may be open at once and interleave, in one thread or in many, and one that is abandoned blocks nobody.
+    The op set's lock is held for one chunk or one token at a time and never while a caller has the turn: several
+    streams may be open at once and interleave, in one thread or in many, and one that is abandoned blocks nobody.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Runner:
         if not prompt.images:
             return None
         if self.vision is None:
-            raise PromptError("the prompt holds a picture, but this checkpoint has no vision tower; ask without pictures")
+            raise PromptError(
+                "the prompt holds a picture, but this checkpoint has no vision tower; ask without pictures"
+            )
         with self._lock:
             self._set_threads()
             features = self.vision.forward(prompt.images)
@@ -71,8 +74,9 @@ class Runner:
     def hidden(self, prompt: Prompt, state: State) -> Iterator[np.ndarray]:
         """Feed the prompt to `state` and yield the hidden rows [t, H] (before the final norm) of each chunk.
 
-        Chunks end at multiples of PREFILL_TOKENS counted from the start of the sequence, so that the split depends on the
-        tokens alone. Positions go on where the state stands (spec 9.2). Pictures are encoded before the first chunk.
+        Chunks end at multiples of PREFILL_TOKENS counted from the start of the sequence, so that the split depends on
+        the tokens alone. Positions go on where the state stands (spec 9.2). Pictures are encoded before the first
+        chunk.
         """
         ids, total = prompt.token_ids, len(prompt.token_ids)
         features = self.features(prompt)
@@ -90,8 +94,7 @@ class Runner:
                     x[rows] = features[feature : feature + len(rows)]
                     feature += len(rows)
                 hidden = self._advance(state, x, positions[start:end], chunk.tolist())
-            if end == total:
-                state.rope_delta = int(positions.max()) + 1 - state.length
+                state.rope_delta = int(positions[:end].max()) + 1 - state.length
             yield hidden
             start = end
 
@@ -130,8 +133,8 @@ def generate_ids(
     end_ids: Collection[int],
     max_new_tokens: int,
 ) -> Iterator[tuple[int, TokenLogprobs | None]]:
-    """Prefill, then yield tokens up to and including an end token, at most `max_new_tokens`. The model runs only when the
-    next token is asked for; the last token yielded has not been fed to the state."""
+    """Prefill, then yield tokens up to and including an end token, at most `max_new_tokens`. The model runs only when
+    the next token is asked for; the last token yielded has not been fed to the state."""
     logits = runner.prefill(prompt, state)
     for produced in range(1, max_new_tokens + 1):
         token, logprobs = sampler.next(logits)
@@ -168,8 +171,8 @@ class TextRules:
 
 
 class Stream:
-    """An iterator of `StreamPiece`, and the `result` so far. Closing it, leaving its `with` block, dropping it, or Ctrl-C
-    while it computes ends the generation and frees its state; the model can be used again at once.
+    """An iterator of `StreamPiece`, and the `result` so far. Closing it, leaving its `with` block, dropping it, or
+    Ctrl-C while it computes ends the generation and frees its state; the model can be used again at once.
 
     `close` may be called from another thread than the one that iterates: the iteration then ends before the next token.
     """
@@ -202,6 +205,8 @@ class Stream:
         return self
 
     def __next__(self) -> StreamPiece:
+        if self._pieces.gi_running:
+            raise StateError("the stream is being read already; one reader at a time")
         return next(self._pieces)
 
     def __enter__(self) -> Stream:
@@ -215,7 +220,8 @@ class Stream:
     def close(self) -> None:
         """End the generation; `result` then says "cancelled" unless it had finished."""
         self._closed = True
-        if not self._pieces.gi_running:
+        # ValueError: it is running, in another thread or further up in this one; it then stops before the next token
+        with contextlib.suppress(ValueError):
             self._pieces.close()
 
     def finish(self) -> GenerationResult:
@@ -241,7 +247,7 @@ class Stream:
             logprobs=list(self._logprobs) if self._logprobs else None,
         )
 
-    def _run(self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]) -> Iterator[StreamPiece]:
+    def _run(self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]) -> Generator[StreamPiece, None, None]:
         mark = perf_counter()
         finish: FinishReason = "length"
         for token, logprobs in tokens():

@@ -1,4 +1,5 @@
-"""How the next token is chosen: validated parameters, where their defaults come from, and the sampler of one sequence."""
+"""How the next token is chosen: validated parameters, where their defaults come from, and the sampler of one
+sequence."""
 
 from __future__ import annotations
 
@@ -11,20 +12,20 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from deltaic.arguments import integer, number
-from deltaic.errors import ArgumentError, ConfigError
-from deltaic.generate.result import TokenLogprobs
+from ..arguments import integer, number
+from ..errors import ArgumentError, ConfigError
+from .result import TokenLogprobs
 
 if TYPE_CHECKING:
-    from deltaic.model.config import TextConfig
+    from ..model.config import TextConfig
 
 MAX_NEW_TOKENS = 32768  # the output length that the model cards recommend
 MAX_LOGPROBS = 100
 
 
 class GenerationOptions(TypedDict, total=False):
-    """Keyword arguments of `Model.generate`, `chat` and `stream`. Left out or None: the checkpoint's generation_config.json,
-    else the family's recommended sampling (`recommended_sampling`).
+    """Keyword arguments of `Model.generate`, `chat` and `stream`. Left out or None: the checkpoint's
+    generation_config.json, else the family's recommended sampling (`recommended_sampling`).
 
     max_new_tokens      at least 1; default 32768 or what the context leaves
     temperature         0 = greedy (the most probable token, the lowest id on ties)
@@ -54,8 +55,9 @@ class GenerationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen; the defaults sample from the model's own distribution. Raises ArgumentError on a value out of
-    its range (the ranges are those of `__post_init__`). Penalties apply first, then temperature, top_k, top_p, min_p."""
+    """How tokens are chosen; the defaults sample from the model's own distribution. Raises ArgumentError on a value out
+    of its range (the ranges are those of `__post_init__`). Penalties apply first, then temperature, top_k, top_p,
+    min_p."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -79,7 +81,8 @@ class SamplingParams:
         put("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0.01, 100.0))
         if self.seed is not None:
             put("seed", integer("seed", self.seed, 0, 2**64 - 1))
-        if self.temperature < 1e-5:  # logits divided by it would leave float32's range; the result is the arg max anyway
+        # logits divided by less would leave float32's range, and the choice is the most probable token anyway
+        if self.temperature < 1e-5:
             put("temperature", 0.0)
 
     @property
@@ -106,8 +109,8 @@ def check_option_names(options: Mapping[str, Any]) -> None:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Sampling fields, `max_new_tokens` and `do_sample` of the checkpoint's generation_config.json; {} where there is none.
-    Raises ConfigError naming file, key and value when the file cannot be read or holds an impossible value."""
+    """Sampling fields, `max_new_tokens` and `do_sample` of the checkpoint's generation_config.json; {} where there is
+    none. Raises ConfigError naming file, key and value when the file cannot be read or holds an impossible value."""
     path = folder / "generation_config.json"
     if not path.exists():
         return {}
@@ -133,7 +136,8 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 
 
 def is_small(config: TextConfig) -> bool:
-    """True for sizes whose cards give the advice of 0.8B and 2B: the text layers hold fewer than two billion parameters by the estimate below."""
+    """True for sizes whose cards give the advice of 0.8B and 2B: the text layers hold fewer than two billion parameters
+    by the estimate below."""
     if config.is_moe:
         ffn = 3 * (config.num_experts * config.moe_intermediate_size + config.shared_expert_intermediate_size)
     else:
@@ -159,8 +163,8 @@ def resolve_sampling(
 ) -> SamplingParams:
     """Each field from the call, else from the checkpoint, else from the family's recommendation.
 
-    `do_sample: false` in the checkpoint is temperature 0. Greedy decoding takes penalties from the call or the checkpoint
-    only: the recommended ones belong to sampling, and greedy should mean the model's most probable token.
+    `do_sample: false` in the checkpoint is temperature 0. Greedy decoding takes penalties from the call or the
+    checkpoint only: the recommended ones belong to sampling, and greedy should mean the model's most probable token.
     """
     given = {name: options[name] for name in _NAMES if options.get(name) is not None}
     checkpoint = {name: value for name, value in generation_config.items() if name in _NAMES}
@@ -180,18 +184,26 @@ def check_logprobs(logprobs: Any) -> int | None:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence. Remembers the distinct generated ids and their counts (grown in place, constant
-    time per token) and draws from a generator of its own, so that sequences do not disturb each other.
+    """Chooses the tokens of one sequence. Remembers the distinct generated ids and their counts (grown in place,
+    constant time per token) and draws from a generator of its own, so that sequences do not disturb each other.
 
-    `limit` is the number of ids that have a token: larger ones, present in padded heads, are never chosen.
+    Ids without a token are never chosen: those from `limit` on, present in padded heads, and the `unused` ones below.
     """
 
     def __init__(
-        self, ops: Any, params: SamplingParams, *, limit: int, prompt_ids: np.ndarray, logprobs: int | None = None
+        self,
+        ops: Any,
+        params: SamplingParams,
+        *,
+        limit: int,
+        prompt_ids: np.ndarray,
+        unused: Sequence[int] = (),
+        logprobs: int | None = None,
     ) -> None:
         self.params = params
         self._ops = ops
         self._limit = limit
+        self._unused = np.array(unused, np.int64)
         self._logprobs = logprobs
         self._rng = np.random.default_rng(params.seed)
         repeats = params.repetition_penalty != 1.0
@@ -201,8 +213,12 @@ class Sampler:
         self._counts = np.zeros(64, np.int64)
 
     def next(self, logits: np.ndarray) -> tuple[int, TokenLogprobs | None]:
-        """The next token for `logits` [vocab] (float32), and its log-probabilities where asked for. The token is counted."""
+        """The next token for `logits` [vocab] (float32), and its log-probabilities where asked for. The token is
+        counted."""
         p, seen = self.params, len(self._slots)
+        if len(self._unused):
+            logits = logits.copy()
+            logits[self._unused] = -np.inf
         token = int(
             self._ops.sample(
                 logits,

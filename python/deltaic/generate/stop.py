@@ -1,12 +1,13 @@
-"""Where the text of an answer ends: stop strings (also across token borders) and the border between thinking and answer."""
+"""Where the text of an answer ends: stop strings (also across token borders) and the border between thinking and
+answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from deltaic.arguments import describe
-from deltaic.errors import ArgumentError
+from ..arguments import describe
+from ..errors import ArgumentError
 
 THINK_END = "</think>"
 
@@ -27,9 +28,9 @@ def check_stop(stop: Any) -> tuple[str, ...]:
 class StopStrings:
     """Finds the first stop string in a text that arrives in pieces.
 
-    `push` returns the text that can no longer become part of a stop string. What could (the longest suffix that is a proper
-    prefix of a stop string) is held back until the next push or `flush`. After a match `found` is the stop string, the text
-    before it has been returned, and `rest` is the text after it.
+    `push` returns the text that can no longer become part of a stop string. What could (the longest suffix that is a
+    proper prefix of a stop string) is held back until the next push or `flush`. After a match `found` is the stop
+    string, the text before it has been returned, and `rest` is the text after it.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -71,8 +72,9 @@ class StopStrings:
 class ReasoningSplit:
     """Splits a text that begins inside thinking at `</think>`, piece by piece.
 
-    `push` and `flush` return (reasoning, answer). The line breaks around the tag belong to the chat template, not to either
-    part: trailing ones of the reasoning are held back until something follows, leading ones of the answer are dropped.
+    `push` and `flush` return (reasoning, answer). The line breaks around the tag belong to the chat template, not to
+    either part: trailing ones of the reasoning are held back until something follows, leading ones of the answer are
+    dropped.
     """
 
     def __init__(self, thinking: bool) -> None:
