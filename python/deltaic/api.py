@@ -80,28 +80,29 @@ def load(
     device      "cpu", or "reference": the numpy definition of every operator, an executable specification, slow
     threads     None: the physical cores this process may use
     kv_dtype    how keys and values are stored: "bf16" or "f32"; None: as `dtype`
-    progress    True or False shows or hides progress bars on stderr; None: shown on a terminal
+    progress    True or False shows or hides the packing bars on stderr; None: shown on a terminal
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
     """
     from .model.config import load_config
     from .model.text import TextModel
     from .model.vision import VisionModel
-    from .weights.build import build_weights
-    from .weights.hub import resolve
+    from .weights.build import build_text, build_vision
+    from .weights.checkpoint import open_checkpoint
+    from .weights.hub import find_model
 
     choice("dtype", dtype, DTYPES)
     kv_dtype = dtype if kv_dtype is None else choice("kv_dtype", kv_dtype, DTYPES)
     threads = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
     ops = op_set(device)
-    folder = resolve(path_or_id, progress=progress)
+    folder = find_model(path_or_id)
     config = load_config(folder)
     ops.set_num_threads(threads)
-    weights = build_weights(folder, config, ops, dtype=dtype, progress=progress)
-    text = TextModel(config.text, weights.text, ops)
     vision = None
-    if config.vision is not None and weights.vision is not None:
-        vision = VisionModel(config.vision, weights.vision, ops)
+    with open_checkpoint(folder) as checkpoint:
+        text = TextModel(config.text, build_text(checkpoint, config, ops, dtype, progress), ops)
+        if config.vision is not None:
+            vision = VisionModel(config.vision, build_vision(checkpoint, config, ops, dtype, progress), ops)
     return Model(folder, config, text, vision, ops, device=device, dtype=dtype, kv_dtype=kv_dtype, threads=threads)
 
 

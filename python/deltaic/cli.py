@@ -440,9 +440,9 @@ def checkpoint_facts(path_or_id: str) -> dict[str, Any]:
     """What a checkpoint holds, from its configuration and the headers of its files; no weight is read."""
     from .model.config import load_config
     from .weights.checkpoint import open_checkpoint
-    from .weights.hub import resolve
+    from .weights.hub import find_model
 
-    folder = resolve(path_or_id)
+    folder = find_model(path_or_id)
     config = load_config(folder)
     text = config.text
     with open_checkpoint(folder) as checkpoint:
