@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -166,8 +167,11 @@ class Model:
             return self._template
 
     @property
-    def image_processor(self) -> ImageProcessor:
-        """The checkpoint's image preprocessing, read on first use."""
+    def image_processor(self) -> ImageProcessor | None:
+        """The checkpoint's image preprocessing, read on first use; None where the checkpoint has none."""
+        files = ("preprocessor_config.json", "processor_config.json")
+        if self.config.vision is None or not any((self.folder / name).is_file() for name in files):
+            return None
         with self._files_lock:
             if self._image_processor is None:
                 from .chat.image import ImageProcessor
@@ -189,46 +193,53 @@ class Model:
         thinking: bool | None = None,
         images: Sequence[Any] | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Prompt:
         """Turn messages, raw text or token ids into a Prompt: expanded token ids, pictures, positions.
 
-        Messages are rendered with the checkpoint's template; a string is raw text in which special tokens are honoured.
-        Raises PromptError, ImageError or ContextLengthError.
+        Messages are rendered with the checkpoint's template, to which template_variables go; a string is raw text in
+        which special tokens are honoured. min_pixels and max_pixels replace the checkpoint's limits of a picture's
+        area.         Raises PromptError, ImageError, ArgumentError or ContextLengthError.
         """
         from .chat.prompt import Prompt, prepare
 
+        settings = {
+            "thinking": thinking,
+            "images": images,
+            "tools": tools,
+            "template_variables": template_variables,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+        }
         if isinstance(prompt, Prompt):
-            if thinking is not None or images is not None or tools is not None:
-                raise ArgumentError(
-                    "thinking, images and tools belong to Model.prepare; this Prompt is prepared already"
-                )
-            made = prompt
-        else:
-            made = prepare(
-                prompt,
-                config=self.config,
-                tokenizer=self.tokenizer,
-                template=self.template,
-                image_processor=self.image_processor,
-                thinking=thinking,
-                images=images,
-                tools=tools,
-            )
+            given = [name for name, value in settings.items() if value is not None]
+            if given:
+                raise ArgumentError(f"{given[0]}: belongs to Model.prepare; this Prompt is prepared already")
+            return self._checked(prompt)
+        made = prepare(
+            prompt,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            image_processor=self.image_processor,
+            **settings,
+        )
         return self._checked(made)
 
     def _checked(self, prompt: Prompt) -> Prompt:
         """The prompt, if the model can run it whatever its author did to it."""
         ids, positions = prompt.token_ids, prompt.position_ids
-        if ids.ndim != 1 or not len(ids):
-            raise PromptError(f"the prompt is empty: expected at least one token, found token_ids of shape {ids.shape}")
-        if positions.shape != (len(ids), 3):
-            raise PromptError(f"position_ids: expected shape {(len(ids), 3)}, found {positions.shape}")
+        for name, array, shape in (("token_ids", ids, (len(ids),)), ("position_ids", positions, (len(ids), 3))):
+            if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.shape != shape:
+                raise PromptError(f"{name}: expected an int64 array of shape {shape}, found {describe(array)}")
+        if not len(ids):
+            raise PromptError("the prompt is empty; expected at least one token")
         vocabulary = self.config.text.vocab_size
         wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
         if len(wrong):
-            raise PromptError(
-                f"token {wrong[0]} of the prompt is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}"
-            )
+            raise PromptError(f"token {wrong[0]} is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}")
         if len(ids) > self.context_length:
             raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens, the context has room for {self.context_length}; shorten the prompt"
@@ -333,16 +344,9 @@ class Model:
         )
         params = resolve_sampling(options, self._generation_config, recommended)
         max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
-        tokenizer = self.tokenizer
-        sampler = Sampler(
-            self._ops,
-            params,
-            limit=min(tokenizer.vocab_size, self.config.text.vocab_size),
-            unused=[i for i in tokenizer.unused_ids if i < self.config.text.vocab_size],
-            prompt_ids=made.token_ids,
-            logprobs=logprobs,
-        )
-        rules = TextRules(tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
+        limit, unused = self._sampled_ids
+        sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
+        rules = TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
         end_ids = self.end_ids
         return Stream(
             lambda: generate_ids(
@@ -354,7 +358,13 @@ class Model:
             prepare_seconds=perf_counter() - began,
         )
 
-    @property
+    @cached_property
+    def _sampled_ids(self) -> tuple[int, list[int]]:
+        """(limit, unused): ids below `limit` that are not in `unused` have a token in the tokeniser and in the head."""
+        tokenizer, vocabulary = self.tokenizer, self.config.text.vocab_size
+        return min(tokenizer.vocab_size, vocabulary), [i for i in tokenizer.unused_ids if i < vocabulary]
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer: those the files of the checkpoint name, and the template's own (spec 12.3: the
         files disagree between releases, so the union counts)."""
@@ -381,7 +391,9 @@ class Model:
 
     def info(self) -> dict[str, Any]:
         """Facts about the loaded model, as plain values."""
-        text = self.config.text
+        from .model.weights import weight_bytes
+
+        text, vision = self.config.text, self._runner.vision
         state = self.new_state()
         return {
             "folder": str(self.folder),
@@ -395,7 +407,8 @@ class Model:
             "layers": text.num_hidden_layers,
             "delta_layers": text.num_delta_layers,
             "attention_layers": text.num_attention_layers,
-            "vision": self._runner.vision is not None,
+            "vision": vision is not None,
+            "weight_bytes": weight_bytes(self._runner.text.weights) + (weight_bytes(vision.weights) if vision else 0),
             "state_bytes": state.nbytes,
         }
 

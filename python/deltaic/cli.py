@@ -426,11 +426,15 @@ def installation_facts() -> dict[str, Any]:
     from .api import op_set
     from .machine import default_threads, memory_bytes
 
+    try:
+        isa = op_set("cpu").isa()
+    except DeltaicError as error:  # the one fact that may be missing, and the reason to have asked
+        isa = f"none ({_one_line(error)})"
     return {
         "version": deltaic.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "isa": op_set("cpu").isa(),
+        "isa": isa,
         "threads": default_threads(),
         "memory": memory_bytes(),
     }

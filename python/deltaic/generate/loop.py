@@ -247,7 +247,9 @@ class Stream:
             logprobs=list(self._logprobs) if self._logprobs else None,
         )
 
-    def _run(self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]) -> Generator[StreamPiece, None, None]:
+    def _run(
+        self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]
+    ) -> Generator[StreamPiece, None, None]:
         mark = perf_counter()
         finish: FinishReason = "length"
         for token, logprobs in tokens():
