@@ -23,7 +23,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from deltaic.errors import ArgumentError
+from ..errors import ArgumentError
+from .layout import merge_order
 
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -566,14 +567,6 @@ def patch_embed(
     bottom = (1 - fc) * table[r1, c0] + fc * table[r1, c1]
 
     return patches[row, col] @ weight.matrix.astype(dtype).T + bias.astype(dtype) + (1 - fr) * top + fr * bottom
-
-
-def merge_order(grid_h: int, grid_w: int, merge_size: int) -> tuple[Ints, Ints]:
-    """Row and column of each patch [P] in the tower's order: merge blocks row-major, patches inside likewise."""
-    m = merge_size
-    index = np.arange(grid_h * grid_w, dtype=np.int64).reshape(grid_h // m, m, grid_w // m, m)
-    index = index.transpose(0, 2, 1, 3).ravel()
-    return index // grid_w, index % grid_w
 
 
 def _corners(n: int, side: int, dtype: np.dtype) -> tuple[Ints, Ints, Array]:
