@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import shutil
 import threading
 import weakref
 
+import deltaic
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
-
-import deltaic
-from deltaic import ArgumentError, ContextLengthError, DeltaicError, DeviceError, PromptError, StateError
+from deltaic import ArgumentError, ContextLengthError, DeltaicError, DeviceError, PromptError, State, StateError
 from deltaic.generate import loop
+from PIL import Image
 
 PROMPT = "the cat sat on the mat and the dog"
 QUESTION = [{"role": "user", "content": "What is on the sofa?"}]
@@ -116,9 +116,9 @@ def test_a_prompt_may_be_split_anywhere(tiny_model):
 def test_a_picture_may_come_after_a_state(tiny_model):
     """A later turn with a new picture equals the one-shot prompt: positions go on where the state stands."""
     both = tiny_model.prepare(with_pictures(picture(seed=1), picture(110, 64, seed=2)))
-    first = tiny_model.prepare("<|im_start|>user\npicture 0: <|vision_start|><|image_pad|><|vision_end|>", images=[picture(seed=1)])  # fmt: skip
-    text = both.text[len(first.text) :]
-    second = tiny_model.prepare(text, images=[picture(110, 64, seed=2)])
+    cut = both.text.index("picture 1")
+    first = tiny_model.prepare(both.text[:cut], images=[picture(seed=1)])
+    second = tiny_model.prepare(both.text[cut:], images=[picture(110, 64, seed=2)])
     assert first.token_ids.tolist() + second.token_ids.tolist() == both.token_ids.tolist()
     state = tiny_model.new_state()
     found = np.concatenate([tiny_model.forward(first, state), tiny_model.forward(second, state)])
@@ -458,8 +458,13 @@ def test_the_context_is_a_limit_with_both_numbers(tiny_model):
     tiny_model.forward([1], state)
 
 
-def test_states_that_do_not_fit(tiny_model, tiny_folder, tmp_path):
-    for state in (1, "state", np.zeros(3), {}):
+def test_states_that_do_not_fit(tiny_model):
+    def of(**changes):
+        return State(dataclasses.replace(tiny_model.config.text, **changes), tiny_model._ops)
+
+    others = [of(linear_num_value_heads=8), of(head_dim=64), of(linear_value_head_dim=32), of(num_key_value_heads=1)]
+    others.append(of(layer_types=("full_attention", *tiny_model.config.text.layer_types[1:])))
+    for state in (1, "state", np.zeros(3), {}, *others):
         with pytest.raises(StateError, match="state"):
             tiny_model.forward([1], state)
 
@@ -542,3 +547,12 @@ def test_without_image_preprocessing_text_still_works(tiny_folder, tmp_path):
     assert model.chat("what?", max_new_tokens=1).completion_tokens == 1
     with pytest.raises(PromptError, match=r"preprocessor_config\.json"):
         model.chat("what?", images=[picture()])
+
+
+def test_token_ids_need_no_tokenizer(tiny_model, tiny_folder, device, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "ids")
+    broken(folder, "tokenizer.json", None)
+    model = deltaic.load(folder, device=device, dtype="f32")
+    assert np.array_equal(model.forward([1, 2, 3]), tiny_model.forward([1, 2, 3]))
+    with pytest.raises(DeltaicError, match=r"tokenizer\.json"):
+        model.generate([1, 2, 3])

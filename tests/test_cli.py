@@ -10,16 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deltaic
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
-
-import deltaic
 from deltaic import cli
+from PIL import Image
 
 SOURCE = Path(deltaic.__file__).parents[1]
 REFERENCE = ["--device", "reference", "--dtype", "f32"]
+RAMBLING = ["--temperature", "9", "--top-k", "0", "--top-p", "1", "--seed", "1", *REFERENCE]  # long random answers
 
 
 def deltaic_process(*arguments, **kwargs):
@@ -63,8 +63,8 @@ def test_run_prints_the_answer_and_figures_on_stderr(run, tiny_folder, tiny_mode
 
 def test_json_is_one_object(run, tiny_folder, picture):
     code, out, _ = run(
-        "run", tiny_folder, "what?", "--image", picture, "--image", picture, "--json", "--max-new-tokens", 5, "--seed", 3,
-        "--temperature", 1, "--thinking", *REFERENCE,
+        "run", tiny_folder, "what?", "--image", picture, "--image", picture, "--json", "--max-new-tokens", 5,
+        "--seed", 3, "--temperature", 1, "--thinking", *REFERENCE,
     )  # fmt: skip
     found = json.loads(out)
     assert code == 0
@@ -95,10 +95,7 @@ def test_piped_text_is_read(tiny_folder, tmp_path, run):
 
 
 def test_a_pipe_is_read_and_a_broken_one_is_quiet(tiny_folder):
-    process = deltaic_process(
-        "run", str(tiny_folder), "--max-new-tokens", "500", "--temperature", "5", "--top-k", "0", "--seed", "1", *REFERENCE,
-        stdin=subprocess.PIPE,
-    )  # fmt: skip
+    process = deltaic_process("run", str(tiny_folder), "--max-new-tokens", "500", *RAMBLING, stdin=subprocess.PIPE)
     process.stdin.write(b"the cat")
     process.stdin.close()
     process.stdout.read(1)
@@ -110,10 +107,7 @@ def test_a_pipe_is_read_and_a_broken_one_is_quiet(tiny_folder):
 
 
 def test_ctrl_c_ends_a_run_with_130(tiny_folder):
-    process = deltaic_process(
-        "run", str(tiny_folder), "hi", "--max-new-tokens", "1900", "--temperature", "9", "--top-k", "0", "--seed", "1",
-        *REFERENCE,
-    )  # fmt: skip
+    process = deltaic_process("run", str(tiny_folder), "hi", "--max-new-tokens", "1900", *RAMBLING)
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -131,15 +125,13 @@ def test_chat_keeps_the_conversation(tiny_folder, tmp_path, picture, run, monkey
 
     monkeypatch.setattr(deltaic.Model, "stream", spy)
     lines = tmp_path / "lines.txt"
-    lines.write_text(
-        f"one\n\n/image {picture}\ntwo\n/image missing.png\n/unknown\nbad <|image_pad|>\nthree\n/reset\nfour\n/exit\nfive\n"
-    )
+    said = ["one", "", f"/image {picture}", "two", "/image missing.png", "/unknown", "bad <|image_pad|>", "three"]
+    lines.write_text("\n".join([*said, "/reset", "four", "/exit", "five", ""]))
     code, out, err = run("chat", tiny_folder, "--max-new-tokens", 4, *REFERENCE, stdin=lines)
     assert code == 0
-    roles = [[m["role"] for m in messages] for messages in seen]
-    assert roles == [["user"], ["user", "assistant"] * 1 + ["user"], ["user", "assistant"] * 2 + ["user"]] + [
-        ["user", "assistant"] * 2 + ["user"],
-        ["user"],
+    pair = ["user", "assistant"]
+    assert [[m["role"] for m in messages] for messages in seen] == [
+        [*turns, "user"] for turns in ([], pair, 2 * pair, 2 * pair, [])
     ]
     assert seen[1][-1]["content"][0] == {"type": "image", "image": str(picture)}
     assert seen[3][-1]["content"] == "three"  # the refused turn left no trace
@@ -151,10 +143,7 @@ def test_chat_keeps_the_conversation(tiny_folder, tmp_path, picture, run, monkey
 
 
 def test_ctrl_c_stops_an_answer_not_the_conversation(tiny_folder):
-    process = deltaic_process(
-        "chat", str(tiny_folder), "--max-new-tokens", "1500", "--temperature", "9", "--top-k", "0", "--seed", "1", *REFERENCE,
-        stdin=subprocess.PIPE,
-    )  # fmt: skip
+    process = deltaic_process("chat", str(tiny_folder), "--max-new-tokens", "1500", *RAMBLING, stdin=subprocess.PIPE)
     process.stdin.write(b"hello\n")
     process.stdin.flush()
     process.stdout.read(1)

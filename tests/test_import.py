@@ -6,9 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import deltaic
+import pytest
 
 SOURCE = Path(deltaic.__file__).parents[1]
 

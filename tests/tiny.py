@@ -1,5 +1,5 @@
-"""A complete random checkpoint small enough for every test: dense, with vision, a byte-level tokenizer and a chat template.
-Written by transformers, so that it is what a real folder looks like."""
+"""A complete random checkpoint small enough for every test: dense, with vision, a byte-level tokenizer and a chat
+template. Written by transformers, so that it is what a real folder looks like."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import choice, describe, integer
-from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError
-from .generate.loop import Runner, Stream, TextRules, check_state, generate_ids
+from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError, StateError
+from .generate.loop import Runner, Stream, TextRules, generate_ids
 from .generate.sampling import (
     MAX_NEW_TOKENS,
     Sampler,
@@ -221,7 +221,7 @@ class Model:
         made = prepare(
             prompt,
             config=self.config,
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer if (self.folder / "tokenizer.json").exists() else None,
             template=self.template,
             image_processor=self.image_processor,
             **settings,
@@ -252,6 +252,11 @@ class Model:
 
         return State(self.config.text, self._ops, kv_dtype=self.kv_dtype)
 
+    @cached_property
+    def _blank_state(self) -> State:
+        """A state that is never fed: what states of this model look like (its pages are never touched)."""
+        return self.new_state()
+
     def forward(self, prompt: Any, state: State | None = None) -> np.ndarray:
         """Logits after every token of `prompt` (anything `prepare` takes): float32 [T, vocab].
 
@@ -263,7 +268,10 @@ class Model:
         made = self.prepare(prompt)
         if state is None:
             state = self.new_state()
-        check_state(state, State)
+        if not isinstance(state, State):
+            raise StateError(f"state: expected a State from Model.new_state(), found {describe(state)}")
+        if not self._blank_state.fits(state):
+            raise StateError("state: it belongs to another model or device; expected one from this Model.new_state()")
         total = state.length + len(made.token_ids)
         if total > self.context_length:
             raise ContextLengthError(
@@ -394,7 +402,6 @@ class Model:
         from .model.weights import weight_bytes
 
         text, vision = self.config.text, self._runner.vision
-        state = self.new_state()
         return {
             "folder": str(self.folder),
             "architecture": self.config.architecture,
@@ -409,7 +416,7 @@ class Model:
             "attention_layers": text.num_attention_layers,
             "vision": vision is not None,
             "weight_bytes": weight_bytes(self._runner.text.weights) + (weight_bytes(vision.weights) if vision else 0),
-            "state_bytes": state.nbytes,
+            "state_bytes": self._blank_state.nbytes,
         }
 
 

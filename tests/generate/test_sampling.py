@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from deltaic.errors import ArgumentError, ConfigError
 from deltaic.generate.sampling import (
     Sampler,

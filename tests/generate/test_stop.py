@@ -4,7 +4,6 @@ import random
 from itertools import product
 
 import pytest
-
 from deltaic.errors import ArgumentError
 from deltaic.generate.stop import ReasoningSplit, StopStrings, check_stop
 

@@ -295,9 +295,3 @@ class Stream:
             token = logprobs = None
         if answer:
             yield StreamPiece(answer, token, logprobs)
-
-
-def check_state(state: Any, expected: type) -> None:
-    """Raises StateError where `state` is not a state at all (a wrong shape is the state's own affair)."""
-    if not isinstance(state, expected):
-        raise StateError(f"state: expected a State from Model.new_state(), found {type(state).__name__}")
