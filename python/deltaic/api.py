@@ -205,7 +205,7 @@ class Model:
         """
         from .chat.prompt import Prompt, prepare
 
-        settings = {
+        settings: dict[str, Any] = {
             "thinking": thinking,
             "images": images,
             "tools": tools,

@@ -4,6 +4,7 @@ usable alone: `Runner` computes, `generate_ids` yields tokens, `Stream` yields t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
@@ -47,8 +48,11 @@ class Runner:
         self._threads = threads
         self._image_token_id = image_token_id
         self._lock = _OPS_LOCKS.setdefault(ops.__name__, threading.RLock())
+        with self._lock:
+            self._set_threads()
 
     def _set_threads(self) -> None:
+        """Called with the lock held: another model may have used the op set with another number."""
         if self.ops.num_threads() != self._threads:
             self.ops.set_num_threads(self._threads)
 
@@ -205,7 +209,7 @@ class Stream:
         return self
 
     def __next__(self) -> StreamPiece:
-        if self._pieces.gi_running:
+        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
             raise StateError("the stream is being read already; one reader at a time")
         return next(self._pieces)
 

@@ -51,7 +51,7 @@ class State:
         self._max_tokens = c.max_position_embeddings
 
     def fits(self, other: State) -> bool:
-        """Whether `other` is a state of an equally shaped model on the same op set (kv_dtype and contents may differ)."""
+        """Whether `other` is a state of an equally shaped model on the same op set (kv_dtype, contents may differ)."""
         return (
             type(self.kv) is type(other.kv)
             and self._block == other._block
