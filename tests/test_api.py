@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import io
 import math
 import shutil
+import struct
 import threading
 import weakref
+import zlib
 
 import deltaic
 import numpy as np
 import pytest
 import tiny
-from deltaic import ArgumentError, ContextLengthError, DeltaicError, DeviceError, PromptError, State, StateError
+from deltaic import (
+    ArgumentError,
+    CheckpointError,
+    ContextLengthError,
+    DeltaicError,
+    DeviceError,
+    PromptError,
+    State,
+    StateError,
+)
 from deltaic.generate import loop
 from PIL import Image
 
@@ -25,6 +37,12 @@ SAMPLED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0
 
 def picture(height=70, width=100, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def encoded(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 def with_pictures(*pictures):
@@ -434,10 +452,25 @@ def test_messages_that_cannot_be_used(tiny_model, prompt):
 def test_pictures_that_cannot_be_used(tiny_model, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
-    for image in (tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "missing.png", b"", b"\x89PNG", 7):
+    header = struct.pack(">II", 50_000, 50_000) + b"\x08\x02\x00\x00\x00"  # a gigapixel PNG, but for its samples
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    (tmp_path / "truncated.png").write_bytes(encoded(picture())[:-200])
+    files = [tmp_path / f"{name}.png" for name in ("empty", "text", "huge", "truncated", "missing")]
+    for image in (
+        *files,
+        tmp_path,
+        b"",
+        b"\x89PNG",
+        7,
+        "data:image/png;base64,!",
+        np.zeros((4, 4), int),
+        picture(1, 10_000),
+    ):
         with pytest.raises(DeltaicError):
             tiny_model.chat("what?", images=[image])
-    assert tiny_model.chat("what?", images=[picture()], max_new_tokens=1).completion_tokens == 1
+    for image in (picture(), picture(1, 1), encoded(picture())):
+        assert tiny_model.chat("what?", images=[image], max_new_tokens=1).completion_tokens == 1
 
 
 def test_the_context_is_a_limit_with_both_numbers(tiny_model):
@@ -538,6 +571,26 @@ def test_broken_folders(tiny_folder, tmp_path, name, content):
     broken(folder, name, content)
     with pytest.raises(DeltaicError):
         deltaic.load(folder, device="reference").chat("what?", images=[picture()], max_new_tokens=1)
+
+
+def test_pickled_weights_are_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "pickle")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickle"):
+        deltaic.load(folder, device="reference")
+
+
+def test_weights_that_are_not_numbers_end_in_an_error(tiny_folder, device, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.language_model.norm.weight"][3] = np.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = deltaic.load(folder, device=device, dtype="f32")
+    for _ in range(2):
+        with pytest.raises(DeltaicError, match="NaN"):
+            model.chat("hi")
 
 
 def test_without_image_preprocessing_text_still_works(tiny_folder, tmp_path):

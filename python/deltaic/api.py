@@ -14,7 +14,7 @@ import numpy as np
 
 from .arguments import choice, describe, integer
 from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError, StateError
-from .generate.loop import Runner, Stream, TextRules, generate_ids
+from .generate.loop import Runner, Stream, TextRules, generate_ids, ops_lock
 from .generate.sampling import (
     MAX_NEW_TOKENS,
     Sampler,
@@ -98,7 +98,8 @@ def load(
     ops = op_set(device)
     folder = find_model(path_or_id)
     config = load_config(folder)
-    ops.set_num_threads(threads)
+    with ops_lock(ops):
+        ops.set_num_threads(threads)  # for packing
     vision = None
     with open_checkpoint(folder) as checkpoint:
         text = TextModel(config.text, build_text(checkpoint, config, ops, dtype, progress), ops)

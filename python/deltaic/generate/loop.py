@@ -32,6 +32,11 @@ PREFILL_TOKENS = 512  # rows per forward call of a prompt: bounds the memory for
 _OPS_LOCKS: dict[str, Any] = {}
 
 
+def ops_lock(ops: Any) -> Any:
+    """The lock of an op set (re-entrant: a signal handler may use a model between two of its operators)."""
+    return _OPS_LOCKS.setdefault(ops.__name__, threading.RLock())
+
+
 class Runner:
     """Feeds sequences to one model on one op set, from any thread.
 
@@ -47,9 +52,7 @@ class Runner:
         self.ops = ops
         self._threads = threads
         self._image_token_id = image_token_id
-        self._lock = _OPS_LOCKS.setdefault(ops.__name__, threading.RLock())
-        with self._lock:
-            self._set_threads()
+        self._lock = ops_lock(ops)
 
     def _set_threads(self) -> None:
         """Called with the lock held: another model may have used the op set with another number."""
