@@ -1,4 +1,5 @@
-"""How are the small files beside a checkpoint read? As UTF-8 text or JSON objects of bounded size; anything else is a ConfigError."""
+"""How are the small files beside a checkpoint read? As UTF-8 text or JSON objects of bounded size; anything else is
+a ConfigError."""
 
 from __future__ import annotations
 
@@ -16,12 +17,18 @@ def read_text(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, found {size}; this is not a file of this kind")
+            raise ConfigError(
+                f"{path}: expected at most {MAX_FILE_BYTES} bytes, found {size}; this is not a file of this kind"
+            )
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text, found other bytes at offset {error.start}; fetch it again") from error
+        raise ConfigError(
+            f"{path}: expected UTF-8 text, found other bytes at offset {error.start}; fetch it again"
+        ) from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""How does a picture become patches? Target size, exact resize, patch grid and, on request, normalised pixels in the reference layout."""
+"""How does a picture become patches? Target size, exact resize, patch grid and, on request, normalised pixels in the
+reference layout."""
 
 from __future__ import annotations
 
@@ -21,11 +22,12 @@ MAX_ASPECT_RATIO = 200  # the reference refuses anything longer
 MAX_TARGET_PIXELS = image_source.MAX_PIXELS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageInput:
     """A picture as the vision tower takes it.
 
-    pixels uint8 [h, w, 3], already resized, h and w multiples of patch_size * merge_size; mean, std: per channel, for samples in 0..1.
+    pixels uint8 [h, w, 3], already resized, h and w multiples of patch_size * merge_size; mean, std: per channel, for
+    samples in 0..1.
     """
 
     pixels: NDArray[np.uint8]
@@ -49,13 +51,15 @@ class ImageInput:
     def digest(self) -> str:
         """sha256 over shape and pixels, in hexadecimal: equal digests mean equal vision features."""
         hasher = hashlib.sha256(repr(self.pixels.shape).encode())
-        hasher.update(np.ascontiguousarray(self.pixels))
+        hasher.update(self.pixels.tobytes())
         return hasher.hexdigest()
 
     def pixel_values(self) -> NDArray[np.float32]:
-        """Normalised patches float32 [P, 3 * temporal * patch * patch], rows in merge-block order, columns (channel, frame, y, x).
+        """Normalised patches float32 [P, 3 * temporal * patch * patch], rows in merge-block order, columns (channel,
+        frame, y, x).
 
-        The single frame is repeated along time. `(p - 255 mean) / (255 std)` in float32, as torchvision's fused normalisation."""
+        The single frame is repeated along time. `(p - 255 mean) / (255 std)` in float32, as torchvision's fused
+        normalisation."""
         _, rows, columns = self.grid
         patch, merge = self.patch_size, self.merge_size
         blocks = self.pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
@@ -70,12 +74,15 @@ class ImageInput:
 
 
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width that a picture is resized to: multiples of `factor`, area within the limits where possible, ratio nearly kept.
+    """Height and width that a picture is resized to: multiples of `factor`, area within the limits where possible,
+    ratio nearly kept.
 
     The "smart resize" rule of Qwen2-VL, with halves rounded to even. Raises ValueError for a side ratio above 200."""
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_ASPECT_RATIO:
-        raise ValueError(f"expected sides in a ratio of at most {MAX_ASPECT_RATIO}, found {height} x {width} (ratio {ratio:g})")
+        raise ValueError(
+            f"expected sides in a ratio of at most {MAX_ASPECT_RATIO}, found {height} x {width} (ratio {ratio:g})"
+        )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -104,8 +111,8 @@ class ImageProcessor:
     def from_folder(cls, folder: str | Path) -> ImageProcessor:
         """Read `preprocessor_config.json`, or the `image_processor` part of `processor_config.json`, in `folder`.
 
-        Raises ConfigError if there is neither, if a needed key is missing or absurd, or if a key asks for something other than the
-        family's preprocessing (bicubic, rescaling by 1/255, normalisation, RGB)."""
+        Raises ConfigError if there is neither, if a needed key is missing or absurd, or if a key asks for something
+        other than the family's preprocessing (bicubic, rescaling by 1/255, normalisation, RGB)."""
         folder = Path(folder)
         path = folder / "preprocessor_config.json"
         values: Any = None
@@ -116,16 +123,17 @@ class ImageProcessor:
             values = read_json_object(path).get("image_processor")
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{folder}: expected preprocessor_config.json (or processor_config.json with an 'image_processor'), found neither; "
-                "pictures cannot be prepared without it: fetch it from the model's page"
+                f"{folder}: expected preprocessor_config.json (or processor_config.json with an 'image_processor'), "
+                "found neither; pictures cannot be prepared without it: fetch it from the model's page"
             )
         return _from_config(values, path)
 
     def process(self, image: Any, *, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageInput:
-        """Load `image` (see image_source.load_rgb for the forms it may have), resize it and return it ready for the vision tower.
+        """Load `image` (see image_source.load_rgb for the forms it may have), resize it and return it ready for the
+        vision tower.
 
-        min_pixels, max_pixels: areas that override the checkpoint's for this picture. An ImageInput is returned as it is.
-        Raises ImageError for a picture that cannot be used and ArgumentError for bad limits."""
+        min_pixels, max_pixels: areas that override the checkpoint's for this picture. An ImageInput is returned as
+        it is. Raises ImageError for a picture that cannot be used and ArgumentError for bad limits."""
         if isinstance(image, ImageInput):
             return image
         low = self._limit("min_pixels", self.min_pixels if min_pixels is None else min_pixels)
@@ -143,7 +151,9 @@ class ImageProcessor:
     @staticmethod
     def _limit(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= MAX_TARGET_PIXELS:
-            raise ArgumentError(f"{name}: expected a whole number of pixels from 1 to {MAX_TARGET_PIXELS}, found {value!r}")
+            raise ArgumentError(
+                f"{name}: expected a whole number of pixels from 1 to {MAX_TARGET_PIXELS}, found {value!r}"
+            )
         return int(value)
 
 
@@ -163,19 +173,26 @@ def _from_config(values: dict[str, Any], path: Path) -> ImageProcessor:
     for key, supported in _FIXED.items():
         found = values.get(key)
         if found is not None and found != supported:
-            raise ConfigError(f"{path}: {key}: expected {supported!r}, found {found!r}; other preprocessing is not supported")
+            raise ConfigError(
+                f"{path}: {key}: expected {supported!r}, found {found!r}; other preprocessing is not supported"
+            )
     factor = values.get("rescale_factor")
     if factor is not None and not (_is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-6)):
-        raise ConfigError(f"{path}: rescale_factor: expected 1/255, found {factor!r}; other preprocessing is not supported")
+        raise ConfigError(
+            f"{path}: rescale_factor: expected 1/255, found {factor!r}; other preprocessing is not supported"
+        )
     size = values.get("size")
     size = size if isinstance(size, dict) else {}
-    limits = {}
+    limits: dict[str, Any] = {}
     for name, key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         # older files give min_pixels and max_pixels themselves, and the library lets those win
         limits[name] = values.get(name) if values.get(name) is not None else size.get(key)
         _check_integer(limits[name], f"{path}: size.{key} (an area in pixels)", MAX_TARGET_PIXELS)
     if limits["min_pixels"] > limits["max_pixels"]:
-        raise ConfigError(f"{path}: size: expected shortest_edge <= longest_edge, found {limits['min_pixels']} > {limits['max_pixels']}")
+        raise ConfigError(
+            f"{path}: size: expected shortest_edge <= longest_edge, "
+            f"found {limits['min_pixels']} > {limits['max_pixels']}"
+        )
     for key, largest in (("patch_size", 256), ("merge_size", 16), ("temporal_patch_size", 16)):
         _check_integer(values.get(key), f"{path}: {key}", largest)
     statistics = {}

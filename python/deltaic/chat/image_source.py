@@ -1,7 +1,8 @@
-"""How does a picture get in? From a path, bytes, a Pillow image, a numpy array, a data: URL or an http(s) URL to RGB samples.
+"""How does a picture get in? From a path, bytes, a Pillow image, a numpy array, a data: URL or an http(s) URL to RGB
+samples.
 
-Everything here may come from a stranger, so declared sizes are checked before anything is decoded, and downloads are bounded in bytes
-and seconds. Whatever goes wrong is an ImageError that names the source.
+Everything here may come from a stranger, so declared sizes are checked before anything is decoded, and downloads are
+bounded in bytes and seconds. Whatever goes wrong is an ImageError that names the source.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def load_rgb(source: Any) -> tuple[NDArray[np.uint8], str]:
     """The picture `source` as RGB samples uint8 [h, w, 3], upright (EXIF orientation applied), and a name for messages.
 
     `source`: path (str or os.PathLike), encoded bytes, PIL image of any mode, uint8 array [h, w] or [h, w, 1 | 3 | 4],
-    "data:" URL, "http(s)://" URL. Only a str is ever taken for a URL, never a Path. Conversion is Pillow's `convert("RGB")`, as in
-    the reference: alpha is dropped, not blended. Raises ImageError.
+    "data:" URL, "http(s)://" URL. Only a str is ever taken for a URL, never a Path. Conversion is Pillow's
+    `convert("RGB")`, as in the reference: alpha is dropped, not blended. Raises ImageError.
     """
     from PIL import Image
 
@@ -115,7 +116,9 @@ def _read_file(path: str | os.PathLike[Any], name: str) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device could block or never end
-            raise ImageError(f"{name}: expected a regular file, found {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device'}")
+            raise ImageError(
+                f"{name}: expected a regular file, found {'a folder' if stat.S_ISDIR(status.st_mode) else 'a device'}"
+            )
         _check_bytes(status.st_size, name)
         return Path(os.fsdecode(path)).read_bytes()
     except FileNotFoundError as error:
@@ -153,11 +156,15 @@ def _download(url: str, name: str) -> bytes:
     thread.start()
     thread.join(DOWNLOAD_SECONDS)
     if not result:
-        raise ImageError(f"{name}: expected the download to end within {DOWNLOAD_SECONDS:g} s, it did not; download it yourself")
+        raise ImageError(
+            f"{name}: expected the download to end within {DOWNLOAD_SECONDS:g} s, it did not; download it yourself"
+        )
     if isinstance(result[0], ImageError):
         raise result[0]
     if isinstance(result[0], Exception):
-        raise ImageError(f"{name}: cannot be downloaded ({result[0]}); check the address and the network") from result[0]
+        raise ImageError(f"{name}: cannot be downloaded ({result[0]}); check the address and the network") from result[
+            0
+        ]
     return result[0]
 
 
@@ -200,8 +207,8 @@ def _decode(data: bytes, name: str) -> NDArray[np.uint8]:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: expected an encoded picture (PNG, JPEG, WebP, GIF, ...), found {len(data)} bytes of something else, "
-            f"starting {data[:8]!r}"
+            f"{name}: expected an encoded picture (PNG, JPEG, WebP, GIF, ...), "
+            f"found {len(data)} bytes of something else, starting {data[:8]!r}"
         ) from error
     except Exception as error:  # a decoder may raise anything at a malformed header
         raise _broken(error, name) from error
@@ -219,6 +226,8 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         image.load()
         _check_size(image.width, image.height, name)  # some formats (ICO) learn their size only here
         upright = ImageOps.exif_transpose(image)
+        if upright.mode == "La":  # Pillow has no direct way from premultiplied grey
+            upright = upright.convert("LA")
         return np.array(upright.convert("RGB"), dtype=np.uint8)
     except ImageError:
         raise

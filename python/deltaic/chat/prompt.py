@@ -1,7 +1,7 @@
 """How does anything a user gives become a Prompt? Expanded token ids, pictures, and M-RoPE positions on three axes.
 
-`prepare` is the one door: messages, raw text or token ids. Placeholders are counted here: every picture has its place, and every place
-its picture.
+`prepare` is the one door: messages, raw text or token ids. Placeholders are counted here: every picture has its place,
+and every place its picture.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """What the model reads.
 
     token_ids int64 [T]: placeholders expanded, one per vision feature. images: in the order of their placeholders.
-    position_ids int64 [T, 3]: (time, height, width) of each token. rope_delta: by how much the next position differs from
-    start_position + T (0 without pictures, else negative or 0); add it to that of the state the prompt continues.
+    position_ids int64 [T, 3]: (time, height, width) of each token. rope_delta: by how much the next position differs
+    from start_position + T (0 without pictures, else negative or 0); add it to that of the state the prompt continues.
     text: what was tokenised, with one placeholder per picture; decoded from the ids if ids were given.
     """
 
@@ -50,7 +50,8 @@ class Prompt:
 
     @property
     def pixel_values(self) -> NDArray[np.float32] | None:
-        """Normalised patches of all pictures, float32 [P, 3 * temporal * patch * patch], or None without pictures. Made anew each time."""
+        """Normalised patches of all pictures, float32 [P, 3 * temporal * patch * patch], or None without pictures.
+        Made anew each time."""
         return np.concatenate([image.pixel_values() for image in self.images]) if self.images else None
 
 
@@ -70,26 +71,31 @@ def prepare(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Prompt:
-    """Make a Prompt of messages (list of dicts), raw text (str; special tokens in it count as such) or token ids (whole numbers).
+    """Make a Prompt of messages (list of dicts), raw text (str; special tokens in it count as such) or token ids (whole
+    numbers).
 
-    images: one picture or a list of them. In messages they fill the image parts without data, in order; without such parts they go
-    before the text of the last user message. In raw text and ids each belongs to one `<|image_pad|>`, in order; ids may also hold
-    them already expanded. thinking, tools, merge_system, template_variables: see ChatTemplate.render; only for messages.
-    start_position: position of the first token, for a prompt that continues a sequence. min_pixels, max_pixels: see
-    ImageProcessor.process.
+    images: one picture or a list of them. In messages they fill the image parts without data, in order; without such
+    parts they go before the text of the last user message. In raw text and ids each belongs to one `<|image_pad|>`, in
+    order; ids may also hold them already expanded. thinking, tools, merge_system, template_variables: see
+    ChatTemplate.render; only for messages. start_position: position of the first token, for a prompt that continues a
+    sequence. min_pixels, max_pixels: see ImageProcessor.process.
 
-    Raises PromptError (empty, ids out of range, placeholders that do not match the pictures, template errors), ImageError,
-    ArgumentError, and ConfigError if tokenizer, image processor and model do not fit together."""
+    Raises PromptError (empty, ids out of range, placeholders that do not match the pictures, template errors),
+    ImageError, ArgumentError, and ConfigError if tokenizer, image processor and model do not fit together."""
     if isinstance(start_position, bool) or not isinstance(start_position, (int, np.integer)) or start_position < 0:
         raise ArgumentError(f"start_position: expected a whole number from 0, found {start_position!r}")
     given = _image_list(images)
     if isinstance(prompt, Prompt):
         if given:
-            raise ArgumentError("images: expected none beside a Prompt, which holds its own; pass images= when preparing it")
+            raise ArgumentError(
+                "images: expected none beside a Prompt, which holds its own; pass images= when preparing it"
+            )
         return prompt
     is_messages = _is_messages(prompt)
     if not is_messages and (tools is not None or thinking is not None or template_variables is not None):
-        raise ArgumentError("thinking, tools and template_variables: only for messages; raw text and ids pass no chat template")
+        raise ArgumentError(
+            "thinking, tools and template_variables: only for messages; raw text and ids pass no chat template"
+        )
 
     if is_messages:
         if template is None:
@@ -124,21 +130,28 @@ def prepare(
 def mrope_positions(
     token_ids: NDArray[np.int64], grids: Sequence[tuple[int, int]], image_token_id: int | None, start_position: int = 0
 ) -> NDArray[np.int64]:
-    """Positions int64 [T, 3] of expanded `token_ids` int64 [T]; grids: (height, width) of each picture in tokens, in order.
+    """Positions int64 [T, 3] of expanded `token_ids` int64 [T]; grids: (height, width) of each picture in tokens, in
+    order.
 
-    Text advances all axes by one a token. A picture at position p gives its token (y, x) the position (p, p + y, p + x) and advances
-    by max(height, width). Pictures may follow each other directly: a run of placeholders is cut by grid sizes. Without grids,
-    placeholders are text. Raises PromptError if the placeholders of a picture are missing or interrupted."""
+    Text advances all axes by one a token. A picture at position p gives its token (y, x) the position (p, p + y, p +
+    x) and advances by max(height, width). Pictures may follow each other directly: a run of placeholders is cut by
+    grid sizes. Without grids, placeholders are text. Raises PromptError if the placeholders of a picture are missing
+    or interrupted."""
     positions = np.empty((len(token_ids), 3), np.int64)
     places = np.flatnonzero(token_ids == image_token_id) if grids else np.empty(0, np.int64)
     if len(places) != sum(height * width for height, width in grids):
         needed = sum(height * width for height, width in grids)
-        raise PromptError(f"prompt: expected {needed} image placeholders for {len(grids)} picture(s), found {len(places)}")
+        raise PromptError(
+            f"prompt: expected {needed} image placeholders for {len(grids)} picture(s), found {len(places)}"
+        )
     index, position, used = 0, start_position, 0
     for number, (height, width) in enumerate(grids):
         first, last = int(places[used]), int(places[used + height * width - 1])
         if last - first != height * width - 1:
-            raise PromptError(f"prompt: expected {height * width} image placeholders in a row for picture {number}, found others between")
+            raise PromptError(
+                f"prompt: expected {height * width} image placeholders in a row for picture {number}, "
+                "found other tokens between them"
+            )
         positions[index:first] = np.arange(position, position + first - index)[:, None]
         position += first - index
         block = positions[first : last + 1].reshape(height, width, 3)
@@ -157,7 +170,8 @@ def _is_messages(prompt: Any) -> bool:
         return False
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
         raise PromptError(
-            f"prompt: expected messages (a list of dicts), text (a str) or token ids (whole numbers), found {type(prompt).__name__}"
+            "prompt: expected messages (a list of dicts), text (a str) or token ids (whole numbers), "
+            f"found {type(prompt).__name__}"
         )
     return len(prompt) > 0 and any(isinstance(item, Mapping) for item in prompt)
 
@@ -169,7 +183,8 @@ def _image_list(images: Any) -> list[Any]:
 
 
 def _place_images(messages: list[dict[str, Any]], sources: list[Any], given: list[Any]) -> list[Any]:
-    """The pictures of `messages` in order, with `given` put in their places. May add image parts to the last user message."""
+    """The pictures of `messages` in order, with `given` put in their places. May add image parts to the last user
+    message."""
     bare = sum(source is BARE_IMAGE for source in sources)
     if bare:
         if bare != len(given):
@@ -207,19 +222,27 @@ def _checked_ids(ids: Any, vocab_size: int) -> NDArray[np.int64]:
     try:
         array = np.asarray(ids)
     except (ValueError, TypeError, OverflowError) as error:
-        raise PromptError(f"token ids: expected a flat list of whole numbers, found something else ({error})") from error
+        raise PromptError(
+            f"token ids: expected a flat list of whole numbers, found something else ({error})"
+        ) from error
     if array.ndim != 1:
-        raise PromptError(f"token ids: expected one dimension [T], found shape {list(array.shape)}; give one sequence at a time")
+        raise PromptError(
+            f"token ids: expected one dimension [T], found shape {list(array.shape)}; give one sequence at a time"
+        )
     if not array.size:
         return np.empty(0, np.int64)
     is_list = not isinstance(ids, np.ndarray)
     if array.dtype.kind not in "iu" or (is_list and any(isinstance(i, (bool, np.bool_)) for i in ids)):
         odd = next((i for i in ids if isinstance(i, (bool, np.bool_)) or not isinstance(i, (int, np.integer))), ids[0])
-        raise PromptError(f"token ids: expected whole numbers from 0 to {vocab_size - 1}, found {odd!r:.80} (dtype {array.dtype})")
+        raise PromptError(
+            f"token ids: expected whole numbers from 0 to {vocab_size - 1}, found {odd!r:.80} (dtype {array.dtype})"
+        )
     wrong = (array < 0) | (array >= vocab_size)
     if wrong.any():
         place = int(wrong.argmax())
-        raise PromptError(f"token ids: expected whole numbers from 0 to {vocab_size - 1}, found {array[place]} at index {place}")
+        raise PromptError(
+            f"token ids: expected whole numbers from 0 to {vocab_size - 1}, found {array[place]} at index {place}"
+        )
     return array.astype(np.int64)
 
 
@@ -234,8 +257,8 @@ def _count_placeholders(ids: NDArray[np.int64], images: int, config: ModelConfig
     written = tokenizer.id_of(IMAGE_PLACEHOLDER)
     if images and written is not None and written != config.image_token_id:
         raise ConfigError(
-            f"config.json: image_token_id: expected {written}, the tokenizer's {IMAGE_PLACEHOLDER}, found {config.image_token_id}; "
-            "tokenizer and model do not belong together"
+            f"config.json: image_token_id: expected {written}, the tokenizer's {IMAGE_PLACEHOLDER}, "
+            f"found {config.image_token_id}; tokenizer and model do not belong together"
         )
     placeholders = int((ids == config.image_token_id).sum())
     if (placeholders == 0) != (images == 0) or placeholders < images:
@@ -249,16 +272,24 @@ def _mismatch(placeholders: int, images: int) -> PromptError:
         if placeholders < images
         else "give a picture for each, and keep the placeholder out of other text"
     )
-    return PromptError(f"prompt: expected as many image placeholders as pictures, found {placeholders} and {images}; {advice}")
+    return PromptError(
+        f"prompt: expected as many image placeholders as pictures, found {placeholders} and {images}; {advice}"
+    )
 
 
 def _load_images(
-    sources: list[Any], config: ModelConfig, processor: ImageProcessor | None, min_pixels: int | None, max_pixels: int | None
+    sources: list[Any],
+    config: ModelConfig,
+    processor: ImageProcessor | None,
+    min_pixels: int | None,
+    max_pixels: int | None,
 ) -> list[ImageInput]:
     if not sources:
         return []
     if processor is None or config.vision is None:
-        raise PromptError("images: expected none; this model was loaded without image preprocessing (preprocessor_config.json)")
+        raise PromptError(
+            "images: expected none; this model was loaded without image preprocessing (preprocessor_config.json)"
+        )
     vision = config.vision
     for found, expected, key in (
         (processor.patch_size, vision.patch_size, "patch_size"),
@@ -266,7 +297,9 @@ def _load_images(
         (processor.temporal_patch_size, vision.temporal_patch_size, "temporal_patch_size"),
     ):
         if found != expected:
-            raise ConfigError(f"preprocessor_config.json: {key}: expected {expected} as in config.json's vision_config, found {found}")
+            raise ConfigError(
+                f"preprocessor_config.json: {key}: expected {expected} as in config.json's vision_config, found {found}"
+            )
     return [processor.process(source, min_pixels=min_pixels, max_pixels=max_pixels) for source in sources]
 
 

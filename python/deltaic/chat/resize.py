@@ -1,9 +1,10 @@
-"""How is a picture resized exactly as in training? Antialiased bicubic on uint8, bit for bit as torch's CPU kernel does it.
+"""How is a picture resized exactly as in training? Antialiased bicubic on uint8, bit for bit as torch's CPU kernel does
+it.
 
-torch (and Pillow, with other constants) resamples one axis after the other in fixed point: horizontal first, rounded and clamped to
-uint8, then vertical. Each output sample is a sum of a few integer weights times uint8 samples. All those integers are small, so the sums
-are exact in floating point in any order, and a block of output samples is one small dense matrix product: BLAS does the work, and the
-result does not depend on which BLAS it is.
+torch (and Pillow, with other constants) resamples one axis after the other in fixed point: horizontal first, rounded
+and clamped to uint8, then vertical. Each output sample is a sum of a few integer weights times uint8 samples. All those
+integers are small, so the sums are exact in floating point in any order, and a block of output samples is one small
+dense matrix product: BLAS does the work, and the result does not depend on which BLAS it is.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ ROWS = 64  # picture rows per horizontal pass, so that the float copy stays in c
 
 @dataclass(frozen=True)
 class AxisTaps:
-    """Fixed-point filter of one axis: output i = clamp((2^(precision-1) + sum_j weights[i, j] * input[first[i] + j]) >> precision).
+    """Fixed-point filter of one axis: output i = clamp((2^(precision-1) + sum_j weights[i, j] * input[first[i] + j]) >>
+    precision).
 
-    first int64 [out], count int64 [out] (taps in use), weights int64 [out, max taps] (zero beyond count), precision in bits.
+    first int64 [out], count int64 [out] (taps in use), weights int64 [out, max taps] (zero beyond count), precision in
+    bits.
     """
 
     first: NDArray[np.int64]
@@ -39,7 +42,8 @@ class AxisTaps:
         return np.float32 if largest < 1 << 24 else np.float64
 
     def matrix(self, start: int, stop: int) -> tuple[int, NDArray[np.floating]]:
-        """Dense weights [stop - start, K] of outputs start..stop over the inputs k0..k0+K, divided by 2^precision (exact), and k0."""
+        """Dense weights [stop - start, K] of outputs start..stop over the inputs k0..k0+K, divided by 2^precision
+        (exact), and k0."""
         first, count = self.first[start:stop], self.count[start:stop]
         k0 = int(first[0])
         dense = np.zeros((stop - start, int((first + count).max()) - k0), self.float_type)
@@ -50,7 +54,8 @@ class AxisTaps:
 
 
 def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Keys' cubic kernel with a = -0.5. The order of operations is torch's: the last bit matters where a weight is rounded."""
+    """Keys' cubic kernel with a = -0.5. The order of operations is torch's: the last bit matters where a weight is
+    rounded."""
     a = CUBIC_A
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
@@ -59,7 +64,8 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def axis_taps(size_in: int, size_out: int) -> AxisTaps:
-    """Taps for resampling `size_in` samples to `size_out`, both positive. Computed in float64, as torch does for uint8."""
+    """Taps for resampling `size_in` samples to `size_out`, both positive. Computed in float64, as torch does for
+    uint8."""
     scale = size_in / size_out
     support = 2.0 * scale if scale >= 1 else 2.0
     inverse = 1.0 / scale if scale >= 1 else 1.0
@@ -123,8 +129,8 @@ def _resize_height(image: NDArray[np.uint8], height: int) -> NDArray[np.uint8]:
 
 
 def resize_bicubic(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Resize `image` uint8 [h, w, c] to [height, width, c], equal to torch's
-    `interpolate(mode="bicubic", antialias=True)` on uint8 (the default image processors' kernel). An axis whose size stays is skipped."""
+    """Resize `image` uint8 [h, w, c] to [height, width, c], equal to torch's `interpolate(mode="bicubic",
+    antialias=True)` on uint8 (the default image processors' kernel). An axis whose size stays is skipped."""
     image = np.ascontiguousarray(image)
     if width != image.shape[1]:
         image = _resize_width(image, width)

@@ -1,7 +1,9 @@
-"""How is a stranger's chat template run safely? Jinja's immutable sandbox, with budgets for steps and text, so that it ends.
+"""How is a stranger's chat template run safely? Jinja's immutable sandbox, with budgets for steps and text, so that it
+ends.
 
-Jinja's sandbox keeps a template from Python's internals, but not from nested loops, doubling strings or a padding of 10^10 spaces. Here
-every loop step and call, and every character joined or written, is charged to a budget of the rendering.
+Jinja's sandbox keeps a template from Python's internals, but not from nested loops, doubling strings or a padding of
+10^10 spaces. Here every loop step and call, and every character joined or written, is charged to a budget of the
+rendering.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 3_000_000  # loop steps and calls of one rendering: seconds
-MAX_CHARACTERS = 1 << 27  # written or joined in one rendering: hundreds of times a full context
+MAX_STEPS = 2_000_000  # loop steps, and calls at CALL_STEPS each, of one rendering: seconds
+CALL_STEPS = 5
+MAX_LENGTH = 1 << 26  # of one value that a template makes: dozens of times a full context
+MAX_TOTAL = (
+    1 << 31
+)  # of all of them in one rendering; a template that builds its text bit by bit needs many times its length
 MAX_WIDTH = 999_999  # to which a template may pad
 MAX_BITS = 4096  # of a whole number that a template computes
 
 _BUDGET = "_deltaic_budget"
+_SEQUENCES = (str, bytes, list, tuple)
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "slice", "batch"}
 _FORMATTING = {"format", "format_map"}
 _WIDE = re.compile(r"\d{7}")
@@ -37,18 +44,20 @@ class Budget:
 
     def __init__(self) -> None:
         self.steps = MAX_STEPS
-        self.characters = MAX_CHARACTERS
+        self.characters = MAX_TOTAL
 
-    def step(self) -> None:
-        self.steps -= 1
+    def step(self, steps: int = 1) -> None:
+        self.steps -= steps
         if self.steps < 0:
             raise SecurityError(f"the template took more than {MAX_STEPS} steps")
 
     def text(self, value: Any) -> Any:
-        if isinstance(value, (str, bytes, list, tuple)):
+        if isinstance(value, (*_SEQUENCES, range)):
             self.characters -= len(value)
-            if self.characters < 0:
-                raise SecurityError(f"the template made more than {MAX_CHARACTERS} characters")
+            if len(value) > MAX_LENGTH or self.characters < 0:
+                raise SecurityError(
+                    f"the template made more than {MAX_LENGTH} characters at once or {MAX_TOTAL} in all"
+                )
         return value
 
 
@@ -86,12 +95,15 @@ def _charged(context: Context, value: Any) -> Any:
 
 
 def _check_width(function: str, arguments: Iterable[Any]) -> None:
-    """Refuse a padding to a huge width, or a format that could ask for one. function: a str method's or a filter's name."""
+    """Refuse a padding to a huge width, or a format that could ask for one. function: a str method's or a filter's
+    name."""
     for argument in arguments:
         if function in _PADDING and isinstance(argument, (int, float)) and abs(argument) > MAX_WIDTH:
             raise SecurityError(f"the template called {function} with {argument:g}; at most {MAX_WIDTH} is allowed")
         if function in _FORMATTING and isinstance(argument, str) and _WIDE.search(argument):
-            raise SecurityError(f"the template formats with a number of seven or more digits in the format; at most {MAX_WIDTH} is allowed")
+            raise SecurityError(
+                f"the template formats with a number of seven or more digits; at most {MAX_WIDTH} is allowed"
+            )
 
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,10 +134,15 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=_charged, autoescape=False
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, loopcontrols],
+            finalize=_charged,
+            autoescape=False,
         )
         self.filters = {
-            name: _guarded(name, function) if name in _PADDING | _FORMATTING else function for name, function in self.filters.items()
+            name: _guarded(name, function) if name in _PADDING | _FORMATTING else function
+            for name, function in self.filters.items()
         }
         self.filters.update(tojson=_tojson, _counted=_counted, _charged=_charged)
         self.globals.update(raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
@@ -141,18 +158,20 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *arguments: Any, **keywords: Any) -> Any:  # type: ignore[override]
         """Every call in a template comes here."""
         budget = _budget(context)
-        budget.step()
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str):
-            _check_width(function.__name__, [owner, *arguments, *keywords.values()])
+        budget.step(CALL_STEPS)
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+        if isinstance(owner := getattr(method, "__self__", None), str):
+            _check_width(method.__name__, [owner, *arguments, *keywords.values()])
         return budget.text(super().call(context, function, *arguments, **keywords))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """`+ * ** %` come here; what would be huge is refused before it is made."""
         if operator == "*":
             for many, times in ((left, right), (right, left)):
-                if isinstance(many, (str, bytes, list, tuple)) and isinstance(times, int) and len(many) * times > MAX_CHARACTERS:
-                    raise SecurityError(f"the template repeats something {times} times; {MAX_CHARACTERS} characters are allowed")
+                if isinstance(many, _SEQUENCES) and isinstance(times, int) and len(many) * times > MAX_LENGTH:
+                    raise SecurityError(
+                        f"the template repeats something {times} times; {MAX_LENGTH} characters are allowed"
+                    )
         if operator == "**" and isinstance(right, int) and abs(right) > 64:
             raise SecurityError(f"the template raises to the power {right}; at most 64 is allowed")
         if operator == "%" and isinstance(left, str):

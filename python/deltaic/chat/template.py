@@ -1,7 +1,8 @@
-"""How do messages become the text that the model was trained on? The checkpoint's own Jinja chat template, rendered in a sandbox.
+"""How do messages become the text that the model was trained on? The checkpoint's own Jinja chat template, rendered in
+a sandbox.
 
-Messages are OpenAI / Hugging Face style dicts. `clean_messages` checks them and separates pictures from text: a template only ever sees
-plain strings, lists and dicts.
+Messages are OpenAI / Hugging Face style dicts. `clean_messages` checks them and separates pictures from text: a
+template only ever sees plain strings, lists and dicts.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ChatTemplate:
-    """A checkpoint's chat template(s), by name; "default" is the usual one. Without any, `render` raises PromptError."""
+    """A checkpoint's chat template(s), by name; "default" is the usual one. Without any, `render` raises
+    PromptError."""
 
-    def __init__(self, sources: str | Mapping[str, str], *, variables: Mapping[str, str] | None = None, origin: str = "template") -> None:
-        """sources: Jinja text, or texts by name. variables: what templates may also use (eos_token, ...). origin: file, for messages.
+    def __init__(
+        self, sources: str | Mapping[str, str], *, variables: Mapping[str, str] | None = None, origin: str = "template"
+    ) -> None:
+        """sources: Jinja text, or texts by name. variables: what templates may also use (eos_token, ...). origin: file,
+        for messages.
 
         Raises ConfigError if a text is not a valid template."""
         self.sources: dict[str, str] = {"default": sources} if isinstance(sources, str) else dict(sources)
@@ -45,15 +50,23 @@ class ChatTemplate:
                 try:
                     self._compiled[name] = sandbox.load_text(source)
                 except jinja2.TemplateSyntaxError as error:
-                    raise ConfigError(f"{origin}: chat template {name!r}, line {error.lineno}: {error.message}") from error
-                except (RecursionError, MemoryError, ValueError, SyntaxError) as error:  # nested too deeply for the compiler
+                    raise ConfigError(
+                        f"{origin}: chat template {name!r}, line {error.lineno}: {error.message}"
+                    ) from error
+                except (
+                    RecursionError,
+                    MemoryError,
+                    ValueError,
+                    SyntaxError,
+                ) as error:  # nested too deeply for the compiler
                     raise ConfigError(f"{origin}: chat template {name!r} does not compile ({error})") from error
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ChatTemplate:
         """The first of `chat_template.jinja`, `chat_template.json`, and `chat_template` in `tokenizer_config.json`.
 
-        A folder without any (a base model) gives a ChatTemplate that cannot render. Raises ConfigError for malformed files."""
+        A folder without any (a base model) gives a ChatTemplate that cannot render. Raises ConfigError for malformed
+        files."""
         folder = Path(folder)
         settings: dict[str, Any] = {}
         if (folder / "tokenizer_config.json").is_file():
@@ -85,9 +98,10 @@ class ChatTemplate:
     ) -> str:
         """The prompt text of `messages`, each picture as one placeholder.
 
-        thinking: None leaves the choice to the template. tools: JSON schemas of functions. merge_system: gather system messages that
-        come later into the first one, because the family's templates refuse them. variables: more for the template (add_vision_id, ...).
-        Raises PromptError with the template's own message, ArgumentError for bad arguments."""
+        thinking: None leaves the choice to the template. tools: JSON schemas of functions. merge_system: gather
+        system messages that come later into the first one, because the family's templates refuse them. variables:
+        more for the template (add_vision_id, ...). Raises PromptError with the template's own message, ArgumentError
+        for bad arguments."""
         return self.render_clean(
             clean_messages(messages, merge_system=merge_system)[0],
             thinking=thinking,
@@ -109,10 +123,15 @@ class ChatTemplate:
         if thinking is not None and not isinstance(thinking, bool):
             raise ArgumentError(f"thinking: expected True, False or None (the template's default), found {thinking!r}")
         if clash := _RESERVED & set(variables or {}):
-            raise ArgumentError(f"variables: {', '.join(sorted(clash))}: set by deltaic; use the arguments thinking, tools and so on")
+            raise ArgumentError(
+                f"variables: {', '.join(sorted(clash))}: set by deltaic; use the arguments thinking, tools and so on"
+            )
         values = {**self._variables, **(variables or {})}
         values.update(
-            messages=messages, tools=_clean_tools(tools), documents=None, add_generation_prompt=bool(add_generation_prompt)
+            messages=messages,
+            tools=_clean_tools(tools),
+            documents=None,
+            add_generation_prompt=bool(add_generation_prompt),
         )
         if thinking is not None:
             values["enable_thinking"] = thinking
@@ -138,20 +157,27 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise PromptError(f"chat template: {error.message or error}") from error
         except Exception as error:  # a template may fail in any way at unexpected messages
-            raise PromptError(f"chat template: cannot render these messages ({type(error).__name__}: {error})") from error
+            raise PromptError(
+                f"chat template: cannot render these messages ({type(error).__name__}: {error})"
+            ) from error
 
     @staticmethod
     def starts_in_thinking(rendered: str) -> bool:
-        """Whether the answer to the prompt `rendered` begins inside the reasoning: the prompt ends with an open `<think>`."""
+        """Whether the answer to the prompt `rendered` begins inside the reasoning: the prompt ends with an open
+        `<think>`."""
         return rendered.rstrip().endswith("<think>")
 
 
 def clean_messages(messages: Any, *, merge_system: bool = True) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Checked plain copies of `messages`, and their pictures in order of appearance (BARE_IMAGE for an image part without data).
+    """Checked plain copies of `messages`, and their pictures in order of appearance (BARE_IMAGE for an image part
+    without data).
 
-    Tool-call arguments given as JSON text (OpenAI's form) become mappings, which templates expect. Raises PromptError."""
+    Tool-call arguments given as JSON text (OpenAI's form) become mappings, which templates expect. Raises
+    PromptError."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise PromptError(f"messages: expected a list of dicts with 'role' and 'content', found {type(messages).__name__}")
+        raise PromptError(
+            f"messages: expected a list of dicts with 'role' and 'content', found {type(messages).__name__}"
+        )
     if not messages:
         raise PromptError("messages: expected at least one message, found an empty list")
     images: list[Any] = []
@@ -237,10 +263,14 @@ def _clean_function(function: Any, where: str) -> dict[str, Any]:
             try:
                 arguments = json.loads(arguments) if arguments.strip() else {}
             except (ValueError, RecursionError) as error:
-                raise PromptError(f"{where}.arguments: expected JSON, found text that does not parse ({error})") from error
+                raise PromptError(
+                    f"{where}.arguments: expected JSON, found text that does not parse ({error})"
+                ) from error
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, Mapping):
-            raise PromptError(f"{where}.arguments: expected a mapping or JSON text of one, found {type(arguments).__name__}")
+            raise PromptError(
+                f"{where}.arguments: expected a mapping or JSON text of one, found {type(arguments).__name__}"
+            )
         cleaned["arguments"] = dict(arguments)
     return cleaned
 
@@ -265,7 +295,9 @@ def _clean_tools(tools: Any) -> list[dict[str, Any]] | None:
         raise PromptError(f"tools: expected a list of function schemas (dicts), found {type(tools).__name__}")
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise PromptError(f"tools[{i}]: expected a dict with the function's JSON schema, found {type(tool).__name__}")
+            raise PromptError(
+                f"tools[{i}]: expected a dict with the function's JSON schema, found {type(tool).__name__}"
+            )
     return [dict(tool) for tool in tools]
 
 
@@ -276,7 +308,10 @@ def _named(value: Any, path: Path) -> str | dict[str, str]:
     if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         return value
     if isinstance(value, list) and all(
-        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str) for item in value
+        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+        for item in value
     ):
         return {item["name"]: item["template"] for item in value}
-    raise ConfigError(f"{path}: chat_template: expected text or a list of {{'name', 'template'}}, found {type(value).__name__}")
+    raise ConfigError(
+        f"{path}: chat_template: expected text or a list of {{'name', 'template'}}, found {type(value).__name__}"
+    )

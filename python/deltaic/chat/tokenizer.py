@@ -1,4 +1,5 @@
-"""How does text become token ids and back? The checkpoint's tokenizer.json, and a detokeniser for one token at a time."""
+"""How does text become token ids and back? The checkpoint's tokenizer.json, and a detokeniser for one token at a
+time."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table of printable stand-ins for the 256 bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
+    """GPT-2's table of printable stand-ins for the 256 bytes: printable Latin-1 stands for itself, the rest for
+    U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))
@@ -29,12 +31,15 @@ class Tokenizer:
     text from strangers that must not contain them has to be cleaned by the caller."""
 
     def __init__(self, backend: Backend, eos_token: str | None = None) -> None:
-        """backend: a `tokenizers.Tokenizer` with a byte-level decoder (else ConfigError). eos_token: text of the end token, if any."""
+        """backend: a `tokenizers.Tokenizer` with a byte-level decoder (else ConfigError). eos_token: text of the end
+        token, if any."""
         from tokenizers.decoders import ByteLevel
 
         if not isinstance(backend.decoder, ByteLevel):
             found = type(backend.decoder).__name__
-            raise ConfigError(f"tokenizer: expected a ByteLevel decoder, found {found}; only byte-level vocabularies are supported")
+            raise ConfigError(
+                f"tokenizer: expected a ByteLevel decoder, found {found}; only byte-level vocabularies are supported"
+            )
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -52,21 +57,26 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ConfigError(f"{path}: expected the tokenizer's file, found none; fetch it from the model's page into this folder")
+            raise ConfigError(
+                f"{path}: expected the tokenizer's file, found none; fetch it from the model's page into this folder"
+            )
         try:
             backend = Backend.from_file(str(path))
         except BaseException as error:  # malformed rules can panic in the library, which is not an Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ConfigError(f"{path}: expected a tokenizers file, found one that does not load ({error}); fetch it again") from error
+            raise ConfigError(
+                f"{path}: expected a tokenizers file, found one that does not load ({error}); fetch it again"
+            ) from error
         try:
             return cls(backend, _eos_token(folder / "tokenizer_config.json"))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id that has a token: ids from here on must never be sampled (the model's table may be larger)."""
+        """One more than the largest id that has a token: ids from here on must never be sampled (the model's table
+        may be larger)."""
         return max(self._ids) + 1
 
     @cached_property
@@ -79,7 +89,8 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; nothing is put before or after. Raises PromptError if it is not a str or holds a lone surrogate."""
+        """Token ids of `text`; nothing is put before or after. Raises PromptError if it is not a str or holds a lone
+        surrogate."""
         if not isinstance(text, str):
             raise PromptError(f"text: expected a str, found {type(text).__name__}")
         try:
@@ -87,12 +98,14 @@ class Tokenizer:
         except TypeError as error:  # the library's answer to a str that is not valid Unicode
             place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
             raise PromptError(
-                f"text: expected valid Unicode, found a lone surrogate at character {place}; decode the input with errors='replace'"
+                f"text: expected valid Unicode, found a lone surrogate at character {place}; "
+                "decode the input with errors='replace'"
             ) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`. Ids without a token give nothing; incomplete UTF-8 gives U+FFFD. skip_special: leave out control tokens
-        (tool-call and think tags are not among them). Raises ArgumentError for ids that are not whole numbers from 0."""
+        """Text of `ids`. Ids without a token give nothing; incomplete UTF-8 gives U+FFFD. skip_special: leave out
+        control tokens (tool-call and think tags are not among them). Raises ArgumentError for ids that are not whole
+        numbers from 0."""
         return self.backend.decode([_checked(i) for i in ids], skip_special_tokens=skip_special)
 
     def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
@@ -118,8 +131,8 @@ class Tokenizer:
 class DetokenizeStream:
     """Text of a sequence, token by token, at a cost per token that does not grow with the sequence.
 
-    What `push` returns is final: bytes that may still become a character are held back. All pieces and `flush` together are
-    what `Tokenizer.decode` gives for all ids."""
+    What `push` returns is final: bytes that may still become a character are held back. All pieces and `flush`
+    together are what `Tokenizer.decode` gives for all ids."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -131,7 +144,8 @@ class DetokenizeStream:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
 
     def flush(self) -> str:
-        """What is left at the end (U+FFFD for an unfinished character). The stream may then be used for another sequence."""
+        """What is left at the end (U+FFFD for an unfinished character). The stream may then be used for another
+        sequence."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
