@@ -31,7 +31,8 @@ class Prompt:
     token_ids int64 [T]: placeholders expanded, one per vision feature. images: in the order of their placeholders.
     position_ids int64 [T, 3]: (time, height, width) of each token. rope_delta: by how much the next position differs
     from start_position + T (0 without pictures, else negative or 0); add it to that of the state the prompt continues.
-    text: what was tokenised, with one placeholder per picture; decoded from the ids if ids were given.
+    text: what was tokenised, with one placeholder per picture; decoded from the ids if ids
+    were given (empty without a tokenizer).
     """
 
     token_ids: NDArray[np.int64]
@@ -59,7 +60,7 @@ def prepare(
     prompt: str | Sequence[int] | NDArray[np.integer] | Sequence[Mapping[str, Any]] | Prompt,
     *,
     config: ModelConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     template: ChatTemplate | None = None,
     image_processor: ImageProcessor | None = None,
     thinking: bool | None = None,
@@ -110,7 +111,7 @@ def prepare(
     else:
         sources = given
         ids = _checked_ids(prompt, config.text.vocab_size)
-        text = tokenizer.decode(ids.tolist(), skip_special=False)
+        text = "" if tokenizer is None else tokenizer.decode(ids.tolist(), skip_special=False)
     if not len(ids):
         raise PromptError("prompt: expected at least one token, found none; an empty text cannot be continued")
 
@@ -208,7 +209,9 @@ def _count_parts(message: dict[str, Any]) -> int:
     return sum(part["type"] == "image" for part in content) if isinstance(content, list) else 0
 
 
-def _encoded(text: str, tokenizer: Tokenizer, config: ModelConfig) -> NDArray[np.int64]:
+def _encoded(text: str, tokenizer: Tokenizer | None, config: ModelConfig) -> NDArray[np.int64]:
+    if tokenizer is None:
+        raise PromptError("text: expected token ids, because this checkpoint has no tokenizer.json; fetch that file")
     ids = np.array(tokenizer.encode(text), np.int64)
     if len(ids) and ids.max() >= config.text.vocab_size:
         raise ConfigError(
@@ -246,7 +249,7 @@ def _checked_ids(ids: Any, vocab_size: int) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _count_placeholders(ids: NDArray[np.int64], images: int, config: ModelConfig, tokenizer: Tokenizer) -> int:
+def _count_placeholders(ids: NDArray[np.int64], images: int, config: ModelConfig, tokenizer: Tokenizer | None) -> int:
     """How many image placeholders `ids` hold. Refuses what cannot be right before any picture is loaded."""
     if config.vision is None:
         if images:
@@ -254,7 +257,7 @@ def _count_placeholders(ids: NDArray[np.int64], images: int, config: ModelConfig
         return 0
     if (ids == config.video_token_id).any():
         raise PromptError("prompt: found a video placeholder; videos are not supported, give single pictures instead")
-    written = tokenizer.id_of(IMAGE_PLACEHOLDER)
+    written = None if tokenizer is None else tokenizer.id_of(IMAGE_PLACEHOLDER)
     if images and written is not None and written != config.image_token_id:
         raise ConfigError(
             f"config.json: image_token_id: expected {written}, the tokenizer's {IMAGE_PLACEHOLDER}, "
