@@ -442,7 +442,7 @@ def test_prompts_that_cannot_be_used(tiny_model, prompt):
     assert tiny_model.generate([1], max_new_tokens=1).completion_tokens == 1
 
 
-@pytest.mark.parametrize("prompt", [None, [], [-1], {"role": "user"}, 5])
+@pytest.mark.parametrize("prompt", [None, [], [-1], {"role": "user"}, 5, b"hi", "", " \n"])
 def test_messages_that_cannot_be_used(tiny_model, prompt):
     for call in (tiny_model.chat, tiny_model.stream):
         with pytest.raises(PromptError):

@@ -192,7 +192,7 @@ class Model:
         prompt: Any,
         *,
         thinking: bool | None = None,
-        images: Sequence[Any] | None = None,
+        images: Any = None,
         tools: Sequence[dict[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
         min_pixels: int | None = None,
@@ -299,7 +299,7 @@ class Model:
         self,
         prompt: Any,
         *,
-        images: Sequence[Any] | None = None,
+        images: Any = None,
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         **options: Unpack[GenerationOptions],
@@ -310,23 +310,21 @@ class Model:
         images    put before the text of the last user message: paths, bytes, PIL images, arrays, data: or http(s) URLs
         thinking  True or False; None: the template's own default
         """
-        return self._start(_as_messages(prompt), images, thinking, tools, options)
+        return self._start(_as_messages(prompt, images), images, thinking, tools, options)
 
     def chat(
         self,
         prompt: Any,
         *,
-        images: Sequence[Any] | None = None,
+        images: Any = None,
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """As `stream`, but returns the finished answer."""
-        return self._start(_as_messages(prompt), images, thinking, tools, options).finish()
+        return self._start(_as_messages(prompt, images), images, thinking, tools, options).finish()
 
-    def generate(
-        self, prompt: Any, *, images: Sequence[Any] | None = None, **options: Unpack[GenerationOptions]
-    ) -> GenerationResult:
+    def generate(self, prompt: Any, *, images: Any = None, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Continue raw text (special tokens in it are honoured), token ids or a Prompt."""
         return self._start(prompt, images, None, None, options).finish()
 
@@ -421,10 +419,10 @@ class Model:
         }
 
 
-def _as_messages(prompt: Any) -> Any:
-    """For chat and stream a string is one user message."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if prompt is None or isinstance(prompt, (bytes, int, float)):
-        raise PromptError(f"prompt: expected messages, a string, token ids or a Prompt, found {describe(prompt)}")
-    return prompt
+def _as_messages(prompt: Any, images: Any) -> Any:
+    """For chat and stream a string is one user message; it may be empty only beside pictures."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not prompt.strip() and (images is None or (isinstance(images, (list, tuple)) and not images)):
+        raise PromptError("the prompt is empty; expected a question")
+    return [{"role": "user", "content": prompt}]
