@@ -143,9 +143,14 @@ DELTAIC_INLINE void rms_norm_row(const float* x, const float* weight, int64_t D,
     }
 }
 
-// What a product with `w` reads: rows of x [T, K] after the optional norm, and their int8 form where a segment of w wants it.
-// Lives in scratch memory (or is x itself).
-Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, const Weight& w);
+DELTAIC_INLINE bool wants_integers(const Weight& w) {
+    for (int s = 0; s < w.segments; ++s)
+        if (!w.float_activations && (w.segment[s].format == Format::int8 || w.segment[s].format == Format::int4)) return true;
+    return false;
+}
+
+// Rows of x [T, K] after the optional norm, and their int8 form if a product wants it. In scratch memory (or x itself).
+Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, bool integers);
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic
