@@ -184,6 +184,7 @@ def patch_embed(
 def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
     _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
+    return y
 
 
 def gated_delta_net(
