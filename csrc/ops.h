@@ -25,6 +25,19 @@
       (View x, const Weight& w, View norm, float eps, View bias, int64_t activation, View residual, View y))            \
     X(swiglu, "x f32[T,K]; w weight[2*I,K]; norm f32?[K]; eps float; y f32[T,I]",                                       \
       (View x, const Weight& w, View norm, float eps, View y))                                                          \
+    X(gated_attention,                                                                                                  \
+      "proj f32[T,2*num_heads*D+2*num_kv_heads*D]; q_norm f32[D]; k_norm f32[D]; cos f32[T,F]; sin f32[T,F]; "          \
+      "eps float; num_heads int; num_kv_heads int; layer int; cu_seqlens i64[B+1]; starts i64[B]; tables table*B; "     \
+      "y f32[T,num_heads*D]",                                                                                           \
+      (View proj, View q_norm, View k_norm, View cos, View sin, float eps, int64_t num_heads, int64_t num_kv_heads,     \
+       int64_t layer, View cu_seqlens, View starts, Tables tables, View y))                                             \
+    X(patch_embed,                                                                                                      \
+      "image u8[h,w,3]; weight weight[V,K]; bias f32[V]; pos_embed f32[S,V]; patch_size int; merge_size int; "          \
+      "mean f32[3]; std f32[3]; y f32[P,V]",                                                                            \
+      (View image, const Weight& weight, View bias, View pos_embed, int64_t patch_size, int64_t merge_size, View mean,  \
+       View std, View y))                                                                                               \
+    X(vision_attention, "qkv f32[P,3*V]; cos f32[P,F]; sin f32[P,F]; num_heads int; cu_seqlens i64[_]; y f32[P,V]",     \
+      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y))                                       \
     X(gated_delta_net,                                                                                                  \
       "proj f32[T,2*Hk*Dk+2*Hv*Dv+2*Hv]; conv_weight f32[4,2*Hk*Dk+Hv*Dv]; A_log f32[Hv]; dt_bias f32[Hv]; "            \
       "norm f32[Dv]; eps float; Hk int; Dk int; cu_seqlens i64[B+1]; conv_states f32*B[3,2*Hk*Dk+Hv*Dv]; "              \

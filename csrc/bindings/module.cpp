@@ -19,7 +19,7 @@ namespace py = pybind11;
 namespace deltaic {
 namespace {
 
-const char* const kFormats[] = {"f32", "bf16"};  // order of enum Format
+const char* const kFormats[] = {"f32", "bf16", "int8", "int4"};  // order of enum Format
 
 struct PyWeight {
     Weight weight;
@@ -250,7 +250,7 @@ PYBIND11_MODULE(_core, m) {
     for (int i = 0; i < count; ++i)
         if (list[i].usable) usable.append(list[i].name);
     m.attr("usable_isas") = py::tuple(usable);
-    m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1]);
+    m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1], kFormats[2], kFormats[3]);
 
     m.def("thread_count", &thread_count);
     m.def(
@@ -275,6 +275,9 @@ PYBIND11_MODULE(_core, m) {
                                })
         .def_property_readonly("dtype",
                                [](const PyWeight& self) { return kFormats[static_cast<int>(self.weight.segment[0].format)]; })
+        .def_property(
+            "float_activations", [](const PyWeight& self) { return self.weight.float_activations; },
+            [](PyWeight& self, bool value) { self.weight.float_activations = value; })
         .def_property_readonly("glu", [](const PyWeight& self) { return self.weight.glu; })
         .def_property_readonly("arrays", [](const PyWeight& self) { return self.arrays; })
         .def_property_readonly("nbytes", [](const PyWeight& self) {

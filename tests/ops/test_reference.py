@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from deltaic.errors import ArgumentError
 from deltaic.ops import reference as ops
+from deltaic.ops.layout import merge_order
 
 HK, HV, DK, DV = 3, 6, 5, 7
 C = 2 * HK * DK + HV * DV
@@ -179,7 +180,7 @@ def test_moe_breaks_ties_towards_the_lower_expert(rng):
 
 
 def test_merge_order():
-    row, col = ops.merge_order(4, 6, 2)
+    row, col = merge_order(4, 6, 2)
     assert list(zip(row.tolist(), col.tolist(), strict=True))[:6] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3)]
     assert sorted(zip(row.tolist(), col.tolist(), strict=True)) == [(r, c) for r in range(4) for c in range(6)]
 
@@ -190,7 +191,7 @@ def test_patch_embed_positions_by_hand():
     table = np.arange(9.0)[:, None]  # 3 x 3, value = 3 * row + col
     w = ops.pack([np.ones((1, 12), np.float32)], "f32")
     y = ops.patch_embed(image, w, np.zeros(1), table, patch_size=2, merge_size=2, mean=[0] * 3, std=[1] * 3)
-    row, col = ops.merge_order(4, 6, 2)
+    row, col = merge_order(4, 6, 2)
     np.testing.assert_allclose(y[:, 0], 3 * row * 2 / 3 + col * 2 / 5, atol=1e-12)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "BlockTable",
     "Weight",
     "embed",
+    "gated_attention",
     "gated_delta_net",
     "isa",
     "layer_norm",
@@ -26,10 +27,12 @@ __all__ = [
     "num_threads",
     "pack",
     "pack_glu",
+    "patch_embed",
     "rms_norm",
     "sample",
     "set_num_threads",
     "swiglu",
+    "vision_attention",
 ]
 
 Array = np.ndarray
@@ -137,6 +140,52 @@ def linear(
 def swiglu(x: Array, w: Weight, *, norm: Array | None = None, eps: float = 1e-6) -> Array:
     y = np.empty((x.shape[0], w.shape[0] // 2), np.float32)
     _core.swiglu(x, w, norm, eps, y)
+    return y
+
+
+def gated_attention(
+    proj: Array,
+    q_norm: Array,
+    k_norm: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    layer: int,
+    cu_seqlens: Array,
+    starts: Array,
+    tables: list[BlockTable],
+) -> Array:
+    y = np.empty((proj.shape[0], num_heads * q_norm.shape[0]), np.float32)
+    _core.gated_attention(
+        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, y
+    )
+    return y
+
+
+def patch_embed(
+    image: Array,
+    weight: Weight,
+    bias: Array,
+    pos_embed: Array,
+    *,
+    patch_size: int,
+    merge_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Array:
+    size = max(patch_size, 1)  # the extension refuses a size below 1
+    y = np.empty(((image.shape[0] // size) * (image.shape[1] // size), weight.shape[0]), np.float32)
+    moments = np.array(mean, np.float32), np.array(std, np.float32)
+    _core.patch_embed(image, weight, bias, pos_embed, patch_size, merge_size, *moments, y)
+    return y
+
+
+def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
+    y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
+    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
     return y
 
 

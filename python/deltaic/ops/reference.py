@@ -23,7 +23,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from deltaic.errors import ArgumentError
+from ..errors import ArgumentError
+from .layout import merge_order
 
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -511,7 +512,8 @@ def moe(
     if not (gate_up.is_glu and shared_gate_up.is_glu):
         raise ArgumentError("moe: gate_up and shared_gate_up must come from pack_glu()")
     h = rms_norm(x, norm, eps)
-    logits = h @ router.matrix.astype(x.dtype).T
+    # einsum adds in the same order for every row, which a blocked product need not do: equal experts stay equal
+    logits = np.einsum("th,eh->te", h, router.matrix.astype(x.dtype))
     top = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     coefficients = softmax(np.take_along_axis(logits, top, axis=1))
     shared = _swiglu(h, shared_gate_up.matrix) @ shared_down.matrix.astype(x.dtype).T
@@ -568,19 +570,12 @@ def patch_embed(
     return patches[row, col] @ weight.matrix.astype(dtype).T + bias.astype(dtype) + (1 - fr) * top + fr * bottom
 
 
-def merge_order(grid_h: int, grid_w: int, merge_size: int) -> tuple[Ints, Ints]:
-    """Row and column of each patch [P] in the tower's order: merge blocks row-major, patches inside likewise."""
-    m = merge_size
-    index = np.arange(grid_h * grid_w, dtype=np.int64).reshape(grid_h // m, m, grid_w // m, m)
-    index = index.transpose(0, 2, 1, 3).ravel()
-    return index // grid_w, index % grid_w
-
-
 def _corners(n: int, side: int, dtype: np.dtype) -> tuple[Ints, Ints, Array]:
     """For n aligned-corner samples of `side` table rows: the row before, the row after, the weight of the latter."""
     s = np.arange(n, dtype=dtype) * dtype.type(side - 1) / max(n - 1, 1)
-    before = np.floor(s).astype(np.int64)
-    return before, np.minimum(before + 1, side - 1), s - before
+    before = np.floor(s)
+    index = before.astype(np.int64)
+    return index, np.minimum(index + 1, side - 1), s - before
 
 
 def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Ints) -> Array:
