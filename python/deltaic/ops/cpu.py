@@ -23,11 +23,13 @@ __all__ = [
     "layer_norm",
     "moe",
     "linear",
+    "log_softmax_top",
     "num_threads",
     "pack",
     "pack_glu",
     "patch_embed",
     "rms_norm",
+    "sample",
     "set_num_threads",
     "swiglu",
     "vision_attention",
@@ -229,3 +231,34 @@ def moe(
         x, router, gate_up, down, shared_gate_up, shared_down, shared_gate, norm, eps, top_k, residual, y,
     )  # fmt: skip
     return y
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    output_ids: Array,
+    output_counts: Array,
+    prompt_ids: Array,
+    limit: int,
+    uniform: float,
+) -> int:
+    token = np.empty(1, np.int64)
+    _core.sample(
+        logits, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
+        output_ids, output_counts, prompt_ids, limit, uniform, token,
+    )  # fmt: skip
+    return int(token[0])
+
+
+def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:
+    k = max(0, min(k, limit))
+    logprob, top_ids, top_logprobs = np.empty(1, np.float32), np.empty(k, np.int64), np.empty(k, np.float32)
+    _core.log_softmax_top(logits, limit, k, token, logprob, top_ids, top_logprobs)
+    return float(logprob[0]), top_ids, top_logprobs
