@@ -37,7 +37,9 @@
       (View image, const Weight& weight, View bias, View pos_embed, int64_t patch_size, int64_t merge_size, View mean,  \
        View std, View y))                                                                                               \
     X(vision_attention, "qkv f32[P,3*V]; cos f32[P,F]; sin f32[P,F]; num_heads int; cu_seqlens i64[_]; y f32[P,V]",     \
-      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y))
+      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y))                                       \
+    X(probe_read, "source f32[N]; sum f32[1]", (View source, View sum))                                                 \
+    X(probe_fma, "results f32[N]; flops f32[1]", (View results, View flops))
 
 namespace deltaic {
 
