@@ -6,7 +6,8 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 namespace {
-constexpr int64_t kPortion = 1 << 16;  // floats that a thread reads, and rounds that it computes, at a time
+constexpr int64_t kPortion = 1 << 16;  // floats that a thread reads at a time
+constexpr int64_t kRounds = 1 << 11;   // rounds that it computes at a time
 constexpr int kChains = kTileTokens >= 12 ? 24 : kTileTokens >= 2 ? 6 : 3;  // accumulators that fit the registers
 }  // namespace
 
@@ -35,14 +36,14 @@ void probe_fma(View results, View flops) {
         for (int64_t p = begin; p < end; ++p) {
             f32x16 chain[kChains], factor = set1(0.999f), term = set1(1e-3f);
             for (int c = 0; c < kChains; ++c) chain[c] = set1(static_cast<float>(c));
-            for (int64_t i = 0; i < kPortion; ++i)
+            for (int64_t i = 0; i < kRounds; ++i)
                 for (int c = 0; c < kChains; ++c) chain[c] = fma(chain[c], factor, term);
             f32x16 total = chain[0];
             for (int c = 1; c < kChains; ++c) total = add(total, chain[c]);
             results.f32()[p] = reduce_add(total);
         }
     });
-    flops.f32()[0] = static_cast<float>(results.shape[0]) * kPortion * kChains * 16 * 2;
+    flops.f32()[0] = static_cast<float>(results.shape[0]) * kRounds * kChains * 16 * 2;
 }
 
 }  // namespace DELTAIC_ISA
