@@ -2,13 +2,13 @@
 
     python bench/bench_ops.py [words of rows] [--threads N] [--seconds S]
 
-Prints, per operator and shape, the best time of many calls, the bytes that must be read from memory and the floating-point
-operations per second, and both as a share of the machine's peaks, measured in the same run on the same threads: reading a
-buffer far larger than the caches in order, and multiply-adds out of registers. A row is limited by whichever share is near 1;
-data that stays in a cache between calls can exceed the reading peak.
+Prints, per operator and shape, the best time of many calls, the bytes that must be read from memory and the floating-
+point operations per second, and both as a share of the machine's peaks, measured in the same run on the same threads:
+reading a buffer far larger than the caches in order, and multiply-adds out of registers. A row is limited by
+whichever share is near 1; data that stays in a cache between calls can exceed the reading peak.
 
-To add a row, append to `rows`: operator, shape in words, bytes, flops, and a function that builds the arguments and returns a
-call without arguments. Only rows that are asked for are built.
+To add a row, append to `rows`: operator, shape in words, bytes, flops, and a function that builds the arguments and
+returns a call without arguments. Only rows that are asked for are built.
 """
 
 from __future__ import annotations
