@@ -1,7 +1,8 @@
 """The operators in C++: same names and arguments as `reference.py`, which says what each computes.
 
-Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension from
-the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError). Activations are C-contiguous float32.
+Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the
+extension from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError).
+Activations are C-contiguous float32.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ __all__ = [
     "gated_delta_net",
     "isa",
     "layer_norm",
-    "moe",
     "linear",
     "log_softmax_top",
+    "moe",
     "num_threads",
     "pack",
     "pack_glu",
