@@ -15,6 +15,9 @@
 #define DELTAIC_OPS(X)                                                                                                  \
     X(pack, "source kv[N,K]; format int; first int; step int; packed u8[_]",                                            \
       (View source, int64_t format, int64_t first, int64_t step, View packed))                                          \
+    X(checksum, "data u8[_]; sum i64[1]", (View data, View sum))                                                        \
+    X(probe_read, "data u8[_]; sum i64[1]", (View data, View sum))                                                      \
+    X(probe_peak, "kind int; rounds int; operations i64[1]", (int64_t kind, int64_t rounds, View operations))           \
     X(embed, "ids i64[T]; table weight[V,H]; y f32[T,H]", (View ids, const Weight& table, View y))                      \
     X(rms_norm, "x f32[T,D]; weight f32[D]; eps float; y f32[T,D]", (View x, View weight, float eps, View y))           \
     X(layer_norm, "x f32[T,D]; weight f32[D]; bias f32[D]; eps float; y f32[T,D]",                                      \
