@@ -40,7 +40,20 @@
       (View image, const Weight& weight, View bias, View pos_embed, int64_t patch_size, int64_t merge_size, View mean,  \
        View std, View y))                                                                                               \
     X(vision_attention, "qkv f32[P,3*V]; cos f32[P,F]; sin f32[P,F]; num_heads int; cu_seqlens i64[_]; y f32[P,V]",     \
-      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y))
+      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y))                                       \
+    X(gated_delta_net,                                                                                                  \
+      "proj f32[T,2*Hk*Dk+2*Hv*Dv+2*Hv]; conv_weight f32[4,2*Hk*Dk+Hv*Dv]; A_log f32[Hv]; dt_bias f32[Hv]; "            \
+      "norm f32[Dv]; eps float; Hk int; Dk int; cu_seqlens i64[B+1]; conv_states f32*B[3,2*Hk*Dk+Hv*Dv]; "              \
+      "states f32*B[Hv,Dk,Dv]; y f32[T,Hv*Dv]",                                                                         \
+      (View proj, View conv_weight, View A_log, View dt_bias, View norm, float eps, int64_t Hk, int64_t Dk,             \
+       View cu_seqlens, Views conv_states, Views states, View y))                                                       \
+    X(moe,                                                                                                              \
+      "x f32[T,H]; router weight[E,H]; gate_up weight[E,2*I,H]; down weight[E,H,I]; shared_gate_up weight[2*Is,H]; "    \
+      "shared_down weight[H,Is]; shared_gate weight[1,H]; norm f32[H]; eps float; top_k int; residual f32?[T,H]; "      \
+      "y f32[T,H]",                                                                                                     \
+      (View x, const Weight& router, const Weight& gate_up, const Weight& down, const Weight& shared_gate_up,           \
+       const Weight& shared_down, const Weight& shared_gate, View norm, float eps, int64_t top_k, View residual,        \
+       View y))
 
 namespace deltaic {
 

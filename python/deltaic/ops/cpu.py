@@ -20,8 +20,10 @@ __all__ = [
     "embed",
     "from_packed",
     "gated_attention",
+    "gated_delta_net",
     "isa",
     "layer_norm",
+    "moe",
     "linear",
     "num_threads",
     "pack",
@@ -217,4 +219,47 @@ def patch_embed(
 def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
     _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
+
+
+def gated_delta_net(
+    proj: Array,
+    conv_weight: Array,
+    A_log: Array,
+    dt_bias: Array,
+    norm: Array,
+    *,
+    eps: float,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    cu_seqlens: Array,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> Array:
+    y = np.empty((proj.shape[0], A_log.shape[0] * head_v_dim), np.float32)
+    _core.gated_delta_net(
+        proj, conv_weight, A_log, dt_bias, norm, eps, num_k_heads, head_k_dim,
+        cu_seqlens, list(conv_states), list(states), y,
+    )  # fmt: skip
+    return y
+
+
+def moe(
+    x: Array,
+    router: Weight,
+    gate_up: Weight,
+    down: Weight,
+    shared_gate_up: Weight,
+    shared_down: Weight,
+    shared_gate: Weight,
+    *,
+    top_k: int,
+    norm: Array,
+    eps: float,
+    residual: Array | None = None,
+) -> Array:
+    y = np.empty_like(x)
+    _core.moe(
+        x, router, gate_up, down, shared_gate_up, shared_down, shared_gate, norm, eps, top_k, residual, y,
+    )  # fmt: skip
     return y
