@@ -26,7 +26,6 @@ import numpy.typing as npt
 from ..errors import ArgumentError
 from . import quantise
 from .layout import merge_order
-from .quantise import checksum
 
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]

@@ -82,7 +82,7 @@ class CheckpointFile:
         `ahead`: tell the system that they will be read soon.
         """
         # A read past the end of a mapped file that shrank kills the process (SIGBUS), so look before every tensor.
-        size = os.fstat(self._handle.fileno()).st_size
+        size = self._map.size()
         if size < self.size:
             raise CheckpointError(f"{self.path} shrank from {self.size} to {size} bytes while it was being read")
         dtype = self.dtypes[tensor.dtype]
@@ -112,7 +112,7 @@ class CheckpointFile:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the file. The mapping itself goes away with the last array that views it."""
+        """Close the file. Views of it stay valid, and more can be made; the mapping goes away with the last of them."""
         self._handle.close()
 
 
