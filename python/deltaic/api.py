@@ -100,8 +100,9 @@ def load(
     device        "cpu", or "reference": the numpy definition of every operator, an executable specification, slow
     threads       None: the physical cores this process may use
     kv_dtype      how keys and values are stored: "bf16" or "f32"; None: "f32" where dtype is, else "bf16"
-    memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand (the
-                  file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge pages
+    memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
+                  (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
+                  pages
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     progress      True or False shows or hides progress bars on stderr; None: shown on a terminal
 
@@ -128,7 +129,8 @@ def load(
     text, vision, precision = parts
     if kv_dtype is None:
         kv_dtype = "f32" if precision.default == "f32" else "bf16"
-    return Model(folder, config, text, vision, ops, device=device, precision=precision, kv_dtype=kv_dtype, threads=threads)
+    choices = {"device": device, "precision": precision, "kv_dtype": kv_dtype, "threads": threads}
+    return Model(folder, config, text, vision, ops, **choices)
 
 
 def _pack(

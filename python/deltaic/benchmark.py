@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
     """Load a model and time it: `repeat` times a random prompt of `prompt` tokens and `new` sampled tokens.
 
     Speeds are medians over the repetitions (tokens per second), latencies percentiles over all tokens (milliseconds).
-    The machine's limits are probed before each repetition. Raises what `load` raises, ArgumentError, ContextLengthError.
+    The machine's limits are probed before each repetition. Raises what `load` raises, ArgumentError,
+    ContextLengthError.
     """
     check_lengths(prompt, new, repeat)
     start = perf_counter()
@@ -70,7 +72,7 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
         "memory": resident_bytes(),
         **traffic,
         "read_bandwidth": bandwidth,
-        "decode_bandwidth_fraction": None if bandwidth is None else traffic["bytes_read_per_token"] * decode / bandwidth,
+        "decode_bandwidth_fraction": traffic["bytes_read_per_token"] * decode / bandwidth if bandwidth else None,
         "prefill_operations_per_second": 2 * matrix_elements(model) * median(prefills),
         "peak_int8": probe.peaks["int8"],
         "peak_f32": probe.peaks["f32"],
@@ -100,7 +102,7 @@ def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, lis
     marks = [perf_counter()]
     for _ in tokens:
         marks.append(perf_counter())
-    steps = [b - a for a, b in zip(marks, marks[1:])]  # noqa: B905  (one shorter)
+    steps = [after - before for before, after in pairwise(marks)]
     return steps[0], steps[1:]
 
 
@@ -192,7 +194,7 @@ def traffic_per_token(model: Model, context: int) -> dict[str, int]:
 
 
 def matrix_elements(model: Model) -> int:
-    """Numbers in the matrices that every token of a prompt is multiplied with (chosen experts; not embedding, not head)."""
+    """Numbers in the matrices that every token of a prompt meets (chosen experts; not embedding, not head)."""
     config = model.config.text
     total = 0.0
     for layer in model._runner.text.weights.layers:
@@ -230,6 +232,7 @@ def as_table(facts: dict[str, Any]) -> str:
         rows.append(("arithmetic", f"prefill {operations / 1e9:.0f} Gop/s; peak {', '.join(peaks)}"))
     if facts["memory"] is not None:
         memory = facts["memory"]
-        rows.append(("memory", f"{memory['now'] / 1e6:.0f} MB resident, {memory['private'] / 1e6:.0f} MB of it private"))
+        private = f"{memory['private'] / 1e6:.0f} MB of it private"
+        rows.append(("memory", f"{memory['now'] / 1e6:.0f} MB resident, {private}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)

@@ -1,5 +1,5 @@
-"""The command line: `deltaic run | chat | demo | quantize | bench | info`. Holds no logic that the Python API lacks; answers go to stdout,
-all else to stderr.
+"""The command line: `deltaic run | chat | demo | quantize | bench | info`. Holds no logic that the Python API lacks;
+answers go to stdout, all else to stderr.
 
 Exit codes: 0 done, 1 failed while running, 2 a wrong argument, file or prompt (one line on stderr), 130 Ctrl-C."""
 
@@ -183,8 +183,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--dtype",
-        help="how weights are stored: bf16 (default), f32, int8 or int4, then PATTERN=DTYPE pairs for single tensors, all "
-        "separated by commas; a packed folder has its own",
+        help="how weights are stored: bf16 (default), f32, int8 or int4, then PATTERN=DTYPE pairs for single tensors, "
+        "all separated by commas; a packed folder has its own",
     )
     group.add_argument("--vision-dtype", metavar="DTYPE", help="the same for the vision tower; default: bf16")
     group.add_argument(

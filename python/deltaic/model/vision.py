@@ -40,7 +40,11 @@ class VisionModel:
     """
 
     def __init__(
-        self, config: VisionConfig, weights: VisionWeights, ops: ModuleType, before_use: Callable[[], None] | None = None
+        self,
+        config: VisionConfig,
+        weights: VisionWeights,
+        ops: ModuleType,
+        before_use: Callable[[], None] | None = None,
     ):
         self.config, self.weights, self.ops = config, weights, ops
         self._before_use = before_use

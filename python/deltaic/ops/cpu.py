@@ -1,7 +1,8 @@
 """The operators in C++: same names and arguments as `reference.py`, which says what each computes.
 
-Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension from
-the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError). Activations are C-contiguous float32.
+Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the
+extension from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError).
+Activations are C-contiguous float32.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def packed_parts(weight: Weight) -> list[tuple[str, int, Array]]:
 
 
 def from_packed(parts: Sequence[tuple[str, int, Array]], count: int, columns: int, glu: bool) -> Weight:
-    """A weight on bytes [n] that `pack` or `pack_glu` made earlier, kept alive but not copied. They may be read-only."""
+    """A weight on bytes that `pack` or `pack_glu` made earlier, kept alive but not copied. They may be read-only."""
     return Weight(list(parts), count, columns, glu)
 
 

@@ -1,8 +1,9 @@
-"""What do the packed int8 and int4 formats mean? The definition in numpy: numbers -> codes -> numbers, and where each code
-lies in the packed bytes (csrc/core/view.h). The compiled packer may search scales in another order; the format is the same.
+"""What do the packed int8 and int4 formats mean? The definition in numpy: numbers -> codes -> numbers, and where each
+code lies in the packed bytes (csrc/core/view.h). The compiled packer may search scales in another order; the format is
+the same.
 
-Both formats cut a row into runs of 128 columns (the last one padded with zeros). All scales are float16 and multiply small
-integers, so that a run is one exact integer dot product.
+Both formats cut a row into runs of 128 columns (the last one padded with zeros). All scales are float16 and multiply
+small integers, so that a run is one exact integer dot product.
 
   int8  w = d * value, value in -127..127; one d per run: 8.125 bits per weight
   int4  w = d * s * value, value in -8..7; s in 1..16 per group of 16 columns, one d per run: 4.375 bits per weight
@@ -112,7 +113,7 @@ def _inverse(step: Floats) -> Floats:
     return np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
 
 
-# ------------------------------------------------------------------------------------------ where the codes lie in memory
+# ---------------------------------------------------------------------------------------- where the codes lie in memory
 
 
 def block_bytes(dtype: str, columns: int) -> int:
@@ -198,7 +199,8 @@ def checksum(data: Bytes) -> int:
             chunk = words[first : first + CHECKSUM_LINES]
             weights = np.arange(len(chunk), 0, -1, dtype=np.uint64)
             state = np.uint64(number)
-            for value in (*chunk.sum(axis=0, dtype=np.uint64), *(chunk * weights[:, None]).sum(axis=0, dtype=np.uint64)):
+            sums = np.stack([chunk.sum(axis=0), (chunk * weights[:, None]).sum(axis=0)])
+            for value in sums.ravel():
                 state = _mix(state ^ value)
             total += state
     return int(total)

@@ -83,9 +83,9 @@ class Weight:
 def pack(parts: Sequence[npt.NDArray], dtype: str | Sequence[str]) -> Weight:
     """Join row blocks that read the same input into one weight.
 
-    parts: float32 or bfloat16 arrays [N_i, K], or [E, N_i, K]; dtype: one of FORMATS for all, or one per part (what int8
-    and int4 mean: ops/quantise.py).
-    Returns a Weight (sum N_i, K) or (E, sum N_i, K); output columns of `linear` come in the order of the parts.
+    parts: float32 or bfloat16 arrays [N_i, K], or [E, N_i, K]; dtype: one of FORMATS for all, or one per part (what
+    int8 and int4 mean: ops/quantise.py). Returns a Weight (sum N_i, K) or (E, sum N_i, K); output columns of `linear`
+    come in the order of the parts.
     """
     formats = [dtype] * len(parts) if isinstance(dtype, str) else list(dtype)
     if not parts or len(formats) != len(parts):

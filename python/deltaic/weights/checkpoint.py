@@ -264,7 +264,7 @@ def _parse_json(raw: bytes, where: str) -> Any:
 
 
 def _parse_header(raw: bytes, file: CheckpointFile, data_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Header JSON -> tensors, metadata. Tensors must fill the data section exactly: no overlap, no hole, no remainder."""
+    """Header JSON -> tensors, metadata. Tensors must fill the data exactly: no overlap, no hole, no remainder."""
     where = f"{file.path}: header"
     entries = _parse_json(raw, where)
     if not isinstance(entries, dict):
@@ -296,8 +296,8 @@ def _parse_entry(name: str, entry: Any, file: CheckpointFile, data_bytes: int) -
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in file.dtypes:
         raise CheckpointError(
-            f"{where} has dtype {_show(dtype)}; expected {', '.join(sorted(file.dtypes))} (quantised checkpoints are not "
-            f"supported yet)"
+            f"{where} has dtype {_show(dtype)}; expected {', '.join(sorted(file.dtypes))} (checkpoints that others "
+            f"quantised are not supported yet)"
         )
     if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(_is_size(n, _MAX_DIMENSION) for n in shape):
         raise CheckpointError(f"{where} has shape {_show(shape)}; expected a list of at most {_MAX_RANK} sizes")

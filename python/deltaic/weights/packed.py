@@ -1,6 +1,7 @@
 """How do packed weights lie on disk? One safetensors file that is mapped, not read: every matrix as the bytes that the
-compiled operators use (uint8, the layout of csrc/core/view.h, the same for all instruction sets), every vector as float32,
-each at a multiple of 64 bytes. What the bytes mean, and a checksum of each tensor, stand in the header's metadata.
+compiled operators use (uint8, the layout of csrc/core/view.h, the same for all instruction sets), every vector as
+float32, each at a multiple of 64 bytes. What the bytes mean, and a checksum of each tensor, stand in the header's
+metadata.
 
 Order of the data: decoder, multi-token-prediction layer, vision tower, so that each part is one range of the file."""
 
@@ -128,8 +129,8 @@ class PackedFile:
         if missing or extra:
             problem = f"{missing[0]} is missing" if missing else f"{extra[0]} is unexpected"
             raise CheckpointError(
-                f"{self.path} does not fit config.json: {problem} ({len(missing)} missing, {len(extra)} unexpected); was "
-                f"config.json changed since the folder was packed?"
+                f"{self.path} does not fit config.json: {problem} ({len(missing)} missing, {len(extra)} unexpected); "
+                f"was config.json changed since the folder was packed?"
             )
 
     def verify(self, ops: Any, prefixes: tuple[str, ...] | None, title: str, progress: bool | None) -> None:

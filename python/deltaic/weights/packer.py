@@ -1,6 +1,6 @@
-"""How do stored tensors become packed matrices? Reads the tensors of a checkpoint by name and packs them one after another
-through an op set. At any time only the tensors of one packed matrix are mapped besides what is already packed, so that
-loading never needs much more memory than the packed model."""
+"""How do stored tensors become packed matrices? Reads the tensors of a checkpoint by name and packs them one after
+another through an op set. At any time only the tensors of one packed matrix are mapped besides what is already packed,
+so that loading never needs much more memory than the packed model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Stored = np.ndarray[Any, Any] | list[np.ndarray[Any, Any]]  # [N, K], [E, N, K],
 
 
 class Packer:
-    """The tensors of a checkpoint as a `Source` (weights/source.py): each call reads, packs, gives the mapped pages back
-    and moves the progress bar."""
+    """The tensors of a checkpoint as a `Source` (weights/source.py): each call reads, packs, gives the mapped pages
+    back and moves the progress bar."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, ops: Any, precision: Precision):
         self.where = str(checkpoint.source)

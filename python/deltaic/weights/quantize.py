@@ -1,6 +1,6 @@
-"""How does a checkpoint become a packed folder? Its matrices are packed slab by slab straight into the packed file, and the
-small files (configuration, tokeniser, template) are copied, all into a temporary folder that is renamed at the end: whoever
-looks sees the finished folder, the one before, or none."""
+"""How does a checkpoint become a packed folder? Its matrices are packed slab by slab straight into the packed file, and
+the small files (configuration, tokeniser, template) are copied, all into a temporary folder that is renamed at the end:
+whoever looks sees the finished folder, the one before, or none."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def quantize(
     threads       None: the physical cores this process may use
 
     Returns the folder. Needs little memory: one packed matrix passes through it slab by slab. The result is the same,
-    bit for bit, as what `deltaic.load` packs in memory. Raises ArgumentError, ConfigError, CheckpointError, DeviceError.
+    bit for bit, as what `deltaic.load` packs in memory. Raises ArgumentError, ConfigError, CheckpointError,
+    DeviceError.
     """
     from ..api import op_set, use_threads
     from .hub import find_model
@@ -152,7 +153,7 @@ def _slabs(matrix: np.ndarray[Any, Any]) -> Iterator[slice]:
         yield slice(first, first + rows)
 
 
-# ------------------------------------------------------------------------------------------------------------ the folder
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 def _check_target(target: Path, source: Path, overwrite: bool) -> None:
