@@ -256,7 +256,8 @@ def test_forged_metadata_does_not_crash(folder: Path, name: str, value: str) -> 
 def test_forged_sizes_do_not_reach_a_kernel(folder: Path) -> None:
     header, data = raw_header(folder)
     matrices = json.loads(header["__metadata__"]["matrices"])
-    for change in ({"columns": 4096}, {"count": 2}, {"glu": True}, {"parts": [["int8", 48]]}, {"parts": [["int4", 47]]}):
+    parts = [[["int8", 48]], [["int4", 47]]]
+    for change in ({"columns": 4096}, {"count": 2}, {"glu": True}, *({"parts": part} for part in parts)):
         forged = {**matrices, "layers.1.mlp.down_proj": {**matrices["layers.1.mlp.down_proj"], **change}}
         header["__metadata__"]["matrices"] = json.dumps(forged)
         write_header(folder, sign(header), data)
@@ -280,12 +281,11 @@ def test_a_flipped_bit_is_found_and_named(folder: Path, plain: Path, cpu: Module
         changed[(begin + end) // 2] ^= 4
         write_header(folder, header, bytes(changed))
         with PackedFile(folder) as packed:
+            part = (name.split(".")[0] + ".",) if name.startswith(("visual", "mtp")) else None
             with pytest.raises(CheckpointError, match=f"bytes of {name} do not match"):
-                for part in (None, ("visual.",), ("mtp.",)):
-                    packed.verify(cpu, part, "", False)
+                packed.verify(cpu, part, "", False)
             build_text(packed, config, cpu)  # without a check it can be used, and computes something
-    if "visual" in name or "mtp" in name:
-        deltaic.load(folder, device="reference")  # parts that are not used are not read
+    deltaic.load(folder, device="reference")  # the last one harmed a part that is not used: it is not read
 
 
 def test_a_changed_configuration_is_refused(folder: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_changed_configuration_is_refused(folder: Path) -> None:
     text["num_hidden_layers"] *= 2
     path.write_text(json.dumps(config))
     refused(folder, "is missing .* missing, 0 unexpected")
-    text["layer_types"] = text["layer_types"][:2] + ["full_attention"]
+    text["layer_types"] = ["linear_attention", "linear_attention", "full_attention"]
     text["num_hidden_layers"] = 3
     path.write_text(json.dumps(config))
     refused(folder, "does not fit config.json")

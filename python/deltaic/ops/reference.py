@@ -106,9 +106,7 @@ def pack_glu(gate: npt.NDArray, up: npt.NDArray, dtype: str) -> Weight:
     return Weight(joined.matrix, joined.dtype, joined.nbytes, is_glu=True)
 
 
-def from_packed(
-    parts: Sequence[tuple[str, int, npt.NDArray[np.uint8]]], count: int, columns: int, glu: bool
-) -> Weight:
+def from_packed(parts: Sequence[tuple[str, int, npt.NDArray[np.uint8]]], count: int, columns: int, glu: bool) -> Weight:
     """A weight from bytes that the compiled op set packed: parts (format, rows, bytes), `count` experts, K columns.
 
     With `glu` there is one part, and `rows` counts gate and up each.

@@ -154,9 +154,7 @@ def _layer(source: Source, config: TextConfig, layer: str, layer_type: str) -> L
 def _delta(source: Source, layer: str) -> DeltaMixer:
     mixer = layer + "linear_attn."
     return DeltaMixer(
-        in_proj=source.matrix(
-            mixer + "in_proj", [f"{mixer}in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")]
-        ),
+        in_proj=source.matrix(mixer + "in_proj", [f"{mixer}in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")]),
         conv_weight=source.vector(mixer + "conv1d.weight", _taps_first),
         A_log=source.vector(mixer + "A_log"),
         dt_bias=source.vector(mixer + "dt_bias"),
