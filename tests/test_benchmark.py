@@ -64,12 +64,12 @@ def test_only_the_chosen_experts_count():
             self.shape, self.nbytes = shape, int(np.prod(shape))
 
     class Model:
-        class config:  # noqa: N801
-            class text:  # noqa: N801
+        class config:
+            class text:
                 is_moe, num_experts, num_experts_per_tok, num_attention_layers = True, 8, 2, 0
 
-        class _runner:  # noqa: N801
-            class text:  # noqa: N801
+        class _runner:
+            class text:
                 weights = None
 
         def new_state(self):
@@ -77,7 +77,7 @@ def test_only_the_chosen_experts_count():
                 conv = delta = np.zeros(0)
                 reserve = staticmethod(lambda n: None)
 
-                class kv:  # noqa: N801
+                class kv:
                     blocks = (np.zeros((0, 2, 1, 1, 1)),)
 
             return State

@@ -68,7 +68,7 @@ def test_zero_rows_and_extreme_sizes(dtype):
     matrix[2, 5] = 3.0
     found = quantise.quantise(matrix, dtype).decode()
     assert not found[[0, 1, 3]].any()
-    assert found[2, 5] == pytest.approx(3.0, rel=2e-3)
+    assert found[2, 5] == pytest.approx(3.0, rel=0.03)
     assert np.count_nonzero(found) == 1
 
 
