@@ -8,10 +8,11 @@ computation. Op sets that give a row the same bits however the prompt is cut (`S
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import threading
-from bisect import bisect_right
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ class PrefixCache:
         self._nbytes = 0
         self._dropped: OrderedDict[bytes, int] = OrderedDict()  # digest -> length
         self._pending: deque[Checkpoint] = deque()
+        if spill is not None:
+            atexit.register(_flush, weakref.ref(self))
 
     @property
     def nbytes(self) -> int:
@@ -200,9 +203,7 @@ class PrefixCache:
                 for checkpoint in self._entries.values():
                     self._spill.put(checkpoint)
 
-    def find(
-        self, keys: Ints, usable: Callable[[Checkpoint], bool], also: Sequence[Checkpoint] = ()
-    ) -> Match:
+    def find(self, keys: Ints, usable: Callable[[Checkpoint], bool], also: Sequence[Checkpoint] = ()) -> Match:
         """The longest checkpoint, of the cache or of `also`, that `keys` begin with and that is `usable`."""
         with self._lock:
             self._take_pending()
@@ -295,6 +296,12 @@ class PrefixCache:
             self._dropped.popitem(last=False)
 
 
+def _flush(cache: weakref.ref[PrefixCache]) -> None:
+    alive = cache()
+    if alive is not None:
+        alive.flush()
+
+
 # ------------------------------------------------------------------------------------------ one prompt and the cache
 
 
@@ -333,29 +340,32 @@ class Reading:
         self._image_token_id = image_token_id
         self._generated = False
 
-    def begin(self, blank: Callable[[], State]) -> tuple[State, Checkpoint | None]:
-        """A state of its own that holds the first `cached_tokens` of the prompt, and the checkpoint it came from."""
+    def look(self) -> Checkpoint | None:
+        """The checkpoint to go on from; sets `cached_tokens` and `miss_reason`."""
         ids = self._prompt.token_ids
         self._points = split_points(ids, self._border_id)
         self._keys = sequence_keys(ids, image_places(self._prompt, self._image_token_id))
         self._digest = PrefixDigest(self._keys)
-        borders = [position for position, _ in self._points]
-        if not self._canonical:
-            self.miss_reason = "the positions of the prompt were made by hand"
-            return blank(), None
+        pauses = {position for position, _ in self._points}
 
         def usable(c: Checkpoint) -> bool:
-            if self._split_invariant or c.generated:
-                return True
-            return borders[bisect_right(borders, c.length) - 1] == c.length
+            return self._split_invariant or c.generated or c.length in pauses
 
+        if not self._canonical:
+            self.miss_reason = "the positions of the prompt were made by hand"
+            return None
         match = self._cache.find(self._keys, usable, self._also)
         self.miss_reason = match.miss_reason
-        if match.checkpoint is None:
+        if match.checkpoint is not None:
+            self.cached_tokens = match.checkpoint.length
+            self._generated = match.checkpoint.generated
+        return match.checkpoint
+
+    def begin(self, blank: Callable[[], State]) -> tuple[State, Checkpoint | None]:
+        """A state of its own that holds the first `cached_tokens` of the prompt, and the checkpoint it came from."""
+        found = self.look()
+        if found is None:
             return blank(), None
-        found = match.checkpoint
-        self.cached_tokens = found.length
-        self._generated = found.generated
         if self._stores:
             self.kept.append(found)
         return found.state.fork(), found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +27,10 @@ class SpillFolder:
     cannot be written or read, is as good as not there: it is a cache. Not for use from two threads at a time.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], blank: State, ops: ModuleType, budget: int) -> None:
-        """blank: a state of the model, which tells whose files to use. Raises StateError without a usable folder."""
+    def __init__(self, folder: str | os.PathLike[str], blank: State, ops: ModuleType, budget: int | None) -> None:
+        """blank: a state of the model, which tells whose files to use. budget None: a quarter of what is free on the disk,
+        files of earlier processes included. Raises StateError without a usable folder."""
         self.folder = Path(folder) / blank.fingerprint[:16]
-        self.budget = budget
         self._blank = blank
         self._ops = ops
         try:
@@ -37,6 +39,7 @@ class SpillFolder:
         except (OSError, ValueError) as error:
             raise StateError(f"cache_folder: {folder} cannot be used: {getattr(error, 'strerror', error)}") from error
         self._sizes = {name: size for _, name, size in sorted(names)}  # least recently used first
+        self.budget = budget if budget is not None else (shutil.disk_usage(self.folder).free + self.nbytes) // 4
 
     def _files(self) -> Iterator[Path]:
         return self.folder.glob(f"*-*{SUFFIX}")
@@ -92,13 +95,12 @@ class SpillFolder:
             self._delete(name)
             return None
         self._sizes[name] = self._sizes.pop(name)  # used last
-        try:
+        with contextlib.suppress(OSError):  # read-only, or deleted by another process: the order in memory holds
             os.utime(self.folder / name)
-        except OSError:  # read-only, or deleted by another process: the order in memory still holds
-            pass
         state._max_tokens = self._blank._max_tokens
         return Checkpoint(keys[:length].copy(), digest, state, hidden, generated == "1")
 
     def _delete(self, name: str) -> None:
         self._sizes.pop(name, None)
-        (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # deleted by another process, or not ours to delete
+            (self.folder / name).unlink()

@@ -160,6 +160,16 @@ class State:
 
         return load_state(path, ops)[0]
 
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes that a state like this one, not shared with any, takes with `tokens` tokens."""
+        block = int(np.prod(self._block)) * np.dtype(KV_DTYPES[self.kv_dtype]).itemsize
+        return self.conv.nbytes + self.delta.nbytes + -(-tokens // BLOCK_TOKENS) * block
+
+    @property
+    def context(self) -> int:
+        """Tokens that it may hold at most."""
+        return self._max_tokens
+
     def buffers(self) -> Iterator[npt.NDArray[Any]]:
         """The arrays that hold the memory: conv, delta and the K/V blocks. Shared ones are the same objects."""
         yield self.conv

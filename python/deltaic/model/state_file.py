@@ -76,9 +76,7 @@ def save_state(
     write_arrays(path, {**facts, **(metadata or {})}, contents, durable=durable)
 
 
-def load_state(
-    path: str | os.PathLike[str], ops: ModuleType | None = None
-) -> tuple[State, dict[str, str], Arrays]:
+def load_state(path: str | os.PathLike[str], ops: ModuleType | None = None) -> tuple[State, dict[str, str], Arrays]:
     """The state in the file `path`, all metadata, and the arrays that are not the state's. Raises StateError."""
     metadata, arrays = read_arrays(path)
     try:

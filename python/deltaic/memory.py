@@ -1,0 +1,39 @@
+"""How much memory is for what? Weights and one sequence are checked against what is free before a model is loaded; the
+prefix cache gets a share of what is left."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from .errors import ArgumentError
+from .machine import available_bytes, memory_bytes
+
+if TYPE_CHECKING:
+    from .model.state import State
+    from .weights.checkpoint import Checkpoint
+
+CACHE_SHARE = 0.25  # of the memory that is free after loading, for the prefix cache by default
+FALLBACK_BYTES = 4 << 30  # where the system does not tell how much memory it has
+
+_WEIGHT_BYTES = {"f32": 4.0, "bf16": 2.0, "int8": 34 / 32, "int4": 18 / 32}  # per element, scales included
+
+
+def check_context(checkpoint: Checkpoint, blank: State, context: int, dtype: str) -> None:
+    """Raise ArgumentError if the weights and one sequence of `context` tokens do not fit into the free memory."""
+    free = available_bytes()
+    weights = int(sum(math.prod(t.shape) for t in checkpoint.tensors.values()) * _WEIGHT_BYTES[dtype])
+    sequence = blank.bytes_for(context)
+    if free is not None and sequence + weights > free:
+        raise ArgumentError(
+            f"context: {context} tokens need {sequence / 1e9:.2f} GB for K/V and state beside {weights / 1e9:.2f} GB of "
+            f"weights, and {free / 1e9:.2f} GB of memory is available; ask for a shorter context, or kv_dtype='bf16'"
+        )
+
+
+def default_cache_bytes(blank: State, context: int | None) -> int:
+    """A quarter of the free memory, after taking off what one sequence of the `context` that was asked for needs."""
+    free = available_bytes()
+    if free is None:
+        free = (memory_bytes() or FALLBACK_BYTES) // 2
+    return max(0, int(CACHE_SHARE * (free - (blank.bytes_for(context) if context else 0))))
