@@ -26,8 +26,8 @@ def check_context(checkpoint: Checkpoint, blank: State, context: int, dtype: str
     sequence = blank.bytes_for(context)
     if free is not None and sequence + weights > free:
         raise ArgumentError(
-            f"context: {context} tokens need {sequence / 1e9:.2f} GB for K/V and state beside {weights / 1e9:.2f} GB of "
-            f"weights, and {free / 1e9:.2f} GB of memory is available; ask for a shorter context, or kv_dtype='bf16'"
+            f"context: {context} tokens need {sequence / 1e9:.2f} GB for K/V and state beside {weights / 1e9:.2f} GB "
+            f"of weights, and {free / 1e9:.2f} GB of memory is available; ask for a shorter context, or kv_dtype='bf16'"
         )
 
 

@@ -59,10 +59,13 @@ class Session:
 
     def stream(self, text: str, *, images: Any = None, **options: Any) -> Stream:
         """As `say`, piece by piece. The turn becomes part of the conversation when the stream ends; closed early, with
-        the answer up to there. Raises StateError while another stream of this session is open."""
+        the answer up to there. A stream of this session that is still open is closed first. Raises StateError if that
+        one is being read at this moment, in another thread."""
         still = None if self._open is None else self._open()
-        if still is not None and not still.ended:
-            raise StateError("session: an answer is being streamed; finish or close that stream first")
+        if still is not None:
+            still.close()
+            if not still.ended:
+                raise StateError("session: an answer is being streamed; finish or close that stream first")
         if not isinstance(text, str):
             raise PromptError(f"text: expected a str, found {describe(text)}")
         pictures = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]

@@ -28,8 +28,8 @@ class SpillFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], blank: State, ops: ModuleType, budget: int | None) -> None:
-        """blank: a state of the model, which tells whose files to use. budget None: a quarter of what is free on the disk,
-        files of earlier processes included. Raises StateError without a usable folder."""
+        """blank: a state of the model, which tells whose files to use. budget None: a quarter of what is free on
+        the disk, files of earlier processes included. Raises StateError without a usable folder."""
         self.folder = Path(folder) / blank.fingerprint[:16]
         self._blank = blank
         self._ops = ops
@@ -81,7 +81,7 @@ class SpillFolder:
             self._delete(next(iter(self._sizes)))
 
     def get(self, length: int, digest: bytes, keys: npt.NDArray[np.int64]) -> Checkpoint | None:
-        """The checkpoint of the first `length` of `keys`; None, and the file deleted, if it is not what its name says."""
+        """The checkpoint of the first `length` of `keys`; None, and the file deleted, if it is not that."""
         name = self._name(length, digest)
         try:
             state, metadata, arrays = load_state(self.folder / name, self._ops)

@@ -150,8 +150,9 @@ def write_arrays(
                     digest.update(_sum(piece))
                     _write(file, memoryview(piece))
             _write(file, memoryview(digest.digest()))
-    except OSError as error:
-        raise StateError(f"{path} cannot be written: {error.strerror or error}; nothing was changed") from error
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise StateError(f"{path} cannot be written: {reason}; nothing was changed") from error
 
 
 def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, str], Arrays]:
@@ -271,7 +272,7 @@ def _replacing(path: Path, durable: bool) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
         raise
     if durable and os.name == "posix":  # the new name is durable when the folder is

@@ -17,8 +17,8 @@ SAMPLES, SAMPLE_BYTES = 3, 256  # of each tensor
 
 
 def model_fingerprint(checkpoint: Checkpoint, config: ModelConfig, dtype: str) -> str:
-    """SHA-256 (hex) of the configuration, of how matrices are stored (`dtype`), and of each tensor's name, shape, stored
-    dtype and 256 bytes each from its beginning, middle and end.
+    """SHA-256 (hex) of the configuration, of how matrices are stored (`dtype`), and of each tensor's name, shape,
+    stored dtype and 256 bytes each from its beginning, middle and end.
 
     Reads about 1 KB a tensor from the mapped file, so it costs milliseconds. Stable over machines, instruction sets,
     folders and releases; any training step changes it, as it moves all numbers of a tensor.
