@@ -188,6 +188,7 @@ DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
     int64_t bytes;
     memcpy(&bytes, p, 8);
     return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+}
 DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     vec t[8], u[8];
     for (int i = 0; i < 8; i += 2) {
@@ -253,6 +254,7 @@ DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
     uint32_t bytes;
     memcpy(&bytes, p, 4);
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes)))));
+}
 DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     const vec t0 = vtrn1q_f32(a[0], a[1]), t1 = vtrn2q_f32(a[0], a[1]);
     const vec t2 = vtrn1q_f32(a[2], a[3]), t3 = vtrn2q_f32(a[2], a[3]);

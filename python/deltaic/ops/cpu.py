@@ -18,14 +18,18 @@ __all__ = [
     "Weight",
     "embed",
     "gated_attention",
+    "gated_delta_net",
     "isa",
     "layer_norm",
+    "moe",
     "linear",
+    "log_softmax_top",
     "num_threads",
     "pack",
     "pack_glu",
     "patch_embed",
     "rms_norm",
+    "sample",
     "set_num_threads",
     "swiglu",
     "vision_attention",
@@ -183,3 +187,78 @@ def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_s
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
     _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
     return y
+
+
+def gated_delta_net(
+    proj: Array,
+    conv_weight: Array,
+    A_log: Array,
+    dt_bias: Array,
+    norm: Array,
+    *,
+    eps: float,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    cu_seqlens: Array,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> Array:
+    y = np.empty((proj.shape[0], A_log.shape[0] * head_v_dim), np.float32)
+    _core.gated_delta_net(
+        proj, conv_weight, A_log, dt_bias, norm, eps, num_k_heads, head_k_dim,
+        cu_seqlens, list(conv_states), list(states), y,
+    )  # fmt: skip
+    return y
+
+
+def moe(
+    x: Array,
+    router: Weight,
+    gate_up: Weight,
+    down: Weight,
+    shared_gate_up: Weight,
+    shared_down: Weight,
+    shared_gate: Weight,
+    *,
+    top_k: int,
+    norm: Array,
+    eps: float,
+    residual: Array | None = None,
+) -> Array:
+    y = np.empty_like(x)
+    _core.moe(
+        x, router, gate_up, down, shared_gate_up, shared_down, shared_gate, norm, eps, top_k, residual, y,
+    )  # fmt: skip
+    return y
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    output_ids: Array,
+    output_counts: Array,
+    prompt_ids: Array,
+    limit: int,
+    uniform: float,
+) -> int:
+    token = np.empty(1, np.int64)
+    _core.sample(
+        logits, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
+        output_ids, output_counts, prompt_ids, limit, uniform, token,
+    )  # fmt: skip
+    return int(token[0])
+
+
+def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:
+    k = max(0, min(k, limit))
+    logprob, top_ids, top_logprobs = np.empty(1, np.float32), np.empty(k, np.int64), np.empty(k, np.float32)
+    _core.log_softmax_top(logits, limit, k, token, logprob, top_ids, top_logprobs)
+    return float(logprob[0]), top_ids, top_logprobs
