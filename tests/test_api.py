@@ -150,7 +150,9 @@ def test_long_prompts_are_fed_in_chunks(tiny_model, monkeypatch):
     whole = tiny_model.forward(ids)
     sizes = []
     forward = tiny_model._runner.text.forward
-    monkeypatch.setattr(tiny_model._runner.text, "forward", lambda x, *rest: sizes.append(len(x)) or forward(x, *rest))
+    monkeypatch.setattr(
+        tiny_model._runner.text, "forward", lambda x, *a, **k: sizes.append(len(x)) or forward(x, *a, **k)
+    )
     monkeypatch.setattr(cache, "PREFILL_TOKENS", 16)
     ends = [*range(16, border, 16), border, *range(border + 16, len(ids), 16), len(ids)]
     chunked = tiny_model.forward(ids)

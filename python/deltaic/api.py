@@ -349,7 +349,7 @@ class Model:
         if len(made.token_ids) > 1:
             whole = np.concatenate([np.array(state.token_ids, np.int64), made.token_ids])
             pauses = [p - before for p, _ in split_points(whole, self._border_id) if p > before]
-        for hidden in self._runner.hidden(made, state, pauses):
+        for hidden in self._runner.hidden(made, state, pauses, prefill=len(made) > 1):
             logits[row : row + len(hidden)] = self._runner.logits(hidden)
             row += len(hidden)
         return logits
@@ -457,7 +457,7 @@ class Model:
             prompt,
             border_id=self._border_id,
             image_token_id=image_token_id,
-            split_invariant=getattr(self._ops, "SPLIT_INVARIANT", False),
+            split_invariant=self._ops.SPLIT_INVARIANT,
             canonical=implied is not None and np.array_equal(implied, prompt.position_ids),
             also=also or (),
             keep=also is not None,

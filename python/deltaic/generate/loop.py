@@ -99,12 +99,14 @@ class Runner:
             self.features.put(image.digest, features)
         return features
 
-    def hidden(self, prompt: Prompt, state: State, pauses: Sequence[int], *, skip: int = 0) -> Iterator[np.ndarray]:
+    def hidden(
+        self, prompt: Prompt, state: State, pauses: Sequence[int], *, skip: int = 0, prefill: bool = True
+    ) -> Iterator[np.ndarray]:
         """Feed the prompt to `state` and yield the hidden rows [t, H] (before the final norm) up to each of `pauses`:
         rising numbers of tokens of the prompt, the last one its length.
 
         skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
-        it stands (spec 9.2). Pictures are encoded when they are reached.
+        it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
         """
         ids = prompt.token_ids
         offset = state.length - skip
@@ -125,7 +127,7 @@ class Runner:
                     first = places[i][0] - offset
                     low, high = max(first, start), min(first + len(seen), end)
                     x[low - start : high - start] = seen[low - first : high - first]
-                hidden = self._advance(state, x, positions[start:end], chunk.tolist())
+                hidden = self._advance(state, x, positions[start:end], chunk.tolist(), prefill)
                 state.rope_delta = int(positions[:end].max()) + 1 - state.length
                 state.images += [place for place in places if start <= place[0] - offset < end]
             features = {i: seen for i, seen in features.items() if places[i][0] - offset + len(seen) > end}
@@ -138,7 +140,7 @@ class Runner:
             self._set_threads()
             x = self.text.embed(np.array([token], np.int64))
             positions = np.full((1, 3), state.length + state.rope_delta, np.int64)
-            return self._advance(state, x, positions, [token])
+            return self._advance(state, x, positions, [token], prefill=False)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [n, vocab] of hidden rows [n, H]."""
@@ -146,8 +148,8 @@ class Runner:
             self._set_threads()
             return self.text.logits(hidden)
 
-    def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int]) -> np.ndarray:
-        hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64))
+    def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int], prefill: bool) -> np.ndarray:
+        hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64), prefill=prefill)
         state.token_ids.extend(ids)
         return hidden
 

@@ -39,6 +39,7 @@ Array = np.ndarray
 FORMATS: tuple[str, ...] = _core.formats
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
 BLOCK_ROWS = 16
+SPLIT_INVARIANT = True  # the rows of a prompt get the same bits wherever its reading is interrupted (with prefill=True)
 
 
 def isa() -> str:
@@ -157,10 +158,11 @@ def gated_attention(
     cu_seqlens: Array,
     starts: Array,
     tables: list[BlockTable],
+    prefill: bool = False,
 ) -> Array:
     y = np.empty((proj.shape[0], num_heads * q_norm.shape[0]), np.float32)
     _core.gated_attention(
-        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, y
+        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, int(prefill), y
     )
     return y
 
