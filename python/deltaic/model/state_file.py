@@ -148,7 +148,7 @@ def write_arrays(
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 for piece in _pieces(data):
                     digest.update(_sum(piece))
-                    _write(file, memoryview(piece))
+                    _write(file, piece.data)
             _write(file, memoryview(digest.digest()))
     except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
         reason = getattr(error, "strerror", None) or error
@@ -197,7 +197,7 @@ def _read_arrays(file: Any, path: Path) -> tuple[dict[str, str], Arrays]:
         array = np.empty(shape, dtype)
         data = array.reshape(-1).view(np.uint8)
         for piece in _pieces(data):
-            if _read(file, memoryview(piece)) != len(piece):
+            if _read(file, piece.data) != len(piece):
                 raise StateError(f"{path} was cut off while it was read")
             if name != CHECKSUM:
                 digest.update(_sum(piece))
