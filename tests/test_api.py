@@ -26,7 +26,7 @@ from deltaic import (
     State,
     StateError,
 )
-from deltaic.generate import loop
+from deltaic.generate import cache
 from PIL import Image
 
 PROMPT = "the cat sat on the mat and the dog"
@@ -144,22 +144,26 @@ def test_a_picture_may_come_after_a_state(tiny_model):
 
 
 def test_long_prompts_are_fed_in_chunks(tiny_model, monkeypatch):
-    prompt = tiny_model.prepare(with_pictures(picture()))
-    whole = tiny_model.forward(prompt)
+    """Chunks end 16, 32, ... tokens after a message border, wherever the feeding starts."""
+    ids = tiny_model.prepare(QUESTION).token_ids.tolist()
+    border = ids.index(tiny_model.tokenizer.id_of("<|im_end|>")) + 2
+    whole = tiny_model.forward(ids)
     sizes = []
     forward = tiny_model._runner.text.forward
-    monkeypatch.setattr(tiny_model._runner.text, "forward", lambda x, *rest: sizes.append(len(x)) or forward(x, *rest))
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", 16)
-    state = tiny_model.new_state()
-    tiny_model.forward([1, 2, 3, 4, 5], state)
-    state = tiny_model.new_state()
-    sizes.clear()
-    chunked = tiny_model.forward(prompt, state)
-    assert sizes == [16] * (len(prompt) // 16) + [len(prompt) % 16] * (len(prompt) % 16 > 0)
+    monkeypatch.setattr(
+        tiny_model._runner.text, "forward", lambda x, *a, **k: sizes.append(len(x)) or forward(x, *a, **k)
+    )
+    monkeypatch.setattr(cache, "PREFILL_TOKENS", 16)
+    ends = [*range(16, border, 16), border, *range(border + 16, len(ids), 16), len(ids)]
+    chunked = tiny_model.forward(ids)
+    assert np.cumsum(sizes).tolist() == ends
     assert largest_difference(chunked, whole) < 1e-4
-    sizes.clear()
-    tiny_model.forward(prompt, state)  # chunk borders are counted from the start of the sequence
-    assert sizes[0] == 16 - len(prompt) % 16
+    for cut in (5, border - 1, border, border + 3):
+        state = tiny_model.new_state()
+        tiny_model.forward(ids[:cut], state)
+        sizes.clear()
+        tiny_model.forward(ids[cut:], state)
+        assert (np.cumsum(sizes) + cut).tolist() == [end for end in ends if end > cut]
 
 
 def test_keys_and_values_follow_the_dtype(tiny_folder, device):
