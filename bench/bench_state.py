@@ -34,7 +34,7 @@ from deltaic.model.state import State
 PARTS = ("turns", "file", "fork", "load")
 RESULTS = Path(__file__).parent / "results"
 MIB = 2.0**20
-WORDS = ["the", "cat", "dog", "mat", "sun", "sat", "ran", "on", "under", "over", "and", "or", "red", "blue", "is"]
+WORDS = ("the", "cat", "dog", "mat", "sun", "sat", "ran", "on", "under", "over", "and", "or", "red", "is", "was")
 
 
 def words(model: deltaic.Model, tokens: int, rng: np.random.Generator) -> str:

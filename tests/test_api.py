@@ -617,3 +617,19 @@ def test_token_ids_need_no_tokenizer(tiny_model, tiny_folder, device, tmp_path):
     assert np.array_equal(model.forward([1, 2, 3]), tiny_model.forward([1, 2, 3]))
     with pytest.raises(DeltaicError, match=r"tokenizer\.json"):
         model.generate([1, 2, 3])
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_prompt_read_in_pieces_gives_the_same_bits(tiny_folder, tiny_moe_folder, device, ops, dtype, moe, rng):
+    """On op sets that promise it: pieces of any size, wherever they begin."""
+    if not ops.SPLIT_INVARIANT:
+        pytest.skip("the op set does not promise it")
+    model = deltaic.load(tiny_moe_folder if moe else tiny_folder, device=device, dtype=dtype, threads=2)
+    prompt = model.prepare([{"role": "user", "content": "the cat sat " * 40}] + with_pictures(picture()))
+    whole = np.concatenate(list(model._runner.hidden(prompt, model.new_state(), [len(prompt)])))
+    for _ in range(6):
+        cuts = rng.choice(np.arange(1, len(prompt)), int(rng.integers(1, 12)), replace=False)
+        pauses = sorted({*cuts.tolist(), len(prompt)})
+        parts = list(model._runner.hidden(prompt, model.new_state(), pauses))
+        assert np.array_equal(np.concatenate(parts), whole)

@@ -531,3 +531,13 @@ def test_the_context_is_bounded_up_front(load, monkeypatch):
     with pytest.raises(ArgumentError, match=r"context: 2048 tokens need .* GB .* 0\.00 GB of memory is available"):
         load(context=2048)
     assert load(context=None).context_length == 2048
+
+
+def test_a_prompt_that_goes_on_resumes_where_bits_allow_it(model, cold, ops):
+    """Where cuts change no bits, at the very token where the last prompt ended; else at the last pause before it."""
+    ids = list(range(70, 170))
+    run(model, ids[:77])
+    _, logits, reading = run(model, ids)
+    assert reading.cached_tokens == (77 if ops.SPLIT_INVARIANT else 64)
+    assert (reading.miss_reason is None) == ops.SPLIT_INVARIANT
+    assert np.array_equal(logits, run(cold, ids)[1])

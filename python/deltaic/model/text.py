@@ -52,8 +52,8 @@ class TextModel:
         """Consume T tokens of B sequences and advance their states.
 
         x [T, H]; positions int64 [T, 3] (temporal, height, width); states: B different ones; cu_seqlens int64 [B+1].
-        prefill: the rows are read, not generated: what they get then does not depend on where a prompt is cut, on op
-        sets that are SPLIT_INVARIANT.
+        prefill: the rows are read, not generated; on an op set that is SPLIT_INVARIANT, what they get then does not
+        depend on where a prompt is cut.
         Returns the residual stream [T, H] after the last layer, before the final norm (`logits` applies it).
         Raises ArgumentError or StateError if these do not fit together, ContextLengthError if a sequence outgrows the
         context; the states are then as they were.
