@@ -626,7 +626,7 @@ def test_a_prompt_read_in_pieces_gives_the_same_bits(tiny_folder, tiny_moe_folde
     if not ops.SPLIT_INVARIANT:
         pytest.skip("the op set does not promise it")
     model = deltaic.load(tiny_moe_folder if moe else tiny_folder, device=device, dtype=dtype, threads=2)
-    prompt = model.prepare([{"role": "user", "content": "the cat sat " * 40}] + with_pictures(picture()))
+    prompt = model.prepare([{"role": "user", "content": "the cat sat " * 40}, *with_pictures(picture())])
     whole = np.concatenate(list(model._runner.hidden(prompt, model.new_state(), [len(prompt)])))
     for _ in range(6):
         cuts = rng.choice(np.arange(1, len(prompt)), int(rng.integers(1, 12)), replace=False)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import deltaic
 import numpy as np
@@ -62,11 +63,16 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_quantised_logits_are_close_to_full_precision(tiny_folder):
+    """A random model magnifies any rounding, so the measure is what bfloat16 (relative error 2^-9 / sqrt(3)) does to it."""
     full = deltaic.load(tiny_folder, dtype="f32").forward(TEXT)
-    assert cosine(deltaic.load(tiny_folder, dtype="int8").forward(TEXT), full) > 0.995
-    assert cosine(deltaic.load(tiny_folder, dtype="int4").forward(TEXT), full) > 0.97
-    mixed = {"default": "int8", "lm_head": "f32", "layers.0.*": "bf16"}
-    assert cosine(deltaic.load(tiny_folder, dtype=mixed).forward(TEXT), full) > 0.995
+
+    def error(dtype: Any) -> float:
+        return 1 - cosine(deltaic.load(tiny_folder, dtype=dtype).forward(TEXT), full)
+
+    unit = error("bf16")
+    assert error("int8") < 16 * unit  # a relative error of about 0.007: four times that of bfloat16
+    assert error("int4") < 2000 * unit  # about 0.08
+    assert error({"default": "int8", "lm_head": "f32", "layers.0.*": "bf16"}) < 16 * unit
 
 
 def test_a_packed_folder_has_its_own_dtype(packed):
