@@ -94,6 +94,7 @@ struct Attention {
     int64_t Hq, Hkv, D, R;
     Floats q_norm, k_norm;
     int64_t columns() const { return 2 * Hq * D + 2 * Hkv * D; }
+    int64_t prefill = 0;  // rows of a prompt: another order of additions
 };
 
 Floats apply(Suite& t, Attention& a, Floats& proj, Floats& cosine, Floats& sine, const Shape& lengths, const Shape& starts,
@@ -105,7 +106,7 @@ Floats apply(Suite& t, Attention& a, Floats& proj, Floats& cosine, Floats& sine,
     Floats y = poisoned({proj.shape[0], a.Hq * a.D});
     t.call([&] {
         t.ops.gated_attention(proj.view(), a.q_norm.view(), a.k_norm.view(), cosine.view(), sine.view(), 1e-6f, a.Hq, a.Hkv, Cache::kLayer,
-                              cuts.view(), first.view(), Tables{tables.data(), static_cast<int64_t>(tables.size())}, y.view());
+                              cuts.view(), first.view(), Tables{tables.data(), static_cast<int64_t>(tables.size())}, a.prefill, y.view());
     });
     return y;
 }
@@ -170,6 +171,8 @@ void test_gated_attention(Suite& t) {
     for (const Shape& s : {Shape{1, 1, 4, 1}, Shape{4, 2, 18, 4}, Shape{8, 1, 32, 8}, Shape{2, 2, 64, 16}})
         for (const bool half : {false, true}) {
             Attention a{s[0], s[1], s[2], s[3], normal(random, {s[2]}, 0.3), normal(random, {s[2]}, 0.3)};
+            for (a.prefill = 0; a.prefill < 2; ++a.prefill) compare(t, random, a, half, {3, 1}, {2, 7});
+            a.prefill = 0;
             compare(t, random, a, half, {1}, {1});
             compare(t, random, a, half, {5, 0, 1}, {1, 2, 0});
             compare(t, random, a, half, {66}, {1});
