@@ -1,0 +1,158 @@
+"""How do token vectors become logits? The Qwen3.5 decoder: layers in order, each a token mixer and a feed-forward part
+on a residual stream. All arithmetic is in the op set; a layer takes four or five calls, however many tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError, StateError
+from .config import TextConfig
+from .rope import TextRope
+from .state import State
+from .weights import AttentionMixer, DeltaMixer, DenseFFN, SparseFFN, TextWeights
+
+Array = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rows of one forward pass: B sequences one after another, sequence b from row cu_seqlens[b] on."""
+
+    states: list[State]
+    cu_seqlens: Ints  # [B+1]
+    starts: Ints  # [B] tokens already consumed by each sequence
+    cos: Array  # [T, R/2]
+    sin: Array  # [T, R/2]
+
+
+class TextModel:
+    """The decoder of one model on one op set (`ops`: deltaic.ops.reference, deltaic.ops.cpu, ...)."""
+
+    def __init__(self, config: TextConfig, weights: TextWeights, ops: ModuleType):
+        self.config, self.weights, self.ops = config, weights, ops
+        self.rope = TextRope(config.rope)
+
+    def embed(self, ids: Ints) -> Array:
+        """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError."""
+        ids = np.ascontiguousarray(ids, np.int64)
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
+            raise ArgumentError(f"token ids span {ids.min()}..{ids.max()}, expected 0..{self.config.vocab_size - 1}")
+        return self.ops.embed(ids, self.weights.embed)
+
+    def forward(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints) -> Array:
+        """Consume T tokens of B sequences and advance their states.
+
+        x [T, H]; positions int64 [T, 3] (temporal, height, width); states: B different ones; cu_seqlens int64 [B+1].
+        Returns the residual stream [T, H] after the last layer, before the final norm (`logits` applies it).
+        Raises ArgumentError or StateError if these do not fit together, ContextLengthError if a sequence outgrows the
+        context; the states are then as they were.
+        """
+        batch = self._batch(x, positions, states, cu_seqlens)
+        for state in states:
+            state.intact = False
+        delta_layer = attention_layer = 0
+        for layer in self.weights.layers:
+            if isinstance(layer.mixer, DeltaMixer):
+                x = self._delta(x, layer.mixer, layer.input_norm, delta_layer, batch)
+                delta_layer += 1
+            else:
+                x = self._attention(x, layer.mixer, layer.input_norm, attention_layer, batch)
+                attention_layer += 1
+            x = self._feed_forward(x, layer.ffn, layer.post_norm)
+        for state, n in zip(states, np.diff(cu_seqlens).tolist(), strict=True):
+            state.length += n
+            state.intact = True
+        return x
+
+    def logits(self, hidden: Array) -> Array:
+        """[n, H] as returned by `forward` -> logits [n, vocab]."""
+        w = self.weights
+        return self.ops.linear(hidden, w.head, norm=w.norm, eps=self.config.rms_norm_eps)
+
+    def _delta(self, x: Array, m: DeltaMixer, norm: Array, i: int, batch: Batch) -> Array:
+        ops, c = self.ops, self.config
+        proj = ops.linear(x, m.in_proj, norm=norm, eps=c.rms_norm_eps)
+        y = ops.gated_delta_net(
+            proj,
+            m.conv_weight,
+            m.A_log,
+            m.dt_bias,
+            m.norm,
+            eps=c.rms_norm_eps,
+            num_k_heads=c.linear_num_key_heads,
+            head_k_dim=c.linear_key_head_dim,
+            head_v_dim=c.linear_value_head_dim,
+            cu_seqlens=batch.cu_seqlens,
+            conv_states=[state.conv[i] for state in batch.states],
+            states=[state.delta[i] for state in batch.states],
+        )
+        return ops.linear(y, m.out_proj, residual=x)
+
+    def _attention(self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch) -> Array:
+        ops, c = self.ops, self.config
+        proj = ops.linear(x, m.qkv_proj, norm=norm, eps=c.rms_norm_eps)
+        y = ops.gated_attention(
+            proj,
+            m.q_norm,
+            m.k_norm,
+            batch.cos,
+            batch.sin,
+            eps=c.rms_norm_eps,
+            num_heads=c.num_attention_heads,
+            num_kv_heads=c.num_key_value_heads,
+            layer=i,
+            cu_seqlens=batch.cu_seqlens,
+            starts=batch.starts,
+            tables=[state.kv for state in batch.states],
+        )
+        return ops.linear(y, m.o_proj, residual=x)
+
+    def _feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
+        ops, eps = self.ops, self.config.rms_norm_eps
+        if isinstance(f, DenseFFN):
+            return ops.linear(ops.swiglu(x, f.gate_up, norm=norm, eps=eps), f.down, residual=x)
+        return ops.moe(
+            x,
+            f.router,
+            f.gate_up,
+            f.down,
+            f.shared_gate_up,
+            f.shared_down,
+            f.shared_gate,
+            top_k=self.config.num_experts_per_tok,
+            norm=norm,
+            eps=eps,
+            residual=x,
+        )
+
+    def _batch(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints) -> Batch:
+        """Check that the arguments of `forward` fit together, and make room in the states."""
+        T, counts = x.shape[0], np.diff(cu_seqlens)
+        if x.shape != (T, self.config.hidden_size) or positions.shape != (T, 3):
+            raise ArgumentError(
+                f"forward: x is {x.shape} and positions are {positions.shape}, "
+                f"expected [T, {self.config.hidden_size}] and [T, 3]"
+            )
+        if len(cu_seqlens) != len(states) + 1 or cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (counts < 0).any():
+            raise ArgumentError(
+                f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
+            )
+        if len({id(state) for state in states}) != len(states):
+            raise StateError("forward: a state appears twice in one batch; give each sequence its own")
+        for state, n in zip(states, counts.tolist(), strict=True):
+            if not state.intact:
+                raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
+            state.reserve(state.length + n)
+        cos, sin = self.rope(positions)
+        return Batch(states, cu_seqlens, np.array([state.length for state in states], np.int64), cos, sin)
+
+
+def _short(values: Any) -> str:
+    text = np.array2string(np.asarray(values), threshold=6)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,665 @@
+"""The definition of every operator, in plain numpy: shapes, formula and source in each docstring.
+
+The other op sets (`ops.cpu`, ...) have the same names and arguments and are tested against this file. Nothing here is
+fast on purpose. Every operator computes in the dtype of its first floating-point argument, so float64 inputs give
+float64 results: the whole model can be run in double precision as an executable specification.
+
+Notation: T tokens, H hidden width, Hq / Hkv query and key-value heads, D head width, Hk / Hv key and value heads of the
+delta rule, Dk / Dv their widths, C = 2*Hk*Dk + Hv*Dv convolution channels, E experts, I feed-forward width, P patches,
+V vision width, B sequences. `cu_seqlens [B+1]` holds the first row of each sequence and, last, the number of rows.
+"Qwen3.5" below stands for transformers 5.18, models/qwen3_5/modeling_qwen3_5.py (and qwen3_5_moe for the experts).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+from .layout import merge_order
+
+Array = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+
+L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
+_STORED_BYTES = {"f32": 4, "bf16": 2}
+_threads = 1
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+def set_num_threads(n: int) -> None:
+    """Remember `n` >= 1. numpy decides for itself how many threads it uses; results never depend on this."""
+    global _threads
+    if n < 1:
+        raise ArgumentError(f"set_num_threads: n is {n}, expected at least 1")
+    _threads = int(n)
+
+
+def num_threads() -> int:
+    """The number last given to `set_num_threads` (1 at first)."""
+    return _threads
+
+
+def isa() -> str:
+    """The name of the instruction set whose kernels run: here always "numpy"."""
+    return "numpy"
+
+
+# -------------------------------------------------------------------------------------------------- weights, K/V blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A packed matrix [N, K], or E matrices [E, N, K]. Opaque outside its op set, but for three properties:
+
+    `shape`; `dtype`, the storage format "f32" or "bf16" (of the first part, if parts differ); `nbytes`, as stored.
+    """
+
+    matrix: npt.NDArray[np.float32]  # the stored values; bf16 ones are already rounded
+    dtype: str
+    nbytes: int
+    is_glu: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix.shape
+
+
+def pack(parts: Sequence[npt.NDArray], dtype: str | Sequence[str]) -> Weight:
+    """Join row blocks that read the same input into one weight.
+
+    parts: float32 or bfloat16 arrays [N_i, K], or [E, N_i, K]; dtype: one format for all, or one per part.
+    Returns a Weight (sum N_i, K) or (E, sum N_i, K); output columns of `linear` come in the order of the parts.
+    """
+    formats = [dtype] * len(parts) if isinstance(dtype, str) else list(dtype)
+    if not parts or len(formats) != len(parts):
+        raise ArgumentError(f"pack: {len(parts)} parts, {len(formats)} formats; expected as many of each, at least one")
+    stored = [_round_to(part, fmt) for part, fmt in zip(parts, formats, strict=True)]
+    nbytes = sum(part.size * _STORED_BYTES[fmt] for part, fmt in zip(stored, formats, strict=True))
+    return Weight(np.concatenate(stored, axis=-2), formats[0], nbytes)
+
+
+def pack_glu(gate: npt.NDArray, up: npt.NDArray, dtype: str) -> Weight:
+    """Join gate and up projection, both [I, K] or [E, I, K], into (2I, K) or (E, 2I, K) for `swiglu` and `moe`.
+
+    Only these two operators may read it: another op set is free to interleave the rows.
+    """
+    if gate.shape != up.shape:
+        raise ArgumentError(f"pack_glu: gate is {gate.shape} and up is {up.shape}, expected equal shapes")
+    joined = pack([gate, up], dtype)
+    return Weight(joined.matrix, joined.dtype, joined.nbytes, is_glu=True)
+
+
+def _round_to(part: npt.NDArray, dtype: str) -> npt.NDArray[np.float32]:
+    if dtype not in _STORED_BYTES:
+        raise ArgumentError(f"pack: unknown weight format {dtype!r}, expected one of {sorted(_STORED_BYTES)}")
+    if dtype == "bf16":
+        part = part.astype(ml_dtypes.bfloat16)
+    return part.astype(np.float32)
+
+
+class BlockTable:
+    """The K/V blocks of one sequence, in order: block i holds tokens [i*BLOCK, (i+1)*BLOCK) of every attention layer.
+
+    A block is an array [L_attn, 2, Hkv, BLOCK, D], index 1: 0 = K, 1 = V, float32 or uint16 (the bits of a bfloat16).
+    All blocks of a table have the same shape and dtype; ArgumentError otherwise.
+    """
+
+    __slots__ = ("blocks",)
+
+    def __init__(self) -> None:
+        self.blocks: list[npt.NDArray] = []
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def append(self, block: npt.NDArray) -> None:
+        self._check(block)
+        self.blocks.append(block)
+
+    def replace(self, i: int, block: npt.NDArray) -> None:
+        self._check(block)
+        if not 0 <= i < len(self.blocks):
+            raise ArgumentError(f"BlockTable: block {i} of {len(self.blocks)} does not exist")
+        self.blocks[i] = block
+
+    def _check(self, block: npt.NDArray) -> None:
+        if block.ndim != 5 or block.shape[1] != 2 or block.dtype not in (np.float32, np.uint16):
+            raise ArgumentError(
+                f"BlockTable: block is {block.dtype}{block.shape}, expected float32 or uint16 [L, 2, Hkv, BLOCK, D]"
+            )
+        if self.blocks and (block.shape, block.dtype) != (self.blocks[0].shape, self.blocks[0].dtype):
+            first = self.blocks[0]
+            raise ArgumentError(
+                f"BlockTable: block is {block.dtype}{block.shape}, the others are {first.dtype}{first.shape}"
+            )
+
+
+def kv_encode(values: Array, dtype: npt.DTypeLike) -> npt.NDArray:
+    """Numbers as a K/V block stores them: float32, or the bits of the nearest bfloat16 (ties to even) in uint16."""
+    if np.dtype(dtype) == np.uint16:
+        return values.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+    return values.astype(dtype)
+
+
+def kv_decode(stored: npt.NDArray, dtype: npt.DTypeLike) -> Array:
+    """The numbers that a K/V block stores, in `dtype`."""
+    if stored.dtype == np.uint16:
+        return stored.view(ml_dtypes.bfloat16).astype(dtype)
+    return stored.astype(dtype)
+
+
+def kv_read(table: BlockTable, layer: int, length: int, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+    """Keys and values [Hkv, length, D] of the first `length` tokens of attention layer `layer`."""
+    rows = np.concatenate([kv_decode(block[layer], dtype) for block in table.blocks], axis=2)[:, :, :length]
+    return rows[0], rows[1]
+
+
+# ----------------------------------------------------------------------------------------------- element-wise functions
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x), without overflow."""
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + e^x), without overflow."""
+    return np.logaddexp(0, x)
+
+
+def softmax(x: Array) -> Array:
+    """e^x / sum e^x over the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))): "gelu_pytorch_tanh", in the blocks of the vision tower."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def gelu_erf(x: Array) -> Array:
+    """x/2 * (1 + erf(x / sqrt 2)): the exact GELU, in the merger of the vision tower."""
+    erf = np.array([math.erf(v / math.sqrt(2)) for v in x.ravel()], dtype=x.dtype).reshape(x.shape)
+    return 0.5 * x * (1 + erf)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding with half-split pairing on the first R = 2 * cos.shape[-1] dims; the others pass through.
+
+    x [T, heads, D]; cos, sin [T, R/2].  y[f] = x[f] cos - x[f+R/2] sin ;  y[f+R/2] = x[f+R/2] cos + x[f] sin.
+    Source: Qwen3.5, apply_rotary_pos_emb (text, partial) and apply_rotary_pos_emb_vision (R = D).
+    """
+    half = cos.shape[-1]
+    c, s = cos[:, None, :].astype(x.dtype), sin[:, None, :].astype(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([first * c - second * s, second * c + first * s, rest], axis=-1)
+
+
+_ACTIVATIONS = {"none": lambda x: x, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf}
+
+
+# ------------------------------------------------------------------------------------------------------ dense operators
+
+
+def embed(ids: Ints, table: Weight) -> Array:
+    """Rows of the embedding table: ids [T] -> [T, H] float32. An id outside [0, N) is an ArgumentError."""
+    if ids.size and not (ids.min() >= 0 and ids.max() < table.shape[0]):
+        raise ArgumentError(f"embed: token ids span {ids.min()}..{ids.max()}, expected 0..{table.shape[0] - 1}")
+    return table.matrix[ids]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Zero-centred RMSNorm over the last axis: (1 + w) * x / sqrt(mean(x^2) + eps). x [..., D], weight [D].
+
+    Source: Qwen3.5, Qwen3_5RMSNorm. (The norm inside `gated_delta_net` is the plain one, without the 1.)
+    """
+    return (1 + weight.astype(x.dtype)) * _unit_rms(x, eps)
+
+
+def _unit_rms(x: Array, eps: float) -> Array:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """LayerNorm over the last axis: w * (x - mean) / sqrt(var + eps) + b, var without Bessel's correction. x [T, D]."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return weight.astype(x.dtype) * _unit_rms(centred, eps) + bias.astype(x.dtype)
+
+
+def linear(
+    x: Array,
+    w: Weight,
+    *,
+    norm: Array | None = None,
+    eps: float = 1e-6,
+    bias: Array | None = None,
+    activation: str = "none",
+    residual: Array | None = None,
+) -> Array:
+    """y = activation(rms_norm(x, norm) W^T + bias) + residual; each of the four may be left out. x [T, K] -> [T, N].
+
+    norm [K] (zero-centred), bias [N], residual [T, N]; activation "none" | "gelu_tanh" | "gelu_erf".
+    """
+    if w.is_glu or w.matrix.ndim != 2:
+        raise ArgumentError(f"linear: w must be a pack() of [N, K], found shape {w.shape}, glu {w.is_glu}")
+    if activation not in _ACTIVATIONS:
+        raise ArgumentError(f"linear: unknown activation {activation!r}, expected one of {sorted(_ACTIVATIONS)}")
+    h = x if norm is None else rms_norm(x, norm, eps)
+    y = h @ w.matrix.astype(x.dtype).T
+    if bias is not None:
+        y = y + bias.astype(x.dtype)
+    y = _ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
+def swiglu(x: Array, w: Weight, *, norm: Array | None = None, eps: float = 1e-6) -> Array:
+    """silu(h Wg^T) * (h Wu^T) with h = rms_norm(x, norm), or x where norm is None. x [T, K] -> [T, I].
+
+    w comes from `pack_glu`, shape (2I, K). Source: Qwen3.5, Qwen3_5MLP (before down_proj).
+    """
+    if not w.is_glu or w.matrix.ndim != 2:
+        raise ArgumentError(f"swiglu: w must be a pack_glu() of [I, K], found shape {w.shape}, glu {w.is_glu}")
+    return _swiglu(x if norm is None else rms_norm(x, norm, eps), w.matrix)
+
+
+def _swiglu(h: Array, matrix: npt.NDArray[np.float32]) -> Array:
+    gate, up = np.split(h @ matrix.astype(h.dtype).T, 2, axis=-1)
+    return silu(gate) * up
+
+
+# ----------------------------------------------------------------------------------------------------- gated delta rule
+
+
+def gated_delta_net(
+    proj: Array,
+    conv_weight: Array,
+    A_log: Array,
+    dt_bias: Array,
+    norm: Array,
+    *,
+    eps: float,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    cu_seqlens: Ints,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> Array:
+    """Everything of a Gated DeltaNet layer between its input and its output projection, for B ragged sequences.
+
+    proj [T, C + Hv*Dv + 2*Hv]: columns u (C: all q, all k, all v) | z (Hv*Dv) | b (Hv) | a (Hv)
+    conv_weight [4, C] (tap 3 meets the current token), A_log [Hv], dt_bias [Hv], norm [Dv] (plain weight)
+    conv_states: per sequence [3, C], the last rows of u before convolution, oldest first; states: per sequence
+    [Hv, Dk, Dv]. Both are updated in place. Returns [T, Hv*Dv]. Per sequence:
+
+        c   = silu(sum_j conv_weight[j] * u[t-3+j])            causal depthwise convolution, then split into q, k, v
+        q   = q / sqrt(sum q^2 + 1e-6) / sqrt(Dk)              k = k / sqrt(sum k^2 + 1e-6)
+        beta = sigmoid(b)                                      log_decay = -exp(A_log) * softplus(a + dt_bias)
+        o   = delta_rule(q, k, v, beta, log_decay)             value head j reads q and k of head j // (Hv/Hk)
+        y   = norm * o / sqrt(mean o^2 + eps) * silu(z)
+
+    Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024); Qwen3.5, Qwen3_5GatedDeltaNet.
+    """
+    return _gated_delta_net(
+        delta_rule, proj, conv_weight, A_log, dt_bias, norm, eps=eps, num_k_heads=num_k_heads,
+        head_k_dim=head_k_dim, head_v_dim=head_v_dim, cu_seqlens=cu_seqlens, conv_states=conv_states, states=states,
+    )  # fmt: skip
+
+
+def gated_delta_net_chunked(*args: Any, chunk: int = 64, **kwargs: Any) -> Array:
+    """`gated_delta_net`, same arguments, in the chunked form that fast kernels use for many tokens. chunk >= 1."""
+    return _gated_delta_net(partial(delta_rule_chunked, chunk=chunk), *args, **kwargs)
+
+
+def _gated_delta_net(
+    rule: Callable[..., Array], proj: Array, conv_weight: Array, A_log: Array, dt_bias: Array, norm: Array, *,
+    eps: float, num_k_heads: int, head_k_dim: int, head_v_dim: int, cu_seqlens: Ints,
+    conv_states: Sequence[Array], states: Sequence[Array],
+) -> Array:  # fmt: skip
+    Hk, Dk, Dv = num_k_heads, head_k_dim, head_v_dim
+    T, Hv, C = proj.shape[0], A_log.shape[0], conv_weight.shape[1]
+    u, z, b, a = np.split(proj, [C, C + Hv * Dv, C + Hv * Dv + Hv], axis=1)
+    beta = sigmoid(b)
+    log_decay = -np.exp(A_log.astype(proj.dtype)) * softplus(a + dt_bias.astype(proj.dtype))
+    o = np.empty((T, Hv, Dv), proj.dtype)
+    for i, (conv_state, state) in enumerate(zip(conv_states, states, strict=True)):
+        rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
+        c = silu(_causal_conv1d(u[rows], conv_weight, conv_state))
+        q, k, v = np.split(c, [Hk * Dk, 2 * Hk * Dk], axis=1)
+        q = np.repeat(_unit_l2(q.reshape(-1, Hk, Dk)), Hv // Hk, axis=1) / math.sqrt(Dk)
+        k = np.repeat(_unit_l2(k.reshape(-1, Hk, Dk)), Hv // Hk, axis=1)
+        o[rows] = rule(q, k, v.reshape(-1, Hv, Dv), beta[rows], log_decay[rows], state)
+    y = norm.astype(proj.dtype) * _unit_rms(o, eps) * silu(z.reshape(T, Hv, Dv))
+    return y.reshape(T, Hv * Dv)
+
+
+def _unit_l2(x: Array) -> Array:
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + x.dtype.type(L2_EPS))
+
+
+def _causal_conv1d(u: Array, weight: Array, conv_state: Array) -> Array:
+    """out[t] = sum_j weight[j] * u[t - (taps-1) + j]; rows before u come from conv_state [taps-1, C], updated."""
+    taps, T = weight.shape[0], u.shape[0]
+    window = np.concatenate([conv_state.astype(u.dtype), u])
+    conv_state[...] = window[T:]
+    return sum(weight[j].astype(u.dtype) * window[j : j + T] for j in range(taps))
+
+
+def delta_rule(q: Array, k: Array, v: Array, beta: Array, log_decay: Array, state: Array) -> Array:
+    """The recurrence, token by token: q, k [T, Hv, Dk], v [T, Hv, Dv], beta, log_decay [T, Hv] -> o [T, Hv, Dv].
+
+        S = e^log_decay * S ;  w = beta * (v - S^T k) ;  S = S + k w^T ;  o = S^T q
+
+    The error is taken against the decayed state, the output read after the update. state [Hv, Dk, Dv] changes in place.
+    """
+    S = state.astype(q.dtype)
+    o = np.empty_like(v)
+    for t in range(q.shape[0]):
+        S *= np.exp(log_decay[t])[:, None, None]
+        w = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", S, k[t]))
+        S += k[t][:, :, None] * w[:, None, :]
+        o[t] = np.einsum("hkv,hk->hv", S, q[t])
+    state[...] = S
+    return o
+
+
+def delta_rule_chunked(
+    q: Array, k: Array, v: Array, beta: Array, log_decay: Array, state: Array, chunk: int = 64
+) -> Array:
+    """`delta_rule` for chunks of tokens at once. Per head, with G_i the sum of log_decay up to token i of the chunk:
+
+        A_ij = beta_i e^(G_i-G_j) (k_i . k_j)  for j < i, else 0
+        P_ij = e^(G_i-G_j) (q_i . k_j)         for j <= i, else 0
+        (I + A) W = beta (V - e^G K S)          unit lower triangular
+        O = e^G Q S + P W                       S <- e^(G_last) S + (e^(G_last-G) K)^T W
+
+    The difference G_i - G_j is masked before the exponential: above the diagonal it is positive and could overflow.
+    """
+    S = state.astype(q.dtype)
+    o = np.empty_like(v)
+    for start in range(0, q.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        Q, K, V = (x[rows].swapaxes(0, 1) for x in (q, k, v))  # [Hv, n, D]
+        B, G = beta[rows].T[:, :, None], np.cumsum(log_decay[rows].T, axis=1)[:, :, None]
+        n = Q.shape[1]
+        visible = np.tril(np.ones((n, n), bool))
+        D = np.exp(np.where(visible, G - G.swapaxes(1, 2), -np.inf))
+        A = np.tril(B * D * (K @ K.swapaxes(1, 2)), -1)
+        W = np.linalg.solve(np.eye(n, dtype=q.dtype) + A, B * (V - np.exp(G) * (K @ S)))
+        o[rows] = (np.exp(G) * (Q @ S) + (D * (Q @ K.swapaxes(1, 2))) @ W).swapaxes(0, 1)
+        S = np.exp(G[:, -1:]) * S + (np.exp(G[:, -1:] - G) * K).swapaxes(1, 2) @ W
+    state[...] = S
+    return o
+
+
+# ------------------------------------------------------------------------------------------------------ gated attention
+
+
+def gated_attention(
+    proj: Array,
+    q_norm: Array,
+    k_norm: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    layer: int,
+    cu_seqlens: Ints,
+    starts: Ints,
+    tables: Sequence[BlockTable],
+) -> Array:
+    """Everything of a full-attention layer between its input and its output projection, for B ragged sequences.
+
+    proj [T, Hq*2*D + 2*Hkv*D]: columns per query head (q D | gate D), then all k heads, then all v heads
+    q_norm, k_norm [D] (zero-centred); cos, sin [T, R/2]; layer: index among the attention layers
+    starts [B]: tokens already in each cache; tables: B BlockTables with room for starts[b] + (new rows) tokens.
+    Returns [T, Hq*D]. Per sequence:
+
+        q = rotate(rms_norm(q, q_norm)) ;  k = rotate(rms_norm(k, k_norm)) ;  k and v are stored at starts[b]..
+        o = causal_attention(q, stored k, stored v)  ;  y = o * sigmoid(gate)
+
+    K and V are used as stored (rounded to the blocks' dtype), so a prompt in one call equals the same prompt in many.
+    Source: Qwen3.5, Qwen3_5Attention.
+    """
+    T, D = proj.shape[0], q_norm.shape[0]
+    heads, k, v = np.split(proj, [num_heads * 2 * D, (num_heads * 2 + num_kv_heads) * D], axis=1)
+    q, gate = np.split(heads.reshape(T, num_heads, 2 * D), 2, axis=2)
+    q = rotate(rms_norm(q, q_norm, eps), cos, sin)
+    k = rotate(rms_norm(k.reshape(T, num_kv_heads, D), k_norm, eps), cos, sin)
+    v = v.reshape(T, num_kv_heads, D)
+    o = np.empty_like(q)
+    for i, (start, table) in enumerate(zip(starts, tables, strict=True)):
+        rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
+        _kv_append(table, layer, int(start), k[rows], v[rows])
+        if k[rows].shape[0]:
+            keys, values = kv_read(table, layer, int(start) + k[rows].shape[0], q.dtype)
+            o[rows] = causal_attention(q[rows], keys, values)
+    return (o * sigmoid(gate)).reshape(T, num_heads * D)
+
+
+def _kv_append(table: BlockTable, layer: int, start: int, k: Array, v: Array) -> None:
+    for t in range(k.shape[0]):
+        size = table.blocks[0].shape[3] if table.blocks else 0
+        if start + t >= size * len(table):
+            raise ArgumentError(f"gated_attention: token {start + t} is beyond the {len(table)} blocks of {size}")
+        block = table.blocks[(start + t) // size]
+        block[layer, 0, :, (start + t) % size] = kv_encode(k[t], block.dtype)
+        block[layer, 1, :, (start + t) % size] = kv_encode(v[t], block.dtype)
+
+
+def causal_attention(q: Array, keys: Array, values: Array) -> Array:
+    """softmax(q k^T / sqrt(D)) v, where q holds the last T of S tokens and token i sees tokens 0..i.
+
+    q [T, Hq, D], keys, values [Hkv, S, D] -> [T, Hq, D]; query head h reads key-value head h // (Hq/Hkv).
+    Causality is by place in the sequence, never by rotary position (the tokens of an image share a temporal position).
+    """
+    T, Hq, D = q.shape
+    Hkv, S, _ = keys.shape
+    visible = np.arange(S)[None, :] <= np.arange(S - T, S)[:, None]
+    o = np.empty_like(q)
+    for h in range(Hq):
+        scores = q[:, h] @ keys[h // (Hq // Hkv)].T / math.sqrt(D)
+        o[:, h] = softmax(np.where(visible, scores, -np.inf)) @ values[h // (Hq // Hkv)]
+    return o
+
+
+# --------------------------------------------------------------------------------------------------- mixture of experts
+
+
+def moe(
+    x: Array,
+    router: Weight,
+    gate_up: Weight,
+    down: Weight,
+    shared_gate_up: Weight,
+    shared_down: Weight,
+    shared_gate: Weight,
+    *,
+    top_k: int,
+    norm: Array,
+    eps: float,
+    residual: Array | None = None,
+) -> Array:
+    """Sparse feed-forward with a gated shared expert. x [T, H] -> [T, H], with h = rms_norm(x, norm):
+
+        logits = h router^T ;  top = the top_k experts of largest logit (equal ones: lower index first)
+        c      = softmax of the logits of top          (= softmax over all experts, renormalised over top)
+        y      = sum_{e in top} c_e ffn_e(h) + sigmoid(h . shared_gate) * ffn_shared(h)  (+ residual)
+        ffn(h) = (silu(h Wg^T) * (h Wu^T)) Wd^T
+
+    router [E, H]; gate_up (E, 2I, H) and shared_gate_up (2Is, H) from `pack_glu`; down (E, H, I); shared_down (H, Is);
+    shared_gate [1, H]. Source: Qwen3.5, Qwen3_5MoeSparseMoeBlock.
+    """
+    if not (gate_up.is_glu and shared_gate_up.is_glu):
+        raise ArgumentError("moe: gate_up and shared_gate_up must come from pack_glu()")
+    h = rms_norm(x, norm, eps)
+    logits = h @ router.matrix.astype(x.dtype).T
+    top = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    coefficients = softmax(np.take_along_axis(logits, top, axis=1))
+    shared = _swiglu(h, shared_gate_up.matrix) @ shared_down.matrix.astype(x.dtype).T
+    y = sigmoid(h @ shared_gate.matrix.astype(x.dtype).T) * shared
+    for e in range(router.shape[0]):
+        token, place = np.nonzero(top == e)
+        if token.size:
+            out = _swiglu(h[token], gate_up.matrix[e]) @ down.matrix[e].astype(x.dtype).T
+            y[token] += coefficients[token, place][:, None] * out
+    return y if residual is None else y + residual
+
+
+# --------------------------------------------------------------------------------------------------------- vision tower
+
+
+def patch_embed(
+    image: npt.NDArray[np.uint8],
+    weight: Weight,
+    bias: Array,
+    pos_embed: Array,
+    *,
+    patch_size: int,
+    merge_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Array:
+    """Patches of one still image, projected, plus their interpolated positions. Computes in the dtype of pos_embed.
+
+    image uint8 [h, w, 3], h and w multiples of patch_size * merge_size; weight [V, 3*p*p], columns (channel, y, x):
+    the checkpoint's [V, 3, 2, p, p] summed over its temporal axis, as both frames are the same picture; bias [V];
+    pos_embed [S*S, V]. Returns [P, V], P = (h/p)*(w/p), rows in merge-block order (`merge_order`).
+
+        y = ((pixels/255 - mean) / std) W^T + bias + bilinear(pos_embed)
+
+    Bilinear with aligned corners: patch row r of n rows lies at r*(S-1)/(n-1) (0 if n = 1) on the S x S table.
+    Source: Qwen3.5, Qwen3_5VisionPatchEmbed and the position interpolation of Qwen3_5VisionModel.forward.
+    """
+    dtype, p = pos_embed.dtype, patch_size
+    grid_h, grid_w = image.shape[0] // p, image.shape[1] // p
+    if image.shape != (grid_h * p, grid_w * p, 3) or grid_h % merge_size or grid_w % merge_size:
+        raise ArgumentError(f"patch_embed: image is {image.shape}, expected [h, w, 3] in multiples of {p * merge_size}")
+    pixels = (image.astype(dtype) / 255 - np.asarray(mean, dtype)) / np.asarray(std, dtype)
+    patches = pixels.reshape(grid_h, p, grid_w, p, 3).transpose(0, 2, 4, 1, 3).reshape(grid_h, grid_w, -1)
+    row, col = merge_order(grid_h, grid_w, merge_size)
+
+    side = math.isqrt(pos_embed.shape[0])
+    table = pos_embed.reshape(side, side, -1)
+    r0, r1, fr = (a[row] for a in _corners(grid_h, side, dtype))
+    c0, c1, fc = (a[col] for a in _corners(grid_w, side, dtype))
+    fr, fc = fr[:, None], fc[:, None]
+    top = (1 - fc) * table[r0, c0] + fc * table[r0, c1]
+    bottom = (1 - fc) * table[r1, c0] + fc * table[r1, c1]
+
+    return patches[row, col] @ weight.matrix.astype(dtype).T + bias.astype(dtype) + (1 - fr) * top + fr * bottom
+
+
+def _corners(n: int, side: int, dtype: np.dtype) -> tuple[Ints, Ints, Array]:
+    """For n aligned-corner samples of `side` table rows: the row before, the row after, the weight of the latter."""
+    s = np.arange(n, dtype=dtype) * dtype.type(side - 1) / max(n - 1, 1)
+    before = np.floor(s).astype(np.int64)
+    return before, np.minimum(before + 1, side - 1), s - before
+
+
+def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Ints) -> Array:
+    """Unmasked attention inside each segment. qkv [P, 3*V]: columns all q, all k, all v -> [P, V].
+
+    cos, sin [P, dh/2] with dh = V / num_heads: `rotate` over the whole head on q and k; softmax(q k^T / sqrt(dh)) v.
+    Source: Qwen3.5, Qwen3_5VisionAttention.
+    """
+    P, V = qkv.shape[0], qkv.shape[1] // 3
+    q, k, v = (x.reshape(P, num_heads, V // num_heads) for x in np.split(qkv, 3, axis=1))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    o = np.empty_like(q)
+    for first, last in pairwise(cu_seqlens):
+        for h in range(num_heads):
+            scores = q[first:last, h] @ k[first:last, h].T / math.sqrt(V // num_heads)
+            o[first:last, h] = softmax(scores) @ v[first:last, h] if last > first else 0
+    return o.reshape(P, V)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    output_ids: Ints,
+    output_counts: Ints,
+    prompt_ids: Ints,
+    limit: int,
+    uniform: float,
+) -> int:
+    """Choose one token id from logits [V] of which only the first `limit` count. In this order:
+
+    1. repetition: l = l/r if l > 0 else l*r, for ids in prompt or output; then, for ids in output,
+       l -= frequency * count + presence
+    2. temperature 0: the largest, lowest id on ties, and done. Otherwise l = l / temperature
+    3. top_k: the k largest (0 = all). top_p: the shortest run of descending probability whose sum reaches it (1 = all).
+       min_p: those with p >= min_p * (largest p) (0 = all). Equal logits: lower id first throughout
+    4. inverse of the cumulative distribution of the rest, in descending order, at `uniform` in [0, 1)
+
+    output_ids with output_counts, and prompt_ids, are distinct ids. NaN or +inf among the first `limit` logits, or
+    nothing but -inf, is an ArgumentError. Computes in float64.
+    """
+    x = _valid_logits("sample", logits, limit)
+    seen = np.union1d(prompt_ids, output_ids).astype(np.int64)
+    seen = seen[seen < limit]
+    x[seen] = np.where(x[seen] > 0, x[seen] / repetition_penalty, x[seen] * repetition_penalty)
+    inside = output_ids < limit
+    x[output_ids[inside]] -= frequency_penalty * output_counts[inside] + presence_penalty
+    if temperature == 0:
+        return int(np.argmax(x))
+    order = np.argsort(-x, kind="stable")[: top_k or None]
+    p = softmax(x[order] / temperature)
+    if top_p < 1:
+        p = p[: int(np.searchsorted(np.cumsum(p), top_p)) + 1]
+    p = p[p >= min_p * p[0]]
+    cumulative = np.cumsum(p)
+    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return int(order[min(place, len(p) - 1)])
+
+
+def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Ints, npt.NDArray[np.float32]]:
+    """Log-probability of `token` and the k most probable ids with theirs, of the softmax over the first `limit` logits.
+
+    Returns (logprob, ids int64 [k], logprobs float32 [k]), descending, lower id first on ties; k is cut to `limit`.
+    """
+    x = _valid_logits("log_softmax_top", logits, limit)
+    if not 0 <= token < limit:
+        raise ArgumentError(f"log_softmax_top: token is {token}, expected 0..{limit - 1}")
+    x = x - x.max()
+    logprobs = x - np.log(np.sum(np.exp(x)))
+    ids = np.argsort(-x, kind="stable")[:k].astype(np.int64)
+    return float(logprobs[token]), ids, logprobs[ids].astype(np.float32)
+
+
+def _valid_logits(op: str, logits: Array, limit: int) -> npt.NDArray[np.float64]:
+    if not 0 < limit <= logits.shape[0]:
+        raise ArgumentError(f"{op}: limit is {limit}, expected 1..{logits.shape[0]}")
+    x = logits[:limit].astype(np.float64)
+    if np.isnan(x).any() or not np.isfinite(x.max()):
+        raise ArgumentError(f"{op}: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+    return x

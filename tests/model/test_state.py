@@ -1,0 +1,63 @@
+"""What a State holds, how it grows, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+from deltaic.errors import ArgumentError, ContextLengthError, StateError
+from deltaic.model.state import BLOCK_TOKENS, State
+from oracle import ODD_HEADS
+
+with oracle.saved(oracle.torch_text_model(ODD_HEADS)) as (config, _):
+    CONFIG = config.text
+CONV_DIM = 2 * 3 * 12 + 6 * 20
+
+
+def test_a_new_state_is_empty_and_zero(ops):
+    state = State(CONFIG, ops)
+    assert (state.conv.shape, state.conv.dtype) == ((3, 3, CONV_DIM), np.float32)
+    assert (state.delta.shape, state.delta.dtype) == ((3, 6, 12, 20), np.float32)
+    assert not state.conv.any()
+    assert not state.delta.any()
+    assert (len(state.kv), state.length, state.rope_delta, state.token_ids) == (0, 0, 0, [])
+    assert state.nbytes == 4 * (3 * 3 * CONV_DIM + 3 * 6 * 12 * 20)
+
+
+@pytest.mark.parametrize(("kv_dtype", "stored"), [("f32", np.float32), ("bf16", np.uint16)])
+def test_reserve_grows_block_by_block_without_copying(ops, kv_dtype, stored):
+    state = State(CONFIG, ops, kv_dtype)
+    empty = state.nbytes
+    for tokens, blocks in [(0, 0), (1, 1), (BLOCK_TOKENS, 1), (BLOCK_TOKENS + 1, 2), (5, 2), (1000, 8)]:
+        before = [block.ctypes.data for block in state.kv.blocks]
+        state.reserve(tokens)
+        assert len(state.kv) == blocks
+        assert [block.ctypes.data for block in state.kv.blocks][: len(before)] == before
+    shape = (2, 2, 3, BLOCK_TOKENS, 24)
+    assert all((block.shape, block.dtype) == (shape, stored) for block in state.kv.blocks)
+    assert state.nbytes == empty + 8 * np.prod(shape) * np.dtype(stored).itemsize
+
+
+def test_more_than_the_context_is_refused(ops):
+    state = State(CONFIG, ops)
+    for absurd in (CONFIG.max_position_embeddings + 1, 10**12, 2**63, 10**30):
+        with pytest.raises(ContextLengthError, match=str(absurd)):
+            state.reserve(absurd)
+    assert len(state.kv) == 0
+    state.reserve(CONFIG.max_position_embeddings)
+    assert len(state.kv) * BLOCK_TOKENS == CONFIG.max_position_embeddings
+
+
+@pytest.mark.parametrize("head_dim", [2**40, 2**60])
+def test_running_out_of_memory_is_an_error(ops, head_dim):
+    state = State(replace(CONFIG, head_dim=head_dim), ops)
+    with pytest.raises(StateError, match="no memory"):
+        state.reserve(1)
+    assert len(state.kv) == 0
+
+
+def test_unknown_kv_dtype_is_refused(ops):
+    with pytest.raises(ArgumentError, match="fp8"):
+        State(CONFIG, ops, "fp8")
