@@ -97,6 +97,9 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
     DELTAIC_CUDA_OPS(X)
 #undef X
 
+    m.def("gated_delta_net_chunk_floats", &gated_delta_net_chunk_floats);
+    m.def("moe_max_tiles", &moe_max_tiles);
+
 #if defined(DELTAIC_EMULATE)
     m.attr("emulated") = true;
     m.def("set_order", [](const std::string& order, uint64_t seed) {

@@ -19,28 +19,50 @@ __device__ __forceinline__ uint4 zero_or_load(const bf16* row, int chunk, bool v
 
 __device__ __forceinline__ uint32_t lane_register(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// D: padded head width, 64, 128 or 256; `chunks` = real width / 8.
-template <int D>
+// D: padded head width, 64, 128 or 256; `chunks` = real width / 8. HALF: only rows 0..7 exist, which halves the registers. Where the
+// registers do not suffice for both, q is read again for every 16 keys.
+template <int D, bool HALF>
 struct Attend {
-    uint32_t q[D / 32][8];  // per step: four registers of row g, four of row g + 8
-    float o[D / 8][4];
+    static constexpr bool kHoldQ = HALF || D < 256;
+    static constexpr int kSteps = kHoldQ ? D / 32 : 1, kRows = HALF ? 1 : 2;
+    uint32_t q[kSteps][4 * kRows];  // per step: four registers of row g, four of row g + 8
+    float o[D / 8][2 * kRows];
     float largest[2], total[2];  // of rows g and g + 8
+    const bf16* source[2];
 
     __device__ __forceinline__ void start() {
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+        for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+            for (int e = 0; e < 2 * kRows; ++e) o[i][e] = 0;
         largest[0] = largest[1] = kNegativeInfinity, total[0] = total[1] = 0;
+    }
+
+    __device__ __forceinline__ void load_step(int s, int held, int chunks) {
+        const int chunk = s * 4 + threadIdx.x % 4;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const uint4 v = zero_or_load(source[r], chunk, source[r] && chunk < chunks);
+            q[held][4 * r] = v.x, q[held][4 * r + 1] = v.y, q[held][4 * r + 2] = v.z, q[held][4 * r + 3] = v.w;
+        }
     }
 
     // Rows g and g + 8 of q (bfloat16, already scaled by 1 / sqrt(width)); a null row is zero.
     __device__ __forceinline__ void load_q(const bf16* top, const bf16* bottom, int chunks) {
-        const int t = threadIdx.x % 4;
+        source[0] = top, source[1] = bottom;
+        if constexpr (kHoldQ)
 #pragma unroll
-        for (int s = 0; s < D / 32; ++s) {
-            const int chunk = s * 4 + t;
-            const uint4 a = zero_or_load(top, chunk, top && chunk < chunks), b = zero_or_load(bottom, chunk, bottom && chunk < chunks);
-            q[s][0] = a.x, q[s][1] = a.y, q[s][2] = a.z, q[s][3] = a.w;
-            q[s][4] = b.x, q[s][5] = b.y, q[s][6] = b.z, q[s][7] = b.w;
+            for (int s = 0; s < kSteps; ++s) load_step(s, s, chunks);
+    }
+
+    // c += a b, of which only the upper rows are kept with HALF.
+    __device__ __forceinline__ void multiply(float (&c)[2 * kRows], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+        if constexpr (HALF) {
+            float whole[4] = {c[0], c[1], 0, 0};
+            mma_bf16(whole, a, b);
+            c[0] = whole[0], c[1] = whole[1];
+        } else {
+            mma_bf16(c, a, b);
         }
     }
 
@@ -49,17 +71,20 @@ struct Attend {
     template <class Rows>
     __device__ __forceinline__ void step(const Rows& rows, int64_t first, int64_t end, const int64_t (&see)[2], int chunks) {
         const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-        float p[2][4];
+        float p[2][4] = {};
+        const bf16* key[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int64_t i = first + half * 8 + g;
-            const bf16* key = i < end ? rows.key(i) : nullptr;
-            p[half][0] = p[half][1] = p[half][2] = p[half][3] = 0;
+        for (int half = 0; half < 2; ++half) key[half] = first + half * 8 + g < end ? rows.key(first + half * 8 + g) : nullptr;
 #pragma unroll
-            for (int s = 0; s < D / 32; ++s) {
-                const uint4 k = zero_or_load(key, s * 4 + t, key && s * 4 + t < chunks);
-                mma_bf16(p[half], {q[s][0], q[s][4], q[s][1], q[s][5]}, {k.x, k.y});
-                mma_bf16(p[half], {q[s][2], q[s][6], q[s][3], q[s][7]}, {k.z, k.w});
+        for (int s = 0; s < D / 32; ++s) {
+            const int held = kHoldQ ? s : 0;
+            if constexpr (!kHoldQ) load_step(s, 0, chunks);
+            const uint32_t(&h)[4 * kRows] = q[held];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint4 k = zero_or_load(key[half], s * 4 + t, key[half] && s * 4 + t < chunks);
+                mma_bf16(p[half], {h[0], HALF ? 0u : h[4 % (4 * kRows)], h[1], HALF ? 0u : h[5 % (4 * kRows)]}, {k.x, k.y});
+                mma_bf16(p[half], {h[2], HALF ? 0u : h[6 % (4 * kRows)], h[3], HALF ? 0u : h[7 % (4 * kRows)]}, {k.z, k.w});
             }
         }
         float peak[2] = {largest[0], largest[1]};
@@ -88,9 +113,12 @@ struct Attend {
                 total[e / 2] += p[half][e];
             }
 #pragma unroll
-        for (int i = 0; i < D / 8; ++i) o[i][0] *= shrink[0], o[i][1] *= shrink[0], o[i][2] *= shrink[1], o[i][3] *= shrink[1];
+        for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+            for (int e = 0; e < 2 * kRows; ++e) o[i][e] *= shrink[e / 2];
 
-        const uint32_t a[4] = {pack_bf16(p[0][0], p[0][1]), pack_bf16(p[0][2], p[0][3]), pack_bf16(p[1][0], p[1][1]), pack_bf16(p[1][2], p[1][3])};
+        const uint32_t a[4] = {pack_bf16(p[0][0], p[0][1]), HALF ? 0u : pack_bf16(p[0][2], p[0][3]), pack_bf16(p[1][0], p[1][1]),
+                               HALF ? 0u : pack_bf16(p[1][2], p[1][3])};
         const bf16* value[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -105,8 +133,8 @@ struct Attend {
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
                 const uint32_t x0 = lane_register(v[0], w), x1 = lane_register(v[1], w), x2 = lane_register(v[2], w), x3 = lane_register(v[3], w);
-                mma_bf16(o[s * 8 + 2 * w], a, {(x0 & 0xffffu) | x1 << 16, (x2 & 0xffffu) | x3 << 16});
-                mma_bf16(o[s * 8 + 2 * w + 1], a, {x0 >> 16 | (x1 & 0xffff0000u), x2 >> 16 | (x3 & 0xffff0000u)});
+                multiply(o[s * 8 + 2 * w], a, {(x0 & 0xffffu) | x1 << 16, (x2 & 0xffffu) | x3 << 16});
+                multiply(o[s * 8 + 2 * w + 1], a, {x0 >> 16 | (x1 & 0xffff0000u), x2 >> 16 | (x3 & 0xffff0000u)});
             }
         }
     }
@@ -127,7 +155,7 @@ struct Attend {
 #pragma unroll
         for (int i = 0; i < D / 8; ++i)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) f(g + e / 2 * 8, i / 8 * 64 + 16 * t + e % 2 * 8 + i % 8, o[i][e]);
+            for (int e = 0; e < 2 * kRows; ++e) f(g + e / 2 * 8, i / 8 * 64 + 16 * t + e % 2 * 8 + i % 8, o[i][e]);
     }
 };
 
@@ -150,10 +178,10 @@ __device__ __forceinline__ int64_t active_splits(int64_t keys, int64_t splits) {
 
 // One warp: `count` rows (at most 16) and one split of the keys 0..end. q(r) is the address of row r, see(r) the number of keys that
 // it sees, id(r) its place in `out`.
-template <int D, class Rows, class Q, class See, class Id>
+template <int D, bool HALF, class Rows, class Q, class See, class Id>
 __device__ __forceinline__ void attend_tile(const Rows& rows, int count, int64_t end, int64_t split, const Partial& out, Q q, See see, Id id) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, chunks = static_cast<int>(out.D / 8);
-    Attend<D> attend;
+    Attend<D, HALF> attend;
     attend.start();
     attend.load_q(g < count ? q(g) : nullptr, g + 8 < count ? q(g + 8) : nullptr, chunks);
     const int64_t visible[2] = {g < count ? see(g) : 0, g + 8 < count ? see(g + 8) : 0};

@@ -78,7 +78,7 @@ __global__ void prepare_kernel(const T* proj, const float* q_norm, const float* 
 
 // Tensor-core form, bfloat16 K/V; 4 warps that read the same keys. With PER_TOKEN a block has one token and key head, rows are the
 // query heads of the group, and the warps are four splits; otherwise a warp has 16 rows of (token, head) of a sequence.
-template <int D, bool PER_TOKEN>
+template <int D, bool PER_TOKEN>  // PER_TOKEN: groups of at most 8 heads
 __global__ void __launch_bounds__(128) attend_kernel(const bf16* q, Shape s, const int64_t* cu_seqlens, const int64_t* starts, Cache<bf16> cache,
                                                      Partial out) {
     const int64_t group = s.Hq / s.Hkv, head = blockIdx.y, warp = threadIdx.x / kWarp;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(128) attend_kernel(const bf16* q, Shape s, con
     const auto see = [&](int r) { return start + token(r) + 1; };
     const int64_t end = see(count - 1);
     if (split * kRun >= end) return;  // `combine` does not read it
-    attend_tile<D>(CacheRows<bf16>{cache, b, head}, count, end, split, out, [&](int r) { return q + id(r) * s.D; }, see, id);
+    attend_tile<D, PER_TOKEN>(CacheRows<bf16>{cache, b, head}, count, end, split, out, [&](int r) { return q + id(r) * s.D; }, see, id);
 }
 
 // One warp per row and split.
@@ -146,7 +146,7 @@ void run(const T* proj, const float* q_norm, const float* k_norm, const float* c
            sine, eps, s, cu_seqlens, starts, cache, q, tokens);
     bool done = false;
     if constexpr (std::is_same_v<KV, bf16>) {
-        done = s.D % 8 == 0 && s.Hq / s.Hkv <= 16;
+        done = s.D % 8 == 0 && (!per_token || s.Hq / s.Hkv <= 8);
         if (done && s.D <= 64) launch_attend<64>(q, s, cu_seqlens, starts, cache, partial, tokens, B, longest, per_token, stream);
         else if (done && s.D <= 128) launch_attend<128>(q, s, cu_seqlens, starts, cache, partial, tokens, B, longest, per_token, stream);
         else if (done) launch_attend<256>(q, s, cu_seqlens, starts, cache, partial, tokens, B, longest, per_token, stream);

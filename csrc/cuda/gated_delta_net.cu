@@ -88,7 +88,7 @@ __device__ __forceinline__ float l2_scale(const float* x, int64_t Dk) {
 
 // Block (column group, head, sequence) of 4 warps; lane = column, warp w owns rows w, w+4, w+8... of Dk. ROWS = rows per thread.
 template <class T, int ROWS>
-__global__ void __launch_bounds__(128) recurrent_kernel(const T* proj, const float* c, const float* A_log, const float* dt_bias, Pointers states,
+__global__ void __launch_bounds__(128, 2) recurrent_kernel(const T* proj, const float* c, const float* A_log, const float* dt_bias, Pointers states,
                                                         const int64_t* cu_seqlens, Shape s, float* o) {
     DELTAIC_SHARED(float, q, kMaxWidth);
     DELTAIC_SHARED(float, k, kMaxWidth);

@@ -269,6 +269,22 @@ void run_block(std::mt19937_64& random) {
     }
 }
 
+void run_blocks(const std::vector<uint64_t>& turns, std::mt19937_64& random) {
+    for (const uint64_t i : turns) {
+        blockIdx = dim3(static_cast<unsigned>(i % gridDim.x), static_cast<unsigned>(i / gridDim.x % gridDim.y),
+                        static_cast<unsigned>(i / gridDim.x / gridDim.y));
+        run_block(random);
+        if (!block->error.empty()) return;
+    }
+}
+
+// False where a memory fault ended it.
+__attribute__((noinline)) bool run_until_fault(const std::vector<uint64_t>& turns, std::mt19937_64& random) {
+    if (sigsetjmp(fault_exit, 1)) return false;
+    run_blocks(turns, random);
+    return true;
+}
+
 }  // namespace
 
 void set_order(Order new_order, uint64_t seed) {
@@ -409,15 +425,7 @@ void run(const char* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes, void
     for (uint64_t i = 0; i < blocks; ++i) turns[i] = order == Order::reverse ? blocks - 1 - i : i;
     if (order == Order::random) std::shuffle(turns.begin(), turns.end(), random);
     running = true;
-    if (sigsetjmp(fault_exit, 1) == 0) {
-        for (const uint64_t i : turns) {
-            blockIdx = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / grid.x / grid.y));
-            run_block(random);
-            if (!b.error.empty()) break;
-        }
-    } else {
-        b.error = std::string(fault_message) + " (" + thread_name() + ")";
-    }
+    if (!run_until_fault(turns, random)) b.error = std::string(fault_message) + " (" + thread_name() + ")";
     running = false;
     shared_dirty = kShared;
     if (!b.error.empty()) refuse(b.error);
