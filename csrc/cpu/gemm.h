@@ -48,37 +48,9 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
     }
 }
 
-template <int NB, int NT, class Emit>
-DELTAIC_INLINE void multiply_tile(Format format, const uint8_t* w, int64_t block_stride, const Activations& all, int64_t first_token,
-                                  const Emit& emit) {
-    f32x16 acc[NB][NT];
-    for (int b = 0; b < NB; ++b)
-        for (int t = 0; t < NT; ++t) acc[b][t] = zero();
-    const Activations a = all.rows(first_token, NT);
-    switch (format) {
-        case Format::f32: tile_f32<NB, NT>(reinterpret_cast<const float*>(w), block_stride / 4, 16, a.x, a.K, a.K, acc); break;
-        case Format::bf16: tile_bf16<NB, NT>(w, block_stride, a.x, a.K, a.K, acc); break;
-        case Format::int8: tile_int8<NB, NT>(w, block_stride, a, acc); break;
-        case Format::int4: tile_int4<NB, NT>(w, block_stride, a, acc); break;
-    }
-    for (int t = 0; t < NT; ++t) emit(first_token + t, acc[0][t], NB == 2 ? acc[NB - 1][t] : zero());
-}
-
-// Products of one block (NB = 1) or two neighbouring blocks (NB = 2) of 16 rows with tokens [begin, end):
-// emit(token, sums of block 0, sums of block 1).
-template <int NB, class Emit>
-DELTAIC_INLINE void multiply_blocks(Format format, const uint8_t* w, int64_t stride, const Activations& a, int64_t begin, int64_t end,
-                                    const Emit& emit) {
-    int64_t t = begin;
-    if constexpr (kTileTokens >= 12) {
-        for (; t + 12 <= end; t += 12) multiply_tile<NB, 12>(format, w, stride, a, t, emit);
-        for (; t + 6 <= end; t += 6) multiply_tile<NB, 6>(format, w, stride, a, t, emit);
-    }
-    if constexpr (kTileTokens >= 2) {
-        for (; t + 2 <= end; t += 2) multiply_tile<NB, 2>(format, w, stride, a, t, emit);
-    }
-    for (; t < end; ++t) multiply_tile<NB, 1>(format, w, stride, a, t, emit);
-}
+// Products of `blocks` (1 or 2) neighbouring blocks of 16 rows, `stride` bytes apart, with every row of `a`: out [T][32], the 16
+// sums of the first block and then those of the second. Compiled once: the callers differ only in what they do with the sums.
+void multiply_blocks(Format format, int blocks, const uint8_t* w, int64_t stride, const Activations& a, float* out);
 
 // From this many tokens on it pays to expand int4 blocks to int8 once per panel.
 constexpr int64_t kExpandTokens = 8;
@@ -100,20 +72,16 @@ DELTAIC_INLINE int64_t expand_bytes(const Weight& w, int64_t T) {
     return bytes;
 }
 
-DELTAIC_INLINE void expand_block(Format stored, Format working, const uint8_t* w, int64_t K, uint8_t* out) {
-    const int64_t runs = ceil_div(K, kRun);
-    if (working == Format::int8) return expand_int4(w, runs, out);
-    float* y = reinterpret_cast<float*>(out);
-    for (int64_t k = 0; k < K; ++k)
-        for (int64_t lane = 0; lane < 16; ++lane)
-            y[k * 16 + lane] = stored == Format::int8 ? element_int8(w, runs, k, lane) : element_int4(w, runs, k, lane);
-}
+// One block of format `stored` as one of format `working`.
+void expand_block(Format stored, Format working, const uint8_t* w, int64_t K, uint8_t* out);
 
 // Tokens whose activations stay in the second-level cache while many row blocks pass over them.
 DELTAIC_INLINE int64_t panel_tokens(Format format, int64_t K) {
     const int64_t bytes = (format == Format::int8 || format == Format::int4 ? 1 : 4) * max64(K, 1);
     return max64(24, (int64_t{1} << 19) / bytes / 12 * 12);
 }
+
+constexpr int64_t kSumTokens = 48;  // rows of sums that wait in the first-level cache for the caller
 
 // Multiplies blocks of one expert of a matrix with all rows of `a`, over pairs of blocks [first_pair, last_pair) counted through
 // all segments: emit(segment, pair within the segment, token, sums of the even block, sums of the odd block). `expanded` has
@@ -137,11 +105,11 @@ DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t firs
                         expand_block(g.format, format, w.block(s, expert, 2 * p + b), a.K, expanded + b * stride);
                     block = expanded;
                 }
-                const auto forward = [&](int64_t t, f32x16 even, f32x16 odd) { emit(s, p, t, even, odd); };
-                if (both) {
-                    multiply_blocks<2>(format, block, stride, a, begin, end, forward);
-                } else {
-                    multiply_blocks<1>(format, block, stride, a, begin, end, forward);
+                alignas(64) float sums[kSumTokens * 32];
+                for (int64_t t = begin; t < end; t += kSumTokens) {
+                    const int64_t count = min64(kSumTokens, end - t);
+                    multiply_blocks(format, both ? 2 : 1, block, stride, a.rows(t, count), sums);
+                    for (int64_t i = 0; i < count; ++i) emit(s, p, t + i, load(sums + i * 32), load(sums + i * 32 + 16));
                 }
             }
         }
@@ -175,9 +143,14 @@ DELTAIC_INLINE void rms_norm_row(const float* x, const float* weight, int64_t D,
     }
 }
 
-// What a product with `w` reads: rows of x [T, K] after the optional norm, and their int8 form where a segment of w wants it.
-// Lives in scratch memory (or is x itself).
-Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, const Weight& w);
+DELTAIC_INLINE bool wants_integers(const Weight& w) {
+    for (int s = 0; s < w.segments; ++s)
+        if (!w.float_activations && (w.segment[s].format == Format::int8 || w.segment[s].format == Format::int4)) return true;
+    return false;
+}
+
+// Rows of x [T, K] after the optional norm, and their int8 form if a product wants it. In scratch memory (or x itself).
+Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, bool integers);
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

@@ -33,25 +33,14 @@ void quantise_row(const float* x, int64_t K, int64_t runs, int8_t* q, float* sca
 
 }  // namespace
 
-Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, const Weight& w) {
-    Activations a;
-    a.T = T, a.K = K, a.x = x, a.runs = ceil_div(K, kRun);
-    bool integers = false;
-    for (int s = 0; s < w.segments; ++s) {
-        const Format format = working_format(w, w.segment[s].format, T);
-        integers |= format == Format::int8 || format == Format::int4;
-    }
+Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, bool integers) {
+    Activations a = scratch_activations(T, K, static_cast<bool>(norm), integers);
+    if (!norm) a.x = x;
     if (!norm && !integers) return a;
-    float* normed = norm ? scratch_f32(T * K) : nullptr;
-    int8_t* q = nullptr;
-    float* scale = nullptr;
-    int32_t *run_sum = nullptr, *group_sum = nullptr;
-    if (integers) {
-        q = static_cast<int8_t*>(scratch(static_cast<size_t>(T * a.runs * kRun)));
-        scale = scratch_f32(T * a.runs);
-        run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs) * 4));
-        group_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs * 8) * 4));
-    }
+    float* normed = const_cast<float*>(a.x);
+    int8_t* q = const_cast<int8_t*>(a.q);
+    float* scale = const_cast<float*>(a.scale);
+    int32_t *run_sum = const_cast<int32_t*>(a.run_sum), *group_sum = const_cast<int32_t*>(a.group_sum);
     parallel_for(T, max64(1, 16384 / max64(K, 1)), [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) {
             const float* row = x + t * K;
@@ -63,14 +52,12 @@ Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, 
                 quantise_row(row, K, a.runs, q + t * a.runs * kRun, scale + t * a.runs, run_sum + t * a.runs, group_sum + t * a.runs * 8);
         }
     });
-    if (norm) a.x = normed;
-    a.q = q, a.scale = scale, a.run_sum = run_sum, a.group_sum = group_sum;
     return a;
 }
 
 void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t activation, View residual, View y) {
     const int64_t T = x.shape[0], N = w.rows;
-    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, w);
+    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wants_integers(w));
     int64_t row0[Weight::kMaxSegments] = {};  // first output of each segment
     for (int s = 1; s < w.segments; ++s) row0[s] = row0[s - 1] + w.segment[s - 1].rows;
     const int64_t pairs = count_pairs(w), room = expand_bytes(w, T);
@@ -92,7 +79,7 @@ void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t ac
 
 void swiglu(View x, const Weight& w, View norm, float eps, View y) {
     const int64_t T = x.shape[0], I = y.shape[1];
-    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, w);
+    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wants_integers(w));
     const int64_t pairs = count_pairs(w), room = expand_bytes(w, T);
     uint8_t* expanded = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * thread_count())));
     parallel_for(pairs, pair_grain(w, pairs, thread_count()), [&](int64_t begin, int64_t end, int thread) {

@@ -55,72 +55,80 @@ void pack_int8(const Source& source, int64_t n0, uint8_t* out) {
         }
 }
 
-// Squared error of a group with step `step`; `inverse` is 1 / step.
-DELTAIC_INLINE float group_error(f32x16 w, float step, float inverse) {
-    const f32x16 q = max(set1(-8.0f), min(set1(7.0f), round(mul(w, set1(inverse)))));
-    const f32x16 error = fma(q, set1(-step), w);
-    return reduce_add(mul(error, error));
-}
+DELTAIC_INLINE f32x16 abs(f32x16 a) { return max(a, sub(zero(), a)); }
+DELTAIC_INLINE f32x16 clamp(f32x16 a, float low, float high) { return max(set1(low), min(set1(high), a)); }
 
-// For one run: the d (either sign, since the 16 values reach further below zero than above) and the s of each group with the
-// smallest squared error. d is searched around largest / (8 * 16), s around each group's own best.
-float choose_scales(const f32x16 (&w)[8], int (&s)[8]) {
-    float largest = 0, amax[8];
+// d and s of one run of 16 rows (one row a lane; w [128 columns][16 rows]) that make the squared error smallest. d is tried with
+// both signs, since the 16 values reach further below zero than above, around largest / (8 * 16); s of each group around
+// amax / (8 |d|): a group whose largest number lies on the short side (7 steps) wants a step up to 8/7 of that.
+void choose_scales(const float* w, f32x16* d, f32x16 (&s)[8]) {
+    f32x16 amax[8], largest = zero();
     for (int g = 0; g < 8; ++g) {
-        amax[g] = reduce_max(max(w[g], sub(zero(), w[g])));
-        largest = amax[g] > largest ? amax[g] : largest;
+        amax[g] = zero();
+        for (int k = 0; k < kGroup; ++k) amax[g] = max(amax[g], abs(load(w + (g * kGroup + k) * 16)));
+        largest = max(largest, amax[g]);
+        s[g] = set1(1.0f);
     }
-    for (int g = 0; g < 8; ++g) s[g] = 1;
-    if (!(largest > 0) || f16_to_float(float_to_f16(largest / 128.0f)) == 0) return 0;
-    float best = INFINITY, best_d = 0;
-    for (int sign = -1; sign <= 1; sign += 2)
-        for (int trial = 0; trial < 8; ++trial) {
-            const float d = f16_to_float(float_to_f16(static_cast<float>(sign) * largest / 128.0f * (0.79f + 0.04f * static_cast<float>(trial))));
-            float total = 0;
-            int chosen[8];
-            for (int g = 0; g < 8 && total < best; ++g) {
-                // The best step of 16 Gaussian numbers lies between 0.75 and 1.05 of amax / 8.
-                const float ideal = amax[g] / (8.0f * fabsf(d));
-                int low = static_cast<int>(ideal * 0.78f), high = static_cast<int>(ideal * 1.1f) + 1;
-                low = low < 1 ? 1 : low > 16 ? 16 : low, high = high > 16 ? 16 : high < 1 ? 1 : high;
-                float least = INFINITY;
-                for (int candidate = low; candidate <= high; ++candidate) {
-                    const float step = d * static_cast<float>(candidate), error = group_error(w[g], step, 1.0f / step);
-                    if (error < least) least = error, chosen[g] = candidate;
+    *d = zero();
+    f32x16 best = set1(INFINITY);
+    for (int trial = 0; trial < 10; ++trial) {
+        const float factor = (trial % 2 ? -1.0f : 1.0f) * (0.86f + 0.06f * static_cast<float>(trial / 2)) / 128.0f;
+        float steps[16];
+        store(steps, mul(largest, set1(factor)));
+        for (float& step : steps) step = f16_to_float(float_to_f16(step));
+        const f32x16 unit = load(steps), magnitude = max(abs(unit), set1(1e-30f));  // a zero row: any s, d = 0
+        f32x16 total = zero(), chosen[8];
+        for (int g = 0; g < 8; ++g) {
+            const f32x16 ideal = div(mul(amax[g], set1(0.125f)), magnitude);
+            f32x16 least = set1(INFINITY);
+            chosen[g] = set1(1.0f);
+            for (int candidate = 0; candidate < 6; ++candidate) {
+                const f32x16 scale = clamp(round(mul(ideal, set1(0.80f + 0.075f * static_cast<float>(candidate)))), 1.0f, 16.0f);
+                const f32x16 step = mul(unit, scale), inverse = div(set1(1.0f), if_less(abs(step), set1(1e-30f), set1(1e30f), step));
+                f32x16 error = zero();
+                for (int k = 0; k < kGroup; ++k) {
+                    const f32x16 v = load(w + (g * kGroup + k) * 16), q = clamp(round(mul(v, inverse)), -8.0f, 7.0f);
+                    const f32x16 miss = sub(v, mul(q, step));
+                    error = fma(miss, miss, error);
                 }
-                total += least;
+                chosen[g] = if_less(error, least, scale, chosen[g]);
+                least = min(least, error);
             }
-            if (total < best) {
-                best = total, best_d = d;
-                for (int g = 0; g < 8; ++g) s[g] = chosen[g];
-            }
+            total = add(total, least);
         }
-    return best_d;
+        for (int g = 0; g < 8; ++g) s[g] = if_less(total, best, chosen[g], s[g]);
+        *d = if_less(total, best, unit, *d);
+        best = min(best, total);
+    }
 }
 
 void pack_int4(const Source& source, int64_t n0, uint8_t* out) {
     const int64_t K = source.view.shape[1], runs = ceil_div(K, kRun);
     memset(out, 0, static_cast<size_t>(block_bytes(Format::int4, K)));
     uint16_t* halves = reinterpret_cast<uint16_t*>(out + runs * 1088);
-    for (int64_t run = 0; run < runs; ++run)
+    for (int64_t run = 0; run < runs; ++run) {
+        float w[kRun * 16], row[kRun], d[16], s[16];
         for (int r = 0; r < 16; ++r) {
-            float row[kRun];
             source.run(n0 + r, run * kRun, row);
-            f32x16 w[8];
-            for (int g = 0; g < 8; ++g) w[g] = load(row + g * kGroup);
-            int s[8];
-            const float d = choose_scales(w, s);
-            halves[run * 16 + r] = float_to_f16(d);
-            for (int g = 0; g < 8; ++g) {
-                out[runs * 1024 + run * 64 + g / 2 * 16 + r] |= static_cast<uint8_t>((s[g] - 1) << (g % 2 * 4));
-                const float step = d * static_cast<float>(s[g]), inverse = step != 0 ? 1.0f / step : 0.0f;
+            for (int k = 0; k < kRun; ++k) w[k * 16 + r] = row[k];
+        }
+        f32x16 unit, scale[8];
+        choose_scales(w, &unit, scale);
+        store(d, unit);
+        for (int r = 0; r < 16; ++r) halves[run * 16 + r] = float_to_f16(d[r]);
+        for (int g = 0; g < 8; ++g) {
+            store(s, scale[g]);
+            for (int r = 0; r < 16; ++r) {
+                out[runs * 1024 + run * 64 + g / 2 * 16 + r] |= static_cast<uint8_t>((static_cast<int>(s[r]) - 1) << (g % 2 * 4));
+                const float step = d[r] * s[r], inverse = step != 0 ? 1.0f / step : 0.0f;
                 for (int k = 0; k < kGroup; ++k) {
-                    const float v = rintf(row[g * kGroup + k] * inverse);
+                    const float v = rintf(w[(g * kGroup + k) * 16 + r] * inverse);
                     const int q = static_cast<int>(v > 7 ? 7 : v < -8 ? -8 : v) + 8;
                     out[run * 1024 + g * 128 + k / 8 * 64 + r * 4 + k % 4] |= static_cast<uint8_t>(q << (k / 4 % 2 * 4));
                 }
             }
         }
+    }
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // int8; all sums inside a run are exact integers, so every instruction set, and every way to split the work, gives the same bits.
 #pragma once
 
+#include "core/pool.h"
 #include "cpu/simd.h"
 
 namespace deltaic {
@@ -25,6 +26,31 @@ struct Activations {
         return a;
     }
 };
+
+// Scratch memory for T rows of K columns. Calling thread only.
+DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats, bool integers) {
+    Activations a;
+    a.T = T, a.K = K, a.runs = ceil_div(K, kRun);
+    if (floats) a.x = scratch_f32(T * K);
+    if (integers) {
+        a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(T * a.runs * kRun)));
+        a.scale = scratch_f32(T * a.runs);
+        a.run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs) * 4));
+        a.group_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs * 8) * 4));
+    }
+    return a;
+}
+
+// Copies row `from` of `source` to row `to` of `target`, whose arrays are writable memory of the same form.
+DELTAIC_INLINE void copy_row(const Activations& source, int64_t from, const Activations& target, int64_t to) {
+    const int64_t runs = source.runs;
+    memcpy(const_cast<float*>(target.x) + to * source.K, source.x + from * source.K, static_cast<size_t>(source.K) * 4);
+    if (!source.q) return;
+    memcpy(const_cast<int8_t*>(target.q) + to * runs * kRun, source.q + from * runs * kRun, static_cast<size_t>(runs * kRun));
+    memcpy(const_cast<float*>(target.scale) + to * runs, source.scale + from * runs, static_cast<size_t>(runs) * 4);
+    memcpy(const_cast<int32_t*>(target.run_sum) + to * runs, source.run_sum + from * runs, static_cast<size_t>(runs) * 4);
+    memcpy(const_cast<int32_t*>(target.group_sum) + to * runs * 8, source.group_sum + from * runs * 8, static_cast<size_t>(runs) * 32);
+}
 
 DELTAIC_INLINE int32_t load_i32(const void* p) {
     int32_t value;

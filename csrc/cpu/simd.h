@@ -77,6 +77,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
@@ -109,6 +110,29 @@ DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+// Transposes a kWidth x kWidth matrix held in kWidth registers.
+DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
+    vec t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // 128-bit lane L of u[i + j]: column 4L + j of rows i..i+3
+        for (int j = 0; j < 2; ++j) {
+            const __m512d x = _mm512_castps_pd(t[i + j]), y = _mm512_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        const vec even0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), even1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+        const vec odd0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd), odd1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+        a[j] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+        a[8 + j] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+        a[4 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+        a[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+}
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
@@ -126,6 +150,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm256_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
@@ -164,6 +189,24 @@ DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
     memcpy(&bytes, p, 8);
     return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
 }
+DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
+    vec t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            const __m256d x = _mm256_castps_pd(t[i + j]), y = _mm256_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+            u[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        a[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+        a[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+    }
+}
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
@@ -181,6 +224,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return vdivq_f32(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return vmaxq_f32(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return vminq_f32(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return vdupq_n_s32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return vaddq_s32(a, b); }
@@ -211,6 +255,14 @@ DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
     memcpy(&bytes, p, 4);
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes)))));
 }
+DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
+    const vec t0 = vtrn1q_f32(a[0], a[1]), t1 = vtrn2q_f32(a[0], a[1]);
+    const vec t2 = vtrn1q_f32(a[2], a[3]), t3 = vtrn2q_f32(a[2], a[3]);
+    a[0] = vcombine_f32(vget_low_f32(t0), vget_low_f32(t2));
+    a[1] = vcombine_f32(vget_low_f32(t1), vget_low_f32(t3));
+    a[2] = vcombine_f32(vget_high_f32(t0), vget_high_f32(t2));
+    a[3] = vcombine_f32(vget_high_f32(t1), vget_high_f32(t3));
+}
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 // ---------------------------------------------------------------------------------------------------------------------------
 #else  // portable: compiler vectors of four, which every target has or imitates
@@ -232,6 +284,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return a / b; }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return a > b ? a : b; }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return a < b ? a : b; }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return a < b ? yes : no; }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return ivec{a, a, a, a}; }
 DELTAIC_INLINE ivec i_load(const void* p) {
     ivec a;
@@ -266,6 +319,10 @@ DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
     return vec{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
 }
 DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) { return ivec{p[0], p[1], p[2], p[3]}; }
+DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
+    const vec b[4] = {a[0], a[1], a[2], a[3]};
+    for (int i = 0; i < 4; ++i) a[i] = vec{b[0][i], b[1][i], b[2][i], b[3][i]};
+}
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 #endif
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -290,6 +347,10 @@ DELTAIC_INLINE f32x16 div(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_div(a.part[i], b
 DELTAIC_INLINE f32x16 max(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_max(a.part[i], b.part[i])); }
 DELTAIC_INLINE f32x16 min(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_min(a.part[i], b.part[i])); }
 DELTAIC_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { DELTAIC_PARTS(v_fma(a.part[i], b.part[i], c.part[i])); }
+// Lane by lane: a < b ? yes : no.
+DELTAIC_INLINE f32x16 if_less(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
+    DELTAIC_PARTS(v_less(a.part[i], b.part[i], yes.part[i], no.part[i]));
+}
 DELTAIC_INLINE f32x16 load_bf16(const uint16_t* p) { DELTAIC_PARTS(v_load_bf16(p + i * kWidth)); }
 // 16 lanes of two bfloat16 numbers each: the first (even columns) and the second (odd columns) of every lane as float.
 DELTAIC_INLINE f32x16 load_pair_first(const void* p) {
@@ -326,6 +387,49 @@ DELTAIC_INLINE void store_n(float* p, f32x16 a, int64_t n) {
     float lanes[16];
     store(lanes, a);
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+DELTAIC_INLINE f32x16 load_bf16_n(const uint16_t* p, int64_t n) {
+    if (n >= 16) return load_bf16(p);
+    float lanes[16] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = bf16_to_float(p[i]);
+    return load(lanes);
+}
+DELTAIC_INLINE void store_bf16_n(uint16_t* p, f32x16 a, int64_t n) {
+    if (n >= 16) return store_bf16(p, a);
+    float lanes[16];
+    store(lanes, a);
+    for (int64_t i = 0; i < n; ++i) p[i] = float_to_bf16(lanes[i]);
+}
+
+// Transposes a 16 x 16 matrix, one row per f32x16.
+DELTAIC_INLINE void transpose(f32x16 (&a)[16]) {
+    vec tile[kParts][kParts][kWidth];
+    for (int i = 0; i < kParts; ++i)
+        for (int j = 0; j < kParts; ++j) {
+            for (int r = 0; r < kWidth; ++r) tile[i][j][r] = a[i * kWidth + r].part[j];
+            v_transpose(tile[i][j]);
+        }
+    for (int i = 0; i < kParts; ++i)
+        for (int j = 0; j < kParts; ++j)
+            for (int r = 0; r < kWidth; ++r) a[j * kWidth + r].part[i] = tile[i][j][r];
+}
+
+// Lane i of the result is the sum of all lanes of a[i]. Every lane adds in the same order.
+DELTAIC_INLINE f32x16 reduce_add(const f32x16 (&a)[16]) {
+    f32x16 r;
+    for (int i = 0; i < kParts; ++i) {
+        vec t[kWidth];
+        for (int j = 0; j < kWidth; ++j) {
+            t[j] = a[i * kWidth + j].part[0];
+            for (int k = 1; k < kParts; ++k) t[j] = v_add(t[j], a[i * kWidth + j].part[k]);
+        }
+        v_transpose(t);
+        for (int step = kWidth / 2; step > 0; step /= 2)
+            for (int j = 0; j < step; ++j) t[j] = v_add(t[j], t[j + step]);
+        r.part[i] = t[0];
+    }
+    return r;
 }
 
 // Sum and maximum of all lanes, in one fixed order for every instruction set.

@@ -1,7 +1,8 @@
 """The operators in C++: same names and arguments as `reference.py`, which says what each computes.
 
-Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension from
-the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError). Activations are C-contiguous float32.
+Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension
+from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError`, an ArgumentError. Activations are
+C-contiguous float32.
 """
 
 from __future__ import annotations
@@ -17,15 +18,22 @@ __all__ = [
     "BlockTable",
     "Weight",
     "embed",
+    "gated_attention",
+    "gated_delta_net",
     "isa",
     "layer_norm",
+    "moe",
     "linear",
+    "log_softmax_top",
     "num_threads",
     "pack",
     "pack_glu",
+    "patch_embed",
     "rms_norm",
+    "sample",
     "set_num_threads",
     "swiglu",
+    "vision_attention",
 ]
 
 Array = np.ndarray
@@ -134,3 +142,124 @@ def swiglu(x: Array, w: Weight, *, norm: Array | None = None, eps: float = 1e-6)
     y = np.empty((x.shape[0], w.shape[0] // 2), np.float32)
     _core.swiglu(x, w, norm, eps, y)
     return y
+
+
+def gated_attention(
+    proj: Array,
+    q_norm: Array,
+    k_norm: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    eps: float,
+    num_heads: int,
+    num_kv_heads: int,
+    layer: int,
+    cu_seqlens: Array,
+    starts: Array,
+    tables: list[BlockTable],
+) -> Array:
+    y = np.empty((proj.shape[0], num_heads * q_norm.shape[0]), np.float32)
+    _core.gated_attention(
+        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, y
+    )
+    return y
+
+
+def patch_embed(
+    image: Array,
+    weight: Weight,
+    bias: Array,
+    pos_embed: Array,
+    *,
+    patch_size: int,
+    merge_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Array:
+    size = max(patch_size, 1)  # the extension refuses a size below 1
+    y = np.empty(((image.shape[0] // size) * (image.shape[1] // size), weight.shape[0]), np.float32)
+    moments = np.array(mean, np.float32), np.array(std, np.float32)
+    _core.patch_embed(image, weight, bias, pos_embed, patch_size, merge_size, *moments, y)
+    return y
+
+
+def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
+    y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
+    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
+    return y
+
+
+def gated_delta_net(
+    proj: Array,
+    conv_weight: Array,
+    A_log: Array,
+    dt_bias: Array,
+    norm: Array,
+    *,
+    eps: float,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    cu_seqlens: Array,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> Array:
+    y = np.empty((proj.shape[0], A_log.shape[0] * head_v_dim), np.float32)
+    _core.gated_delta_net(
+        proj, conv_weight, A_log, dt_bias, norm, eps, num_k_heads, head_k_dim,
+        cu_seqlens, list(conv_states), list(states), y,
+    )  # fmt: skip
+    return y
+
+
+def moe(
+    x: Array,
+    router: Weight,
+    gate_up: Weight,
+    down: Weight,
+    shared_gate_up: Weight,
+    shared_down: Weight,
+    shared_gate: Weight,
+    *,
+    top_k: int,
+    norm: Array,
+    eps: float,
+    residual: Array | None = None,
+) -> Array:
+    y = np.empty_like(x)
+    _core.moe(
+        x, router, gate_up, down, shared_gate_up, shared_down, shared_gate, norm, eps, top_k, residual, y,
+    )  # fmt: skip
+    return y
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    output_ids: Array,
+    output_counts: Array,
+    prompt_ids: Array,
+    limit: int,
+    uniform: float,
+) -> int:
+    token = np.empty(1, np.int64)
+    _core.sample(
+        logits, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
+        output_ids, output_counts, prompt_ids, limit, uniform, token,
+    )  # fmt: skip
+    return int(token[0])
+
+
+def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:
+    k = max(0, min(k, limit))
+    logprob, top_ids, top_logprobs = np.empty(1, np.float32), np.empty(k, np.int64), np.empty(k, np.float32)
+    _core.log_softmax_top(logits, limit, k, token, logprob, top_ids, top_logprobs)
+    return float(logprob[0]), top_ids, top_logprobs

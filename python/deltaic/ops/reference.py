@@ -512,7 +512,8 @@ def moe(
     if not (gate_up.is_glu and shared_gate_up.is_glu):
         raise ArgumentError("moe: gate_up and shared_gate_up must come from pack_glu()")
     h = rms_norm(x, norm, eps)
-    logits = h @ router.matrix.astype(x.dtype).T
+    # einsum adds in the same order for every row, which a blocked product need not do: equal experts stay equal
+    logits = np.einsum("th,eh->te", h, router.matrix.astype(x.dtype))
     top = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     coefficients = softmax(np.take_along_axis(logits, top, axis=1))
     shared = _swiglu(h, shared_gate_up.matrix) @ shared_down.matrix.astype(x.dtype).T
@@ -572,8 +573,9 @@ def patch_embed(
 def _corners(n: int, side: int, dtype: np.dtype) -> tuple[Ints, Ints, Array]:
     """For n aligned-corner samples of `side` table rows: the row before, the row after, the weight of the latter."""
     s = np.arange(n, dtype=dtype) * dtype.type(side - 1) / max(n - 1, 1)
-    before = np.floor(s).astype(np.int64)
-    return before, np.minimum(before + 1, side - 1), s - before
+    before = np.floor(s)
+    index = before.astype(np.int64)
+    return index, np.minimum(index + 1, side - 1), s - before
 
 
 def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Ints) -> Array:

@@ -308,10 +308,10 @@ class _Packer:
         return result
 
     def _finished(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.release()
-            if self._bar is not None:
-                self._bar.update(tensor.nbytes)
+        for file in {tensor.file for tensor in tensors}:
+            file.release()
+        if self._bar is not None:
+            self._bar.update(sum(tensor.nbytes for tensor in tensors))
 
 
 def _readable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -80,9 +80,11 @@ class CheckpointFile:
         size = os.fstat(self._handle.fileno()).st_size
         if size < self._size:
             raise CheckpointError(f"{self.path} shrank from {self._size} to {size} bytes while it was being read")
-        self._advise(tensor, "MADV_WILLNEED")
         dtype = DTYPES[tensor.dtype]
         start = self._data_start + tensor.begin
+        if hasattr(mmap, "MADV_WILLNEED") and tensor.nbytes:  # absent on Windows
+            page = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + tensor.nbytes - page)
         flat = np.frombuffer(self._map, dtype=dtype, count=math.prod(tensor.shape), offset=start)
         array = flat.reshape(tensor.shape)
         if start % dtype.itemsize:
@@ -90,17 +92,13 @@ class CheckpointFile:
             array.flags.writeable = False
         return array
 
-    def release(self, tensor: Tensor) -> None:
-        """Give the pages of `tensor` back to the system; a later read finds them again in the file."""
-        self._advise(tensor, "MADV_DONTNEED")
+    def release(self) -> None:
+        """Give all mapped pages back to the system; a later read finds them again in the file.
 
-    def _advise(self, tensor: Tensor, name: str) -> None:
-        advice = getattr(mmap, name, None)
-        if advice is None or tensor.nbytes == 0:  # a platform without madvise
-            return
-        start = self._data_start + tensor.begin
-        first = start - start % mmap.PAGESIZE
-        self._map.madvise(advice, first, start + tensor.nbytes - first)
+        The whole file, because a page fault also maps the pages around it, which may belong to tensors already done.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):  # absent on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file. The mapping itself goes away with the last array that views it."""
@@ -124,10 +122,6 @@ class Tensor:
         Raises CheckpointError if the file became shorter since it was opened.
         """
         return self.file.view(self)
-
-    def release(self) -> None:
-        """Drop the mapped pages that reading this tensor brought in."""
-        self.file.release(self)
 
 
 class Checkpoint:

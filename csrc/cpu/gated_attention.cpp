@@ -1,0 +1,269 @@
+// gated_attention: norm, rotary embedding, cache append, causal attention and output gate of a full-attention layer.
+//
+// A sequence of many new rows (prefill) goes through the tiles of cpu/flash.h. One of at most kDecodeRows rows splits its keys
+// into pieces (cpu/kv_cache.h), so that all threads work on one token, and adds the partial results in piece order. On each path a
+// row's arithmetic depends on its own place in the sequence alone.
+#include "core/error.h"
+#include "core/pool.h"
+#include "cpu/kv_cache.h"
+
+namespace deltaic {
+namespace DELTAIC_ISA {
+
+namespace {
+
+constexpr int64_t kDecodeRows = 32;         // new rows of a sequence up to which it takes the decode path
+constexpr int64_t kPartialFloats = 1 << 24;  // partial results in memory at a time, unless one sequence alone needs more
+
+struct Attention {
+    View proj, q_norm, k_norm, cos, sin, y;
+    float eps;
+    int64_t Hq, Hkv, D, G, dims, layer;
+    const int64_t *cut, *starts;
+    Tables tables;
+    float* q;  // [Hkv][T][G][D], normed, rotated, scaled
+
+    DELTAIC_INLINE int64_t columns() const { return proj.shape[1]; }
+    DELTAIC_INLINE int64_t new_rows(int64_t b) const { return cut[b + 1] - cut[b]; }
+    DELTAIC_INLINE bool decodes(int64_t b) const { return new_rows(b) <= kDecodeRows; }
+    DELTAIC_INLINE int64_t pieces(int64_t b) const { return piece_of(starts[b] + new_rows(b) - 1) + 1; }
+    DELTAIC_INLINE float* queries(int64_t kv_head, int64_t token) const { return q + (kv_head * proj.shape[0] + token) * G * D; }
+};
+
+// One unit of parallel work: a query tile of a prefill, or a piece of the keys of a decode step.
+struct Item {
+    int32_t sequence, kv_head;
+    int64_t first, count;  // prefill: first token of the tile and tokens; decode: piece, and where its partial results go
+};
+
+DELTAIC_INLINE void store_cache(const BlockTable& table, uint8_t* row, const float* x, int64_t D) {
+    for (int64_t d = 0; d < D; d += 16) {
+        const f32x16 v = load_n(x + d, D - d);
+        if (table.dtype == Dtype::f32) {
+            store_n(reinterpret_cast<float*>(row) + d, v, D - d);
+        } else {
+            store_bf16_n(reinterpret_cast<uint16_t*>(row) + d, v, D - d);
+        }
+    }
+}
+
+// q, k and v of one token and one key-value head: q into a.q, k and v into the cache. `row`: memory of D floats.
+void prepare(const Attention& a, int64_t b, int64_t t, int64_t kv_head, float* row) {
+    const int64_t D = a.D, F = a.cos.shape[1];
+    const float *x = a.proj.f32() + t * a.columns(), *cos = a.cos.f32() + t * F, *sin = a.sin.f32() + t * F;
+    const f32x16 scale = set1(1.0f / sqrtf(static_cast<float>(D)));
+    for (int64_t g = 0; g < a.G; ++g) {
+        float* q = a.queries(kv_head, t) + g * D;
+        rms_norm_row(x + (kv_head * a.G + g) * 2 * D, a.q_norm.f32(), D, a.eps, q);
+        rotate_row(q, cos, sin, F);
+        for (int64_t d = 0; d < D; d += 16) store_n(q + d, mul(load_n(q + d, D - d), scale), D - d);
+    }
+    const int64_t place = a.starts[b] + t - a.cut[b];
+    const BlockTable& table = a.tables[b];
+    const float* k = x + a.Hq * 2 * D + kv_head * D;
+    rms_norm_row(k, a.k_norm.f32(), D, a.eps, row);
+    rotate_row(row, cos, sin, F);
+    store_cache(table, CacheRows(table, a.layer, 0, kv_head).row(place), row, D);
+    store_cache(table, CacheRows(table, a.layer, 1, kv_head).row(place), k + a.Hkv * D, D);
+}
+
+// y = o / total * sigmoid(gate) for one row
+DELTAIC_INLINE void finish(const Attention& a, int64_t t, int64_t head, const float* o, float total) {
+    const float* gate = a.proj.f32() + t * a.columns() + (head * 2 + 1) * a.D;
+    float* y = a.y.f32() + (t * a.Hq + head) * a.D;
+    for (int64_t d = 0; d < a.D; d += 16) {
+        const f32x16 attended = div(load(o + d), set1(total));
+        store_n(y + d, mul(attended, sigmoid(load_n(gate + d, a.D - d))), a.D - d);
+    }
+}
+
+int64_t tile_memory(int64_t rows, int64_t D) { return flash_floats(rows, D) + kFlashKeys * (D + round_up(D, 16)); }
+
+template <bool kHalf>
+void prefill_tile(const Attention& a, const Item& item, float* memory) {
+    const int64_t b = item.sequence, D = a.D, rows = item.count * a.G;
+    const BlockTable& table = a.tables[b];
+    const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
+    float* packed_keys = memory;
+    float* packed_values = packed_keys + kFlashKeys * D;
+    const FlashTile t = flash_begin(a.queries(item.kv_head, item.first), rows, D, packed_values + kFlashKeys * a.dims);
+    const int64_t place = a.starts[b] + item.first - a.cut[b], end = place + item.count;
+    for (int64_t key = 0; key < end; key += kFlashKeys) {
+        const int64_t n = min64(kFlashKeys, end - key);
+        for (int64_t i = 0; i < n; i += 16) {
+            const int64_t count = min64(16, n - i);
+            const uint8_t* at[16];
+            keys.rows(key + i, count, at);
+            pack_keys<kHalf>(at, D, packed_keys + i * D);
+            values.rows(key + i, count, at);
+            pack_values<kHalf>(at, count, D, kFlashKeys * 16, packed_values + i * 16);
+        }
+        flash_keys(t, packed_keys, packed_values, kFlashKeys * 16, n,
+                   [&](int64_t r) { return max64(0, min64(n, place + r / a.G + 1 - key)); });
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        finish(a, item.first + r / a.G, item.kv_head * a.G + r % a.G, t.out + r * t.dims, t.total[r]);
+}
+
+// Partial results of one piece: rows x dims sums, then the highest score and the total of each row.
+DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) { return round_up(a.new_rows(b) * a.G * (a.dims + 2), 16); }
+
+template <bool kHalf>
+void decode_piece(const Attention& a, const Item& item, float* partial, float* scores) {
+    const int64_t b = item.sequence, rows = a.new_rows(b) * a.G;
+    const BlockTable& table = a.tables[b];
+    const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
+    const int64_t begin = piece_begin(item.first), end = min64(piece_begin(item.first + 1), a.starts[b] + a.new_rows(b));
+    const Piece piece{begin, end - begin, a.starts[b] + 1 - begin, a.G};
+    float* out = partial + item.count;
+    float* highest = out + rows * a.dims;
+    attend_piece<kHalf>(keys, values, piece, a.queries(item.kv_head, a.cut[b]), rows, a.D, scores, out, highest, highest + rows);
+}
+
+// Adds up the pieces that one row sees, in order. partial: of this sequence and key-value head, [pieces][piece_floats].
+// o: memory of dims floats.
+void combine(const Attention& a, int64_t b, int64_t t, int64_t kv_head, int64_t g, const float* partial, float* o) {
+    const int64_t row = (t - a.cut[b]) * a.G + g, rows = a.new_rows(b) * a.G, stride = piece_floats(a, b);
+    const int64_t pieces = piece_of(a.starts[b] + t - a.cut[b]) + 1;
+    const float* highest = partial + rows * a.dims + row;
+    float most = highest[0], total = 0.0f;
+    for (int64_t p = 1; p < pieces; ++p) most = highest[p * stride] > most ? highest[p * stride] : most;
+    for (int64_t d = 0; d < a.dims; ++d) o[d] = 0.0f;
+    for (int64_t p = 0; p < pieces; ++p) {
+        const float* sums = partial + p * stride + row * a.dims;
+        float lanes[16];
+        store(lanes, exp(set1(highest[p * stride] - most)));
+        total += lanes[0] * highest[p * stride + rows];
+        for (int64_t d = 0; d < a.dims; d += 16) store(o + d, fma(load(sums + d), set1(lanes[0]), load(o + d)));
+    }
+    finish(a, t, kv_head * a.G + g, o, total);
+}
+
+int64_t sequence_of(const Attention& a, int64_t b, int64_t t) {
+    while (t >= a.cut[b + 1]) ++b;
+    return b;
+}
+
+// Sequences first..last - 1.
+void attend(const Attention& a, int64_t first, int64_t last) {
+    const int64_t threads = thread_count();
+    int64_t new_rows = 0, items = 0, partials = 0;
+    for (int64_t b = first; b < last; ++b)
+        if (!a.decodes(b)) new_rows += a.new_rows(b);
+    // Large tiles repack the keys less often; small ones keep all threads busy. A row's result is the same in either.
+    const bool large = new_rows * a.Hq / 192 >= 4 * threads;
+    const int64_t tile_tokens = max64(1, (large ? 192 : 96) / a.G);
+
+    int64_t* offsets = static_cast<int64_t*>(scratch(static_cast<size_t>(last - first) * sizeof(int64_t)));
+    for (int64_t b = first; b < last; ++b) {
+        offsets[b - first] = partials;
+        if (a.decodes(b)) {
+            if (a.new_rows(b) == 0) continue;
+            items += a.pieces(b) * a.Hkv;
+            partials += a.pieces(b) * a.Hkv * piece_floats(a, b);
+        } else {
+            items += ceil_div(a.new_rows(b), tile_tokens) * a.Hkv;
+        }
+    }
+    Item* item = static_cast<Item*>(scratch(static_cast<size_t>(items) * sizeof(Item)));
+    float* partial = scratch_f32(partials);
+    const int64_t memory = round_up(max64(kPieceRows * kLongPiece, new_rows ? tile_memory(tile_tokens * a.G, a.D) : 0), 16);
+    float* work = scratch_f32(threads * memory);
+
+    // Long work first: the last tiles of a prefill see the most keys, the last pieces of a decode step are the longest.
+    items = 0;
+    for (int64_t b = first; b < last; ++b) {
+        if (a.decodes(b)) continue;
+        for (int64_t tile = ceil_div(a.new_rows(b), tile_tokens) - 1; tile >= 0; --tile)
+            for (int64_t h = 0; h < a.Hkv; ++h)
+                item[items++] = {static_cast<int32_t>(b), static_cast<int32_t>(h), a.cut[b] + tile * tile_tokens,
+                                 min64(tile_tokens, a.new_rows(b) - tile * tile_tokens)};
+    }
+    for (int64_t b = first; b < last; ++b) {
+        if (!a.decodes(b) || a.new_rows(b) == 0) continue;
+        for (int64_t p = a.pieces(b) - 1; p >= 0; --p)
+            for (int64_t h = 0; h < a.Hkv; ++h)
+                item[items++] = {static_cast<int32_t>(b), static_cast<int32_t>(h), p,
+                                 offsets[b - first] + (h * a.pieces(b) + p) * piece_floats(a, b)};
+    }
+
+    parallel_for(items, 1, [&](int64_t begin, int64_t end, int thread) {
+        float* mine = work + thread * memory;
+        for (int64_t i = begin; i < end; ++i) {
+            const bool half = a.tables[item[i].sequence].dtype == Dtype::u16;
+            if (!a.decodes(item[i].sequence)) {
+                half ? prefill_tile<true>(a, item[i], mine) : prefill_tile<false>(a, item[i], mine);
+            } else {
+                half ? decode_piece<true>(a, item[i], partial, mine) : decode_piece<false>(a, item[i], partial, mine);
+            }
+        }
+    });
+    if (partials == 0) return;
+    const int64_t t0 = a.cut[first];
+    parallel_for((a.cut[last] - t0) * a.Hq, 16, [&](int64_t begin, int64_t end, int thread) {
+        int64_t b = first;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t t = t0 + i / a.Hq, head = i % a.Hq, h = head / a.G;
+            b = sequence_of(a, b, t);
+            if (!a.decodes(b)) continue;
+            const float* of_head = partial + offsets[b - first] + h * a.pieces(b) * piece_floats(a, b);
+            combine(a, b, t, h, head % a.G, of_head, work + thread * memory);
+        }
+    });
+}
+
+void check(const Attention& a, View cu_seqlens, int64_t T) {
+    const char* op = "gated_attention";
+    if (a.Hkv < 1 || a.Hq < a.Hkv || a.Hq % a.Hkv) fail(op, "num_heads must be a positive multiple of num_kv_heads");
+    if (a.D < 1 || 2 * a.cos.shape[1] > a.D) fail(op, "cos and sin must have at most half a head's width");
+    if (a.layer < 0) fail(op, "layer must not be negative");
+    if (!cuts(cu_seqlens, T)) fail(op, "cu_seqlens must rise from 0 to the number of tokens");
+    for (int64_t b = 0; b < a.tables.size; ++b) {
+        const BlockTable& table = a.tables[b];
+        if (a.starts[b] < 0) fail(op, "starts must not be negative");
+        if (a.new_rows(b) == 0) continue;
+        if (table.size == 0 || a.starts[b] > table.size * table.tokens - a.new_rows(b))
+            fail(op, "a BlockTable has no room for the new tokens");
+        if (table.kv_heads != a.Hkv || table.head_dim != a.D) fail(op, "a BlockTable has other heads than this layer");
+        if (a.layer >= table.layers) fail(op, "a BlockTable has too few layers");
+    }
+}
+
+}  // namespace
+
+void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, float eps, int64_t num_heads, int64_t num_kv_heads,
+                     int64_t layer, View cu_seqlens, View starts, Tables tables, View y) {
+    const int64_t T = proj.shape[0], B = tables.size;
+    Attention a{proj, q_norm, k_norm, cos, sin, y, eps, num_heads, num_kv_heads, q_norm.shape[0], 0, 0, layer, cu_seqlens.i64(),
+                starts.i64(), tables, nullptr};
+    check(a, cu_seqlens, T);
+    if (T == 0) return;
+    a.G = a.Hq / a.Hkv, a.dims = round_up(a.D, 16);
+
+    // The last tile reads whole groups of kFlashRows rows.
+    a.q = scratch_f32((T * a.Hq + kFlashRows) * a.D);
+    memset(a.q + T * a.Hq * a.D, 0, static_cast<size_t>(kFlashRows * a.D) * 4);
+    float* rows = scratch_f32(thread_count() * a.dims);
+    const int64_t grain = max64(1, 8192 / ((a.G + 2) * a.D));
+    parallel_for(T * a.Hkv, grain, [&](int64_t begin, int64_t end, int thread) {
+        int64_t b = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            b = sequence_of(a, b, i / a.Hkv);
+            prepare(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
+        }
+    });
+
+    int64_t first = 0, floats = 0;
+    for (int64_t b = 0; b < B; ++b) {
+        const int64_t more = a.decodes(b) && a.new_rows(b) ? a.pieces(b) * a.Hkv * piece_floats(a, b) : 0;
+        if (b > first && floats + more > kPartialFloats) {
+            attend(a, first, b);
+            first = b, floats = 0;
+        }
+        floats += more;
+    }
+    attend(a, first, B);
+}
+
+}  // namespace DELTAIC_ISA
+}  // namespace deltaic
