@@ -51,7 +51,10 @@ def op_set(device: str) -> ModuleType:
     """The module that computes on `device`. Raises ArgumentError or DeviceError."""
     choice("device", device, DEVICES)
     if device == "cuda":
-        raise DeviceError('device: "cuda" is not supported by this version; use device="cpu"')
+        from .ops import cuda
+
+        cuda.device()
+        return cuda
     if device == "reference":
         from .ops import reference
 
@@ -78,7 +81,7 @@ def load(
 
     path_or_id  a folder with config.json and safetensors, or a Hugging Face hub id such as "Qwen/Qwen3.5-0.8B"
     dtype       how weight matrices are stored: "bf16" or "f32"; activations are float32
-    device      "cpu", or "reference": the numpy definition of every operator, an executable specification, slow
+    device      "cpu"; "cuda", an NVIDIA GPU (needs torch); or "reference": the numpy definition of every operator, slow
     threads     None: the physical cores this process may use
     kv_dtype    how keys and values are stored: "bf16" or "f32"; None: as `dtype`
     progress    True or False shows or hides the packing bars on stderr; None: shown on a terminal
@@ -102,10 +105,25 @@ def load(
         ops.set_num_threads(threads)  # for packing
     vision = None
     with open_checkpoint(folder) as checkpoint:
-        text = TextModel(config.text, build_text(checkpoint, config, ops, dtype, progress), ops)
+        place = getattr(ops, "place", None)
+        if place is None:
+
+            def place(weights: Any, dtype: str) -> Any:
+                return weights
+        else:
+            ops.require_memory(packed_bytes(checkpoint, dtype))
+        text = TextModel(config.text, place(build_text(checkpoint, config, ops, dtype, progress), dtype), ops)
         if config.vision is not None:
-            vision = VisionModel(config.vision, build_vision(checkpoint, config, ops, dtype, progress), ops)
+            weights = place(build_vision(checkpoint, config, ops, dtype, progress), dtype)
+            vision = VisionModel(config.vision, weights, ops)
     return Model(folder, config, text, vision, ops, device=device, dtype=dtype, kv_dtype=kv_dtype, threads=threads)
+
+
+def packed_bytes(checkpoint: Any, dtype: str) -> int:
+    """Bytes that the matrices of a checkpoint take when packed as `dtype`."""
+    bits = {"f32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.375}[dtype]
+    count = sum(int(np.prod(t.shape, dtype=np.int64)) for name, t in checkpoint.tensors.items() if "mtp." not in name)
+    return int(count * bits / 8)
 
 
 class Model:
@@ -287,9 +305,10 @@ class Model:
                 f"the logits of {shape[0]} tokens need {4e-9 * shape[0] * shape[1]:.1f} GB, which cannot be had; "
                 "feed the prompt in parts, with a state"
             ) from None
+        to_numpy = getattr(self._ops, "to_numpy", np.asarray)
         row = 0
         for hidden in self._runner.hidden(made, state):
-            logits[row : row + len(hidden)] = self._runner.logits(hidden)
+            logits[row : row + len(hidden)] = to_numpy(self._runner.logits(hidden))
             row += len(hidden)
         return logits
 

@@ -24,7 +24,17 @@ import torch
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 CACHE = Path(os.environ.get("DELTAIC_EMULATOR_CACHE", ROOT / "build" / "emulator"))
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 
 
 def compiler() -> str | None:
@@ -78,7 +88,9 @@ def build(edits: dict[str, tuple[str, str]] | None = None) -> ModuleType:
         if edits and file.name in edits:
             old, new = edits[file.name]
             if texts[file].count(old) != 1:
-                raise RuntimeError(f"{file.name} holds {texts[file].count(old)} times what the mutation replaces: {old!r}")
+                raise RuntimeError(
+                    f"{file.name} holds {texts[file].count(old)} times what the mutation replaces: {old!r}"
+                )
             texts[file] = texts[file].replace(old, new)
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda f: _compile(f, texts[f]), files))

@@ -54,6 +54,8 @@ def dequantised(weight, part=0):
 
 def reference_weight(weight):
     """A reference weight with the numbers of a packed one."""
-    joined = np.concatenate([dequantised(weight, i).reshape(weight.count, -1, p.columns) for i, p in enumerate(weight.parts)], 1)
+    joined = np.concatenate(
+        [dequantised(weight, i).reshape(weight.count, -1, p.columns) for i, p in enumerate(weight.parts)], 1
+    )
     matrix = joined if weight.count > 1 else joined[0]
     return reference.Weight(matrix, "f32", matrix.nbytes, is_glu=weight.glu)

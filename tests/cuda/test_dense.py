@@ -49,7 +49,9 @@ def test_linear(device, rng, kind, format, tokens):
         tensor(x, kind), w, norm=norm, eps=1e-5, bias=bias, activation="gelu_tanh", residual=tensor(residual, kind)
     )
     assert_close(
-        y, reference.linear(x, expected, norm=norm, eps=1e-5, bias=bias, activation="gelu_tanh", residual=residual), kind
+        y,
+        reference.linear(x, expected, norm=norm, eps=1e-5, bias=bias, activation="gelu_tanh", residual=residual),
+        kind,
     )
     y = cuda.linear(tensor(x, kind), w, bias=bias, activation="gelu_erf")
     assert_close(y, reference.linear(x, expected, bias=bias, activation="gelu_erf"), kind)
@@ -97,7 +99,10 @@ def test_wrong_arguments_are_named(device, rng):
     w = cuda.pack([normal(rng, 8, 16)], "bf16")
     good = tensor(normal(rng, 2, 16), "bf16")
     cases = [
-        (lambda: cuda.linear(tensor(normal(rng, 2, 15), "bf16"), w), r"linear: x is bfloat16\[2,15\], expected .*\[_,16\]"),
+        (
+            lambda: cuda.linear(tensor(normal(rng, 2, 15), "bf16"), w),
+            r"linear: x is bfloat16\[2,15\], expected .*\[_,16\]",
+        ),
         (lambda: cuda.linear(good.double(), w), "linear: x is float64"),
         (lambda: cuda.linear(tensor(normal(rng, 16, 2), "bf16").T, w), "not contiguous"),
         (lambda: cuda.linear(normal(rng, 2, 16), w), "x is a ndarray, expected a torch tensor"),

@@ -33,11 +33,12 @@ def test_moe(device, rng, kind, format, tokens):
 def test_route_takes_lower_experts_on_ties(device, rng, E, top_k):
     tokens = 6
     logits = rng.integers(0, 4, size=(tokens, E + 1)).astype(np.float32)  # many ties
-    experts, coefficients = tensor(np.zeros((tokens, top_k), np.int64)), tensor(np.zeros((tokens, top_k + 1), np.float32))
-    on_device = tensor(logits)
-    device.module.moe_route(
-        on_device.data_ptr(), E, top_k, experts.data_ptr(), coefficients.data_ptr(), tokens, 0
+    experts, coefficients = (
+        tensor(np.zeros((tokens, top_k), np.int64)),
+        tensor(np.zeros((tokens, top_k + 1), np.float32)),
     )
+    on_device = tensor(logits)
+    device.module.moe_route(on_device.data_ptr(), E, top_k, experts.data_ptr(), coefficients.data_ptr(), tokens, 0)
     top = np.argsort(-logits[:, :E], axis=1, kind="stable")[:, :top_k]
     np.testing.assert_array_equal(experts.numpy(), top)
     chosen = reference.softmax(np.take_along_axis(logits[:, :E], top, 1))
@@ -88,7 +89,9 @@ PLAIN = {
 def test_sample(device, rng, options):
     V, limit = 700, 690
     options = dict(PLAIN, **options, limit=limit)
-    options.update(output_ids=np.array([3, 9, 600]), output_counts=np.array([1, 4, 2]), prompt_ids=np.array([3, 77, 695]))
+    options.update(
+        output_ids=np.array([3, 9, 600]), output_counts=np.array([1, 4, 2]), prompt_ids=np.array([3, 77, 695])
+    )
     for logits in (normal(rng, V, scale=3), np.round(normal(rng, V, scale=2))):  # the latter with ties
         logits[limit:] = 100
         for uniform in (0.0, 0.2, 0.55, 0.93, 0.9999):

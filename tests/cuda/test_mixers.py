@@ -123,7 +123,9 @@ def few_splits(monkeypatch):
 
 
 @pytest.mark.parametrize("kind,kv", [("f32", "f32"), ("bf16", "bf16"), ("bf16", "f32")])
-@pytest.mark.parametrize("lengths,starts", [([1], [0]), ([1, 1], [37, 70]), ([3, 0, 2], [5, 0, 40]), ([19, 20], [0, 13])])
+@pytest.mark.parametrize(
+    "lengths,starts", [([1], [0]), ([1, 1], [37, 70]), ([3, 0, 2], [5, 0, 40]), ([19, 20], [0, 13])]
+)
 def test_gated_attention(device, few_splits, rng, kind, kv, lengths, starts):
     check_attention(rng, lengths, starts, kind, kv)
 

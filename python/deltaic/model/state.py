@@ -30,7 +30,7 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "conv", "delta", "intact", "kv", "kv_dtype", "length", "rope_delta", "token_ids",
+        "_block", "_max_tokens", "_zeros", "conv", "delta", "intact", "kv", "kv_dtype", "length", "rope_delta", "token_ids",
     )  # fmt: skip
 
     def __init__(self, config: TextConfig, ops: ModuleType, kv_dtype: str = "f32"):
@@ -39,8 +39,9 @@ class State:
         c = config
         taps = c.linear_conv_kernel_dim - 1
         matrix = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-        self.conv: npt.NDArray[np.float32] = np.zeros((c.num_delta_layers, taps, c.conv_dim), np.float32)
-        self.delta: npt.NDArray[np.float32] = np.zeros((c.num_delta_layers, *matrix), np.float32)
+        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set on a device makes its own arrays
+        self.conv: npt.NDArray[np.float32] = zeros((c.num_delta_layers, taps, c.conv_dim), np.float32)
+        self.delta: npt.NDArray[np.float32] = zeros((c.num_delta_layers, *matrix), np.float32)
         self.kv: Any = ops.BlockTable()
         self.kv_dtype = kv_dtype
         self.length = 0
@@ -71,7 +72,7 @@ class State:
             )
         while len(self.kv) * BLOCK_TOKENS < tokens:
             try:
-                block = np.zeros(self._block, KV_DTYPES[self.kv_dtype])
+                block = self._zeros(self._block, KV_DTYPES[self.kv_dtype])
             except (MemoryError, ValueError):  # numpy raises the latter beyond the address space
                 raise StateError(
                     f"no memory for the K/V of {tokens} tokens: the sequence holds {self.nbytes / 2**20:.0f} MiB "

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockTable", "Pointers", "Weight", "embed", "gated_attention", "gated_delta_net", "isa", "layer_norm", "linear",
-    "concatenate", "log_softmax_top", "moe", "num_threads", "pack", "pack_glu", "patch_embed", "place", "rms_norm",
-    "rope_table", "sample", "set_num_threads", "swiglu", "vision_attention", "zeros",
+    "concatenate", "copy_from_host", "log_softmax_top", "moe", "num_threads", "pack", "pack_glu", "patch_embed", "place", "rms_norm",
+    "require_memory", "rope_table", "sample", "set_num_threads", "swiglu", "to_numpy", "upload", "vision_attention", "zeros",
 ]  # fmt: skip
 
 Tensor = Any  # torch.Tensor; torch is imported late
@@ -40,6 +40,7 @@ SPLITS, PREFILL_SPLITS = 128, 4  # into which the keys of attention are dealt
 RUN = 128  # columns that share one scale in int8 and int4
 DEQUANTISED_BYTES = 64 << 20  # of one tile of a quantised matrix on its way to cuBLAS
 _threads = 1
+device_resident = True  # arrays of this op set live on a device: generation decodes through model/graph.py
 
 
 # ----------------------------------------------------------------------------------------------------------- the device
@@ -118,11 +119,30 @@ def isa() -> str:
 
 
 def zeros(shape: Sequence[int], dtype: Any) -> Tensor:
-    """A zeroed tensor on the device; dtype np.float32, or np.uint16 for the bits of bfloat16."""
+    """A zeroed tensor on the device; dtype np.float32, or np.uint16 for bfloat16. MemoryError if the card is full."""
     import torch
 
     kind = torch.float32 if np.dtype(dtype) == np.float32 else torch.bfloat16
-    return _new(shape, kind).zero_()
+    try:
+        return _new(shape, kind).zero_()
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from None
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A float32 copy in the host's memory; waits for the device."""
+    return x.float().cpu().numpy()
+
+
+def require_memory(nbytes: int) -> None:
+    """DeviceError if the card has not `nbytes` free."""
+    import torch
+
+    from .cuda_device import require_memory as require
+
+    dev = device()
+    if not dev.module.emulated:
+        require(nbytes, torch, dev.torch_device)
 
 
 def place(weights: Any, dtype: str) -> Any:
@@ -131,7 +151,7 @@ def place(weights: Any, dtype: str) -> Any:
     Matrices that are stored in another format than the others (patches: always f32) get the model's activation dtype,
     and the head of a decoder returns float32 logits."""
     if isinstance(weights, np.ndarray):
-        return _upload(weights)
+        return upload(weights)
     if isinstance(weights, list):
         return [place(item, dtype) for item in weights]
     if isinstance(weights, Weight):
@@ -148,7 +168,7 @@ def _new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return device().empty(shape, dtype)
 
 
-def _upload(array: np.ndarray) -> Tensor:
+def upload(array: np.ndarray) -> Tensor:
     """A copy of a numpy array on the device, in the dtype of the same name (bfloat16 included)."""
     import torch
 
@@ -174,7 +194,7 @@ def _vector(value: Any) -> Tensor:
     if known is not None and known[0]() is value:
         return known[1]
     key = id(value)
-    tensor = _upload(value.astype(np.float32, copy=False))
+    tensor = upload(value.astype(np.float32, copy=False))
     _vectors[key] = (weakref.ref(value, lambda _: _vectors.pop(key, None)), tensor)
     return tensor
 
@@ -187,7 +207,7 @@ def _small(value: Any, dtype: Any = np.int64) -> Tensor:
     for known, tensor in _recent:
         if known.dtype == value.dtype and known.shape == value.shape and np.array_equal(known, value):
             return tensor
-    tensor = _upload(value)
+    tensor = upload(value)
     _recent.insert(0, (value.copy(), tensor))
     del _recent[16:]
     return tensor
@@ -234,8 +254,13 @@ class Weight:
         rows, columns = sum(part.rows for part in parts), parts[0].columns
         self.shape: tuple[int, ...] = (rows, columns) if count == 1 else (count, rows, columns)
         self.dtype = parts[0].format
-        self.activation_dtype = "float32" if self.dtype == "f32" else "bfloat16"  # of what `embed`, `patch_embed` return
+        self.activation_dtype = (
+            "float32" if self.dtype == "f32" else "bfloat16"
+        )  # of what `embed`, `patch_embed` return
         self.float_output = False  # `linear` returns float32: a head
+        self.joined: tuple[Weight, Weight] | None = (
+            None  # of a router: the shared gate it was joined with, and the result
+        )
         self.nbytes = sum(t.numel() * t.element_size() for part in parts for t in part.tensors)
         described = [(p.format, p.rows, p.columns, p.stride, *map(_address, (p.q, p.s, p.d))) for p in parts]
         self.handle = device().module.Matrices(described, count, glu)
@@ -287,7 +312,7 @@ def _pack_part(part: np.ndarray, format: str) -> _Part:
     padded = flat.astype(kind)
     if stride != columns:
         padded = np.concatenate([padded, np.zeros((len(flat), stride - columns), kind)], axis=1)
-    return _Part(format, rows, columns, stride, _upload(padded))
+    return _Part(format, rows, columns, stride, upload(padded))
 
 
 def _quantise(flat: np.ndarray, format: str, rows: int) -> _Part:
@@ -315,50 +340,27 @@ def from_cpu_blocks(packed: np.ndarray, format: str, total_rows: int, columns: i
         rest = raw[:, runs * 1088 :]
     d = np.ascontiguousarray(rest).view(np.uint16).reshape(blocks, runs, 16).transpose(0, 2, 1).reshape(blocks * 16, -1)
     return _Part(
-        format, rows, columns, runs * RUN, _upload(q[:total_rows]),
-        None if s is None else _upload(s[:total_rows]), _upload(d[:total_rows]),
+        format, rows, columns, runs * RUN, upload(q[:total_rows]),
+        None if s is None else upload(s[:total_rows]), upload(d[:total_rows]),
     )  # fmt: skip
 
 
 class BlockTable:
-    """The K/V blocks of one sequence: tensors [L_attn, 2, Hkv, BLOCK, D], float32 or bfloat16, all alike.
+    """The K/V blocks of one sequence: tensors [L_attn, 2, Hkv, BLOCK, D], float32 or bfloat16, all alike."""
 
-    `addresses` is the table as the kernels read it, in device memory: int64 [room], of which `len` are in use. It grows
-    in place up to `room`, so that a captured graph sees new blocks.
-    """
-
-    def __init__(self, room: int = 64) -> None:
+    def __init__(self) -> None:
         self.blocks: list[Tensor] = []
-        self._room = room
-        self._addresses: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def append(self, block: Tensor) -> None:
         self.blocks.append(self._checked(block))
-        self._write(len(self.blocks) - 1)
 
     def replace(self, i: int, block: Tensor) -> None:
         if not 0 <= i < len(self.blocks):
             raise ArgumentError(f"BlockTable: block {i} of {len(self.blocks)} does not exist")
         self.blocks[i] = self._checked(block)
-        self._write(i)
-
-    @property
-    def addresses(self) -> Tensor:
-        import torch
-
-        if self._addresses is None or len(self._addresses) < len(self.blocks):
-            self._room = max(self._room, 2 * len(self.blocks))
-            self._addresses = _new([self._room], torch.int64).zero_()
-            for i in range(len(self.blocks)):
-                self._write(i)
-        return self._addresses
-
-    def _write(self, i: int) -> None:
-        if self._addresses is not None and i < len(self._addresses):
-            self._addresses[i] = _address(self.blocks[i])
 
     def _checked(self, block: Tensor) -> Tensor:
         _check("BlockTable", "block", block, [None, 2, None, None, None], ACTIVATION_DTYPES)
@@ -383,6 +385,8 @@ class Pointers:
 def _pointers(op: str, name: str, states: Any, shape: Sequence[int]) -> Pointers:
     if isinstance(states, Pointers):
         return states
+    if len(states) == 1 and isinstance(states[0], Pointers):
+        return states[0]
     for state in states:
         _check(op, name, state, shape, ["float32"])
     return Pointers(_small(np.array([_address(state) for state in states], np.int64)))
@@ -589,7 +593,7 @@ def gated_attention(
     starts: Any,
     tables: Any,
 ) -> Tensor:
-    """`tables`: a list of BlockTables, or (in graphs) a TableBatch."""
+    """`tables`: a list of BlockTables, or (in graphs) of one TableBatch."""
     import torch
 
     op, Hq, Hkv = "gated_attention", num_heads, num_kv_heads
@@ -598,7 +602,7 @@ def gated_attention(
     _check(op, "proj", proj, [None, 2 * (Hq + Hkv) * D], ACTIVATION_DTYPES)
     _check(op, "k_norm", k_norm, [D], ["float32"])
     T, B, longest = _lengths(op, cu_seqlens, proj.shape[0])
-    batch = tables if isinstance(tables, TableBatch) else TableBatch.of(tables)
+    batch = tables[0] if len(tables) == 1 and isinstance(tables[0], TableBatch) else TableBatch.of(tables)
     if T == 0:
         return _new([0, Hq * D], proj.dtype)
     layers, _, heads, block_tokens, width = batch.block_shape
@@ -643,7 +647,9 @@ class TableBatch:
 
         first = next((table.blocks[0] for table in tables if table.blocks), None)
         if first is None:
-            return TableBatch(_small(np.zeros((len(tables), 1), np.int64)), (1, 2, 0, 1, 0), torch.float32, [0] * len(tables))
+            return TableBatch(
+                _small(np.zeros((len(tables), 1), np.int64)), (1, 2, 0, 1, 0), torch.float32, [0] * len(tables)
+            )
         for table in tables:
             if table.blocks and (table.blocks[0].shape, table.blocks[0].dtype) != (first.shape, first.dtype):
                 raise ArgumentError("gated_attention: the tables of a batch hold blocks of different shapes or dtypes")
@@ -681,7 +687,9 @@ def moe(
     norm = _vector(norm)
     _check("moe", "norm", norm, [H], ["float32"])
     if gate_up.count != E or down.count != E or not 1 <= top_k <= E:
-        raise ArgumentError(f"moe: {E} routes, {gate_up.count} and {down.count} experts, top_k {top_k}; they do not fit")
+        raise ArgumentError(
+            f"moe: {E} routes, {gate_up.count} and {down.count} experts, top_k {top_k}; they do not fit"
+        )
     if residual is not None:
         _check("moe", "residual", residual, [T, H], [str(x.dtype).removeprefix("torch.")])
     if T == 0:
@@ -706,7 +714,9 @@ def moe(
     entries, inner = T * top_k, gate_up.shape[-2] // 2
     room = dev.module.moe_max_tiles(entries, E)
     counts, order, tiles = _new([2 * E], torch.int64), _new([entries], torch.int64), _new([room, 3], torch.int64)
-    dev.module.moe_group(_address(experts), entries, E, _address(counts), _address(order), _address(tiles), room, stream)
+    dev.module.moe_group(
+        _address(experts), entries, E, _address(counts), _address(order), _address(tiles), room, stream
+    )
     pitch = -(-inner // 8) * 8
     activation = _new([entries, pitch], x.dtype)
     if pitch != inner:
@@ -733,16 +743,11 @@ def _padded(h: Tensor) -> Tensor:
     return wide
 
 
-_joined: dict[int, tuple[Weight, Weight, Weight]] = {}
-
-
 def _routes(router: Weight, shared_gate: Weight) -> Weight:
     """The router and the shared expert's gate as one weight [E + 1, H]; made once, nothing is copied."""
-    known = _joined.get(id(router))
-    if known is None or known[0] is not router or known[1] is not shared_gate:
-        known = (router, shared_gate, Weight([*router.parts, *shared_gate.parts], 1, False))
-        _joined[id(router)] = known
-    return known[2]
+    if router.joined is None or router.joined[0] is not shared_gate:
+        router.joined = (shared_gate, Weight([*router.parts, *shared_gate.parts], 1, False))
+    return router.joined[1]
 
 
 # --------------------------------------------------------------------------------------------------------- vision tower
@@ -763,7 +768,7 @@ def patch_embed(
 
     p, m = patch_size, merge_size
     if isinstance(image, np.ndarray):
-        image = _upload(image)
+        image = upload(image)
     _check("patch_embed", "image", image, [None, None, 3], ["uint8"])
     grid_h, grid_w = image.shape[0] // p, image.shape[1] // p
     if image.shape[:2] != (grid_h * p, grid_w * p) or grid_h % m or grid_w % m or 0 in image.shape:
@@ -829,9 +834,7 @@ def sample(
     )  # fmt: skip
     chosen = int(token.item())
     if chosen < 0:
-        raise ArgumentError(
-            "sample: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used"
-        )
+        raise ArgumentError("sample: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
     return chosen
 
 
@@ -851,8 +854,8 @@ def sample_on_device(
     if penalised and len(output_ids) + len(prompt_ids):
         logits = _new(logits.shape, logits.dtype).copy_(logits)
         seen = np.union1d(prompt_ids, output_ids).astype(np.int64)
-        seen_on, ids_on = _upload(seen), _upload(np.asarray(output_ids, np.int64))
-        counts_on = _upload(np.asarray(output_counts, np.int64))
+        seen_on, ids_on = upload(seen), upload(np.asarray(output_ids, np.int64))
+        counts_on = upload(np.asarray(output_counts, np.int64))
         dev.module.penalise(
             _address(logits), _address(seen_on), len(seen), _address(ids_on), _address(counts_on), len(output_ids),
             repetition_penalty, frequency_penalty, presence_penalty, limit, dev.stream(),
@@ -876,10 +879,14 @@ def log_softmax_top(logits: Tensor, *, limit: int, k: int, token: int) -> tuple[
 
     _check("log_softmax_top", "logits", logits, [None], ["float32"])
     if not 0 < limit <= logits.shape[0] or not 0 <= token < limit:
-        raise ArgumentError(f"log_softmax_top: limit is {limit}, token {token}; expected 1..{logits.shape[0]}, 0..{limit - 1}")
+        raise ArgumentError(
+            f"log_softmax_top: limit is {limit}, token {token}; expected 1..{logits.shape[0]}, 0..{limit - 1}"
+        )
     x = torch.log_softmax(logits[:limit].double(), 0)
     if torch.isnan(x).any():
-        raise ArgumentError("log_softmax_top: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+        raise ArgumentError(
+            "log_softmax_top: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used"
+        )
     order = torch.argsort(x, descending=True, stable=True)[: min(k, limit)]
     return float(x[token]), order.cpu().numpy(), x[order].float().cpu().numpy()
 
@@ -893,9 +900,24 @@ def rope_table(positions: Tensor, frequencies: Any, axes: Any, scale: float) -> 
     _check("rope_table", "positions", positions, [None, 3], ["int64"])
     cos, sin, dev = _new([T, F], torch.float32), _new([T, F], torch.float32), device()
     dev.module.rope_table(
-        _address(positions), _address(frequencies), _address(axes), scale, _address(cos), _address(sin), T, F, dev.stream()
+        _address(positions),
+        _address(frequencies),
+        _address(axes),
+        scale,
+        _address(cos),
+        _address(sin),
+        T,
+        F,
+        dev.stream(),
     )
     return cos, sin
+
+
+def copy_from_host(target: Tensor, values: np.ndarray) -> None:
+    """Fill a device tensor from a numpy array that may change as soon as this returns."""
+    import torch
+
+    target.copy_(torch.from_numpy(values))
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
