@@ -522,7 +522,11 @@ def test_a_prompt_made_by_hand_is_checked(tiny_model):
     ("arguments", "error"),
     [
         ({"dtype": "fp8"}, ArgumentError),
-        ({"dtype": None}, ArgumentError),
+        ({"dtype": 4}, ArgumentError),
+        ({"dtype": {"default": "int4", "layers.99.*": "int8"}}, ArgumentError),
+        ({"vision_dtype": "int5"}, ArgumentError),
+        ({"activations": "bf16"}, ArgumentError),
+        ({"memory": "huge"}, ArgumentError),
         ({"kv_dtype": "int8"}, ArgumentError),
         ({"device": "tpu"}, ArgumentError),
         ({"device": "cuda"}, DeviceError),

@@ -279,7 +279,16 @@ PYBIND11_MODULE(_core, m) {
             "float_activations", [](const PyWeight& self) { return self.weight.float_activations; },
             [](PyWeight& self, bool value) { self.weight.float_activations = value; })
         .def_property_readonly("glu", [](const PyWeight& self) { return self.weight.glu; })
-        .def_property_readonly("arrays", [](const PyWeight& self) { return self.arrays; })
+        .def_property_readonly("parts",  // as the constructor takes them
+                               [](const PyWeight& self) {
+                                   py::list parts;
+                                   for (int i = 0; i < self.weight.segments; ++i) {
+                                       const Segment& g = self.weight.segment[i];
+                                       parts.append(py::make_tuple(kFormats[static_cast<int>(g.format)],
+                                                                   self.weight.glu ? g.rows / 2 : g.rows, self.arrays[i]));
+                                   }
+                                   return parts;
+                               })
         .def_property_readonly("nbytes", [](const PyWeight& self) {
             int64_t bytes = 0;
             for (const auto& a : self.arrays) bytes += a.nbytes();

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .generate.loop import Stream
     from .generate.result import GenerationResult, StreamPiece, TokenLogprobs
     from .model.state import State
+    from .weights.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "TokenLogprobs",
     "__version__",
     "load",
+    "quantize",
 ]
 
 _LAZY = {
@@ -63,6 +65,7 @@ _LAZY = {
     "StreamPiece": "deltaic.generate.result",
     "TokenLogprobs": "deltaic.generate.result",
     "load": "deltaic.api",
+    "quantize": "deltaic.weights.quantize",
 }
 
 

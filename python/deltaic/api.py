@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -41,10 +42,13 @@ if TYPE_CHECKING:
     from .model.state import State
     from .model.text import TextModel
     from .model.vision import VisionModel
+    from .weights.precision import Precision
 
-DTYPES = ("bf16", "f32")
+KV_DTYPES = ("bf16", "f32")
+MEMORY = ("map", "copy")
 DEVICES = ("cpu", "cuda", "reference")
 MAX_THREADS = 1024
+BITS = {"f32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.375}  # per weight, scales included
 
 
 def op_set(device: str) -> ModuleType:
@@ -68,62 +72,147 @@ def op_set(device: str) -> ModuleType:
     return cpu
 
 
+def use_threads(ops: ModuleType, threads: int | None) -> int:
+    """Let an op set use `threads` threads (None: the physical cores this process may use) and return the number."""
+    chosen = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
+    with ops_lock(ops):
+        ops.set_num_threads(chosen)
+    return chosen
+
+
 def load(
     path_or_id: str | Path,
     *,
-    dtype: str = "bf16",
+    dtype: str | Mapping[str, str] | None = None,
+    vision_dtype: str | None = None,
+    activations: str = "int8",
     device: str = "cpu",
     threads: int | None = None,
     kv_dtype: str | None = None,
+    memory: str = "map",
+    verify: bool = True,
     progress: bool | None = None,
 ) -> Model:
-    """Load a checkpoint.
+    """Load a checkpoint, or a folder that `deltaic quantize` packed.
 
-    path_or_id  a folder with config.json and safetensors, or a Hugging Face hub id such as "Qwen/Qwen3.5-0.8B"
-    dtype       how weight matrices are stored: "bf16" or "f32"; activations are float32
-    device      "cpu"; "cuda", an NVIDIA GPU (needs torch); or "reference": the numpy definition of every operator, slow
-    threads     None: the physical cores this process may use
-    kv_dtype    how keys and values are stored: "bf16" or "f32"; None: as `dtype`
-    progress    True or False shows or hides the packing bars on stderr; None: shown on a terminal
+    path_or_id    a folder with config.json and weights, or a Hugging Face hub id such as "Qwen/Qwen3.5-0.8B"
+    dtype         how weight matrices are stored: "bf16" (default), "f32", "int8", "int4", or a mapping of name patterns
+                  for finer control: {"default": "int4", "lm_head": "int8", "layers.0.*": "bf16"} (patterns: see
+                  deltaic.weights.precision.Precision.parse). A packed folder has its own; another is an error
+    vision_dtype  the same for the vision tower (no mapping); None: as dtype where that is bf16 or f32, else "bf16"
+    activations   "int8": what meets an int8 or int4 matrix is rounded to int8 first, which makes the products several
+                  times as fast; "float32": it is not, the most accurate and slower way
+    device        "cpu"; "cuda", an NVIDIA GPU (needs torch; it computes in bfloat16, or float32 where dtype is "f32",
+                  and never rounds activations to int8); or "reference": the numpy definition of every operator, slow
+    threads       None: the physical cores this process may use
+    kv_dtype      how keys and values are stored: "bf16" or "f32"; None: "f32" where dtype is, else "bf16"
+    memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
+                  (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
+                  pages
+    verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
+    progress      True or False shows or hides progress bars on stderr; None: shown on a terminal
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
     """
     from .model.config import load_config
-    from .model.text import TextModel
-    from .model.vision import VisionModel
-    from .weights.build import build_text, build_vision
-    from .weights.checkpoint import open_checkpoint
     from .weights.hub import find_model
+    from .weights.packed import PACKED_FILE
+    from .weights.precision import Precision
 
-    choice("dtype", dtype, DTYPES)
-    kv_dtype = dtype if kv_dtype is None else choice("kv_dtype", kv_dtype, DTYPES)
-    threads = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
+    wanted = Precision.parse("bf16" if dtype is None else dtype, vision_dtype, activations)
+    if kv_dtype is not None:
+        choice("kv_dtype", kv_dtype, KV_DTYPES)
+    choice("memory", memory, MEMORY)
     ops = op_set(device)
+    threads = use_threads(ops, threads)
     folder = find_model(path_or_id)
     config = load_config(folder)
-    with ops_lock(ops):
-        ops.set_num_threads(threads)  # for packing
-    vision = None
+    if (folder / PACKED_FILE).exists():
+        explicit = wanted if dtype is not None or vision_dtype is not None else None
+        parts = _map(folder, config, ops, explicit, activations, memory, verify, progress)
+    else:
+        parts = _pack(folder, config, ops, wanted, progress)
+    text, vision, precision = parts
+    if kv_dtype is None:
+        kv_dtype = "f32" if precision.default == "f32" else "bf16"
+    choices = {"device": device, "precision": precision, "kv_dtype": kv_dtype, "threads": threads}
+    return Model(folder, config, text, vision, ops, **choices)
+
+
+def _pack(
+    folder: Path, config: ModelConfig, ops: ModuleType, precision: Precision, progress: bool | None
+) -> tuple[TextModel, VisionModel | None, Precision]:
+    """The parts of a checkpoint, packed in memory."""
+    from .model.text import TextModel
+    from .model.vision import VisionModel
+    from .weights.build import open_source, text_weights, vision_weights
+    from .weights.checkpoint import open_checkpoint
+
     with open_checkpoint(folder) as checkpoint:
-        place = getattr(ops, "place", None)
-        if place is None:
-
-            def place(weights: Any, dtype: str) -> Any:
-                return weights
-        else:
-            ops.require_memory(packed_bytes(checkpoint, dtype))
-        text = TextModel(config.text, place(build_text(checkpoint, config, ops, dtype, progress), dtype), ops)
+        count = sum(prod(t.shape) for t in checkpoint.tensors.values() if not t.name.startswith("mtp."))
+        _require_memory(ops, count * BITS[precision.default] / 8)
+        source = open_source(checkpoint, config, ops, precision)
+        text = TextModel(config.text, _placed(ops, text_weights(source, config, progress), precision), ops)
+        vision = None
         if config.vision is not None:
-            weights = place(build_vision(checkpoint, config, ops, dtype, progress), dtype)
-            vision = VisionModel(config.vision, weights, ops)
-    return Model(folder, config, text, vision, ops, device=device, dtype=dtype, kv_dtype=kv_dtype, threads=threads)
+            vision_parts = _placed(ops, vision_weights(source, config, progress), precision)
+            vision = VisionModel(config.vision, vision_parts, ops)
+    return text, vision, precision
 
 
-def packed_bytes(checkpoint: Any, dtype: str) -> int:
-    """Bytes that the matrices of a checkpoint take when packed as `dtype`."""
-    bits = {"f32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.375}[dtype]
-    count = sum(int(np.prod(t.shape, dtype=np.int64)) for name, t in checkpoint.tensors.items() if "mtp." not in name)
-    return int(count * bits / 8)
+def _map(
+    folder: Path,
+    config: ModelConfig,
+    ops: ModuleType,
+    wanted: Precision | None,
+    activations: str,
+    memory: str,
+    verify: bool,
+    progress: bool | None,
+) -> tuple[TextModel, VisionModel | None, Precision]:
+    """The parts of a packed folder. Of the vision tower no byte is read before the first picture."""
+    from dataclasses import replace
+
+    from .model.text import TextModel
+    from .model.vision import VisionModel
+    from .weights.build import open_source, text_weights, vision_weights
+    from .weights.packed import PackedFile
+
+    with PackedFile(folder, memory) as packed:
+        precision = replace(packed.precision, activations=activations)
+        if wanted is not None and not wanted.same_formats(precision):
+            raise ArgumentError(
+                f"dtype: {folder} is packed as {precision} (vision {precision.vision}), asked for is {wanted} (vision "
+                f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
+            )
+        packed.prepare(None)
+        if verify:
+            packed.verify(ops, None, "the text model", progress)
+        _require_memory(ops, packed.nbytes)
+        source = open_source(packed, config, ops, precision)
+        text = TextModel(config.text, _placed(ops, text_weights(source, config), precision), ops)
+        vision = None
+        if config.vision is not None:
+
+            def check() -> None:
+                packed.verify(ops, ("visual.",), "the vision tower", False)
+
+            vision_parts = _placed(ops, vision_weights(source, config), precision)
+            vision = VisionModel(config.vision, vision_parts, ops, check if verify else None)
+    return text, vision, precision
+
+
+def _placed(ops: ModuleType, weights: Any, precision: Precision) -> Any:
+    """The weights where the op set computes: an op set on a device moves vectors there too."""
+    place = getattr(ops, "place", None)
+    return weights if place is None else place(weights, precision.default)
+
+
+def _require_memory(ops: ModuleType, nbytes: float) -> None:
+    """DeviceError, before anything is loaded, if an op set on a device lacks the memory for `nbytes` of weights."""
+    require = getattr(ops, "require_memory", None)
+    if require is not None:
+        require(int(nbytes))
 
 
 class Model:
@@ -144,14 +233,14 @@ class Model:
         ops: ModuleType,
         *,
         device: str,
-        dtype: str,
+        precision: Precision,
         kv_dtype: str,
         threads: int,
     ) -> None:
         self.folder = folder
         self.config = config
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
         self.kv_dtype = kv_dtype
         self.threads = threads
         self._ops = ops
@@ -161,6 +250,11 @@ class Model:
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         self._image_processor: ImageProcessor | None = None
+
+    @property
+    def dtype(self) -> str:
+        """How the weight matrices are stored, in words."""
+        return str(self.precision)
 
     def __repr__(self) -> str:
         return f"<deltaic.Model {self.folder.name} {self.dtype} on {self.device}>"
@@ -427,6 +521,8 @@ class Model:
             "isa": self._ops.isa(),
             "threads": self.threads,
             "dtype": self.dtype,
+            "vision_dtype": self.precision.vision if vision is not None else None,
+            "activations": self.precision.activations,
             "kv_dtype": self.kv_dtype,
             "context_length": self.context_length,
             "layers": text.num_hidden_layers,

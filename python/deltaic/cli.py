@@ -1,5 +1,5 @@
-"""The command line: `deltaic run | chat | demo | info`. Holds no logic that the Python API lacks; answers go to stdout,
-all else to stderr.
+"""The command line: `deltaic run | chat | demo | quantize | bench | info`. Holds no logic that the Python API lacks;
+answers go to stdout, all else to stderr.
 
 Exit codes: 0 done, 1 failed while running, 2 a wrong argument, file or prompt (one line on stderr), 130 Ctrl-C."""
 
@@ -55,6 +55,20 @@ examples:
   deltaic demo
   deltaic demo "How many objects are there?"
   deltaic demo --image drawing.png "What colour is the circle?"
+""",
+    "quantize": """\
+examples:
+  deltaic quantize Qwen/Qwen3.5-0.8B -o qwen-0.8b-int4
+  deltaic quantize ./my-checkpoint -o packed --dtype int4,lm_head=int8,layers.0.*=bf16
+  deltaic run qwen-0.8b-int4 "Why is the sky blue?"
+
+A dtype is int4, int8, bf16 or f32, and may be followed by PATTERN=DTYPE pairs for tensors whose names match.
+""",
+    "bench": """\
+examples:
+  deltaic bench ./packed
+  deltaic bench Qwen/Qwen3.5-0.8B --dtype int8 --prompt 2048 --new 64
+  deltaic bench ./packed --json > result.json
 """,
     "info": """\
 examples:
@@ -118,6 +132,22 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--image", metavar="FILE", help="your own picture of coloured shapes; default: a bundled one")
     _add_machine(demo)
 
+    quantize = command("quantize", "pack a checkpoint into a folder that loads at once and takes less memory")
+    quantize.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a Hugging Face hub id")
+    quantize.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to make")
+    quantize.add_argument("--dtype", default="int4", help="int4 (default), int8, bf16 or f32, then PATTERN=DTYPE pairs")
+    quantize.add_argument("--vision-dtype", metavar="DTYPE", help="for the vision tower; default: bf16")
+    quantize.add_argument("--overwrite", action="store_true", help="replace DIR if it is a packed folder already")
+    quantize.add_argument("--threads", type=int, metavar="N", help="threads to compute with; default: physical cores")
+
+    bench = command("bench", "measure prefill and decode speed, latency, load time and memory")
+    bench.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a Hugging Face hub id")
+    bench.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default 512)")
+    bench.add_argument("--new", type=int, default=128, metavar="N", help="tokens to generate (default 128)")
+    bench.add_argument("--repeat", type=int, default=5, metavar="N", help="runs; medians are shown (default 5)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_machine(bench)
+
     info = command("info", "show facts about this installation and, with MODEL, about a checkpoint")
     info.add_argument("model", nargs="?", metavar="MODEL", help="folder of a checkpoint, or a Hugging Face hub id")
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -151,7 +181,17 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
-    group.add_argument("--dtype", default="bf16", help="how weights are stored: bf16 (default) or f32")
+    group.add_argument(
+        "--dtype",
+        help="how weights are stored: bf16 (default), f32, int8 or int4, then PATTERN=DTYPE pairs for single tensors, "
+        "all separated by commas; a packed folder has its own",
+    )
+    group.add_argument("--vision-dtype", metavar="DTYPE", help="the same for the vision tower; default: bf16")
+    group.add_argument(
+        "--activations",
+        default="int8",
+        help="with int8 and int4 weights: int8 (default, fast), or float32 (unrounded)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with; default: physical cores")
     group.add_argument("--device", default="cpu", help="cpu (default), or reference: plain numpy, slow")
 
@@ -170,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"deltaic {deltaic.__version__}")
             return 0
         if args.command is None:
-            parser.error("expected a command: run, chat, demo or info")
+            parser.error("expected a command: run, chat, demo, quantize, bench or info")
         code: int = args.function(args)
         sys.stdout.flush()
         return code
@@ -207,7 +247,32 @@ def _dim(text: str) -> str:
 def _load(path_or_id: str, args: argparse.Namespace) -> Model:
     from .api import load
 
-    return load(path_or_id, dtype=args.dtype, device=args.device, threads=args.threads)
+    return load(
+        path_or_id,
+        dtype=None if args.dtype is None else _dtype(args.dtype),
+        vision_dtype=args.vision_dtype,
+        activations=args.activations,
+        device=args.device,
+        threads=args.threads,
+    )
+
+
+def _dtype(text: str) -> str | dict[str, str]:
+    """What `--dtype` means: "int4", or "int4,lm_head=int8,layers.0.*=bf16"."""
+    first, *pairs = text.split(",")
+    if "=" in first:
+        pairs.insert(0, first)
+        rules = {}
+    elif not pairs:
+        return first
+    else:
+        rules = {"default": first}
+    for pair in pairs:
+        pattern, equals, name = pair.rpartition("=")
+        if not equals or not pattern.strip():
+            raise ArgumentError(f"--dtype: expected DTYPE or PATTERN=DTYPE between commas, found {pair!r}")
+        rules[pattern.strip()] = name.strip()
+    return rules
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -393,7 +458,34 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    from .weights.quantize import quantize
+
+    folder = quantize(
+        args.model,
+        args.output,
+        dtype=_dtype(args.dtype),
+        vision_dtype=args.vision_dtype,
+        overwrite=args.overwrite,
+        threads=args.threads,
+    )
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    _say(f"{folder}: {_readable('bytes', size)}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .benchmark import as_table, check_lengths, measure
+
+    check_lengths(args.prompt, args.new, args.repeat)
+    facts = measure(lambda: _load(args.model, args), prompt=args.prompt, new=args.new, repeat=args.repeat)
+    print(json.dumps(facts, ensure_ascii=False) if args.json else as_table(facts))
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
+    from .facts import checkpoint_facts, installation_facts
+
     facts = {"deltaic": installation_facts()}
     if args.model is not None:
         facts["model"] = checkpoint_facts(args.model)
@@ -415,67 +507,3 @@ def _readable(name: str, value: Any) -> str:
     if name.endswith(("bytes", "memory")):
         return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def installation_facts() -> dict[str, Any]:
-    """Version, kernels and what this process may use of the machine."""
-    import platform
-
-    import deltaic
-
-    from .api import op_set
-    from .machine import default_threads, memory_bytes
-    from .ops.cuda_device import facts as cuda_facts
-
-    try:
-        isa = op_set("cpu").isa()
-    except DeltaicError as error:  # the one fact that may be missing, and the reason to have asked
-        isa = f"none ({_one_line(error)})"
-    return {
-        "version": deltaic.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "isa": isa,
-        "threads": default_threads(),
-        "memory": memory_bytes(),
-        **cuda_facts(),
-    }
-
-
-def checkpoint_facts(path_or_id: str) -> dict[str, Any]:
-    """What a checkpoint holds, from its configuration and the headers of its files; no weight is read."""
-    from .model.config import load_config
-    from .weights.checkpoint import open_checkpoint
-    from .weights.hub import find_model
-
-    folder = find_model(path_or_id)
-    config = load_config(folder)
-    text = config.text
-    with open_checkpoint(folder) as checkpoint:
-        tensors = list(checkpoint.tensors.values())
-
-    def count(prefixes: tuple[str, ...]) -> int:
-        return sum(_elements(t.shape) for t in tensors if t.name.startswith(prefixes))
-
-    return {
-        "folder": str(folder),
-        "architecture": config.architecture,
-        "layers": f"{text.num_delta_layers} gated delta net, {text.num_attention_layers} gated attention",
-        "experts": f"{text.num_experts}, {text.num_experts_per_tok} per token" if text.is_moe else "none (dense)",
-        "hidden_size": text.hidden_size,
-        "vocab_size": text.vocab_size,
-        "context_length": text.max_position_embeddings,
-        "parameters": count(("",)),
-        "vision_parameters": count(("model.visual.", "visual.")),
-        "mtp_parameters": count(("mtp.",)),
-        "tensors": len(tensors),
-        "file_bytes": sum(t.nbytes for t in tensors),
-        "stored_as": ", ".join(sorted({t.dtype for t in tensors})),
-    }
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: physical cores, within CPU affinity and control-group limits, and
+"""What this process may use of the machine, and uses: physical cores, within CPU affinity and control-group limits, and
 memory."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 _CPU_ROOT = Path("/sys/devices/system/cpu")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
+_STATUS = Path("/proc/self/status")
 
 
 def _allowed_cpus() -> list[int]:
@@ -72,3 +73,16 @@ def memory_bytes(root: Path = _CGROUP_ROOT, membership: Path = _MEMBERSHIP) -> i
     if sys.platform != "win32" and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found, default=None)
+
+
+def resident_bytes(status: Path = _STATUS) -> dict[str, int] | None:
+    """Memory of this process that is in RAM: "now", of that "private" (not pages of mapped files), and the "peak".
+    None where the system does not tell."""
+    found = {}
+    for line in (_read(status) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name in ("VmRSS", "RssAnon", "VmHWM") and value.split()[0].isdigit():
+            found[name] = int(value.split()[0]) * 1024
+    if set(found) != {"VmRSS", "RssAnon", "VmHWM"}:
+        return None
+    return {"now": found["VmRSS"], "private": found["RssAnon"], "peak": found["VmHWM"]}

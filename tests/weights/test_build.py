@@ -12,8 +12,9 @@ import pytest
 from deltaic.errors import ArgumentError, CheckpointError
 from deltaic.model.config import ModelConfig, load_config
 from deltaic.model.weights import DeltaMixer, SparseFFN, weight_bytes
-from deltaic.weights.build import build_mtp, build_text, build_vision, format_of
+from deltaic.weights.build import build_mtp, build_text, build_vision
 from deltaic.weights.checkpoint import Checkpoint, open_checkpoint
+from deltaic.weights.precision import Precision
 from tiny_checkpoints import CLASSES, FakeOps, mtp_tensors, random_model, save_state, split_experts
 
 SWIGLU = ("gate_proj.weight", "up_proj.weight")
@@ -214,22 +215,13 @@ def test_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
         build_text(checkpoint, config, FakeOps(), "bf16")
 
 
-def test_formats() -> None:
-    large = ("embedding", "head", "projection", "expert", "vision")
-    for dtype in ("f32", "bf16"):
-        assert {format_of(role, dtype) for role in large} == {dtype}
-        assert format_of("small", dtype) == dtype
-        assert format_of("patch", dtype) == format_of("vector", dtype) == "f32"
-    for wrong in ("int4", "fp8", "float32", "", None, 3):
-        with pytest.raises(ArgumentError, match="f32, bf16"):
-            format_of("projection", wrong)  # type: ignore[arg-type]
-
-
 def test_arguments_are_refused_before_work(tmp_path: Path) -> None:
     random_model("Qwen3_5ForCausalLM").save_pretrained(tmp_path)
     checkpoint, config = load(tmp_path)
-    with pytest.raises(ArgumentError, match="int4"):
-        build_text(checkpoint, config, object(), "int4")
+    with pytest.raises(ArgumentError, match="'int4'"):
+        build_text(checkpoint, config, object(), "int5")
+    with pytest.raises(ArgumentError, match="matches no tensor"):
+        build_text(checkpoint, config, object(), Precision.parse({"layers.4.*": "int8"}))
     with pytest.raises(CheckpointError, match="multi-token-prediction"):
         build_mtp(checkpoint, config, FakeOps(), "bf16")
 

@@ -17,18 +17,23 @@ from deltaic._core import BlockTable, Weight
 __all__ = [
     "BlockTable",
     "Weight",
+    "checksum",
     "embed",
+    "from_packed",
     "gated_attention",
     "gated_delta_net",
     "isa",
     "layer_norm",
-    "moe",
     "linear",
     "log_softmax_top",
+    "moe",
     "num_threads",
     "pack",
     "pack_glu",
+    "packed_parts",
     "patch_embed",
+    "probe_peak",
+    "probe_read",
     "rms_norm",
     "sample",
     "set_num_threads",
@@ -103,6 +108,36 @@ def pack_glu(gate: Array, up: Array, dtype: str) -> Weight:
     _pack_into(packed, gate3, dtype, 0, 2)
     _pack_into(packed, up3, dtype, 1, 2)
     return Weight([(dtype, gate3.shape[1], packed)], gate3.shape[0], gate3.shape[2], True)
+
+
+def packed_parts(weight: Weight) -> list[tuple[str, int, Array]]:
+    """(format, rows, bytes) of each part: what `from_packed` takes. With glu, `rows` counts gate and up each."""
+    return weight.parts
+
+
+def from_packed(parts: Sequence[tuple[str, int, Array]], count: int, columns: int, glu: bool) -> Weight:
+    """A weight on bytes that `pack` or `pack_glu` made earlier, kept alive but not copied. They may be read-only."""
+    return Weight(list(parts), count, columns, glu)
+
+
+def checksum(data: Array) -> int:
+    """The 64-bit checksum of bytes [n], n a multiple of 64, at the speed of memory (definition: ops/quantise.py)."""
+    result = np.empty(1, np.int64)
+    _core.checksum(data, result)
+    return int(result.view(np.uint64)[0])
+
+
+def probe_read(data: Array) -> None:
+    """Reads bytes [n] once, on all threads: time it to learn the bandwidth of memory."""
+    _core.probe_read(data, np.empty(1, np.int64))
+
+
+def probe_peak(kind: str, rounds: int) -> int:
+    """Multiplies and adds in registers, on all threads; returns how many operations that were. kind: "f32" or "int8"
+    (a ContractError where the instruction set has no int8 dot product). Time it to learn the peak."""
+    operations = np.empty(1, np.int64)
+    _core.probe_peak(("f32", "int8").index(kind), rounds, operations)
+    return int(operations[0])
 
 
 def embed(ids: Array, table: Weight) -> Array:

@@ -36,13 +36,44 @@ from .cuda_memory import (
     zeros,
 )  # fmt: skip
 from .cuda_sampling import log_softmax_top, sample, sample_on_device
-from .cuda_weights import BlockTable, Part, Pointers, TableBatch, Weight, pack, pack_glu, place, pointers
+from .cuda_weights import BlockTable, Part, Pointers, TableBatch, Weight, from_packed, pack, pack_glu, place, pointers
 
 __all__ = [
-    "BlockTable", "Part", "Pointers", "TableBatch", "Weight", "concatenate", "copy_from_host", "device", "embed",
-    "gated_attention", "gated_delta_net", "isa", "layer_norm", "linear", "log_softmax_top", "moe", "num_threads",
-    "pack", "pack_glu", "patch_embed", "place", "require_memory", "rms_norm", "rope_table", "sample",
-    "sample_on_device", "set_num_threads", "swiglu", "to_numpy", "upload", "use_device", "vision_attention", "zeros",
+    "BlockTable",
+    "Part",
+    "Pointers",
+    "TableBatch",
+    "Weight",
+    "checksum",
+    "concatenate",
+    "copy_from_host",
+    "device",
+    "embed",
+    "from_packed",
+    "gated_attention",
+    "gated_delta_net",
+    "isa",
+    "layer_norm",
+    "linear",
+    "log_softmax_top",
+    "moe",
+    "num_threads",
+    "pack",
+    "pack_glu",
+    "patch_embed",
+    "place",
+    "require_memory",
+    "rms_norm",
+    "rope_table",
+    "sample",
+    "sample_on_device",
+    "set_num_threads",
+    "swiglu",
+    "to_numpy",
+    "upload",
+    "use_device",
+    "vision_attention",
+    "zeros",
 ]  # fmt: skip
 
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cuda/common.cuh
@@ -272,9 +303,7 @@ def gated_attention(
     if isinstance(starts, np.ndarray):
         for start, n, room in zip(starts, np.diff(cu_seqlens), batch.rooms, strict=True):
             if start < 0 or start + n > room * block_tokens:
-                raise ArgumentError(
-                    f"{op}: token {start + n - 1} is beyond the {room} blocks of {block_tokens} tokens; reserve them first"
-                )
+                raise ArgumentError(f"{op}: token {start + n - 1} is beyond the {room} blocks of {block_tokens} tokens")
     cos, sin = small(cos, np.float32), small(sin, np.float32)
     check(op, "cos", cos, [T, None], ["float32"])
     check(op, "sin", sin, [T, cos.shape[1]], ["float32"])
@@ -439,7 +468,7 @@ def vision_attention(qkv: Tensor, cos: Any, sin: Any, *, num_heads: int, cu_seql
     return y
 
 
-# -------------------------------------------------------------------------------------------------------- around a graph
+# ------------------------------------------------------------------------------------------------------- around a graph
 
 
 def rope_table(positions: Tensor, frequencies: Any, axes: Any, scale: float) -> tuple[Tensor, Tensor]:
@@ -469,6 +498,13 @@ def copy_from_host(target: Tensor, values: np.ndarray) -> None:
     import torch
 
     target.copy_(torch.from_numpy(values))
+
+
+def checksum(data: np.ndarray) -> int:
+    """The checksum of bytes in the host's memory, as ops/cpu.py has it."""
+    from . import cpu
+
+    return cpu.checksum(data)
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,5 @@
-"""Can this process compute on an NVIDIA GPU, and if not, what exactly is missing? One clear DeviceError per reason; the facts
-that `deltaic info` shows; how much memory is free. torch is imported only when a card is asked for."""
+"""Can this process compute on an NVIDIA GPU, and if not, what exactly is missing? One clear DeviceError per reason; the
+facts that `deltaic info` shows; how much memory is free. torch is imported only when a card is asked for."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _torch() -> ModuleType:
 
 
 def open_device() -> tuple[ModuleType, Any]:
-    """(the extension, the current torch device). Raises DeviceError: built without CUDA, torch missing or without CUDA, no card,
-    driver too old, or a card that this build has no kernels for."""
+    """(the extension, the current torch device). Raises DeviceError: built without CUDA, torch missing or without CUDA,
+    no card, driver too old, or a card that this build has no kernels for."""
     module = _extension()
     torch = _torch()
     check_device(module, torch)

@@ -1,5 +1,5 @@
-"""Where do the CUDA operators compute, and how do arrays get there? The device (torch's, or a test's emulator), its memory, and
-the checks that every operator makes on its tensors."""
+"""Where do the CUDA operators compute, and how do arrays get there? The device (torch's, or a test's emulator), its
+memory, and the checks that every operator makes on its tensors."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def check(op: str, name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[str]) -> None:
-    """ArgumentError unless `value` is a contiguous tensor on the device, of this shape (None: any) and one of these dtypes."""
+    """ArgumentError unless `value` is a contiguous tensor on the device, of this shape (None: any) and dtype."""
     import torch
 
     wanted = f"{' or '.join(dtypes)}[{','.join('_' if n is None else str(n) for n in shape)}]"

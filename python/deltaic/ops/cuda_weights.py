@@ -31,6 +31,7 @@ class Weight:
         self.activation_dtype = (
             "float32" if self.dtype == "f32" else "bfloat16"
         )  # of what `embed`, `patch_embed` return
+        self.float_activations = True  # always here, whatever is asked for: matrices are dequantised in registers
         self.float_output = False  # `linear` returns float32: a head
         self.joined: tuple[Weight, Weight] | None = (
             None  # of a router: the shared gate it was joined with, and the result
@@ -90,33 +91,55 @@ def _pack_part(part: np.ndarray, format: str) -> Part:
 
 
 def _quantise(flat: np.ndarray, format: str, rows: int) -> Part:
-    """Quantises with the CPU's packer, so that both devices hold the same numbers, and lays its blocks out for the GPU."""
+    """Quantises with the CPU's packer, so that both devices hold the same numbers, and lays its blocks out anew."""
     from . import cpu
 
-    packed = cpu.pack([flat], format).arrays[0]
-    return from_cpu_blocks(packed, format, len(flat), flat.shape[1], rows)
+    _, total, packed = cpu.packed_parts(cpu.pack([flat], format))[0]
+    part = _from_cpu_blocks(packed, format, 1, total, flat.shape[1], False)
+    part.rows = rows
+    return part
 
 
-def from_cpu_blocks(packed: np.ndarray, format: str, total_rows: int, columns: int, rows: int) -> Part:
-    """A part from the CPU's packed bytes (csrc/core/view.h) of an int8 or int4 matrix [total_rows, columns].
+def from_packed(parts: Sequence[tuple[str, int, np.ndarray]], count: int, columns: int, glu: bool) -> Weight:
+    """A weight from bytes that the CPU's `pack` or `pack_glu` made (csrc/core/view.h), laid out for the GPU."""
+    return Weight([_from_cpu_blocks(data, dtype, count, rows, columns, glu) for dtype, rows, data in parts], count, glu)
 
-    The blocks must be those of one plain matrix: no gated pairs of blocks. `rows`: rows of each expert.
-    """
-    runs, blocks = -(-columns // RUN), -(-total_rows // 16)
-    raw = packed.reshape(blocks, -1)
+
+def _from_cpu_blocks(packed: np.ndarray, format: str, count: int, rows: int, columns: int, glu: bool) -> Part:
+    """One part from the CPU's blocks of 16 rows; with glu, blocks of gate and up rows (`rows` each) alternate."""
+    runs, pieces = -(-columns // RUN), -(-rows // 16)
+    raw = np.asarray(packed).reshape(count * pieces * (2 if glu else 1), -1)
+
+    def rows_of(plane: np.ndarray) -> np.ndarray:
+        """[blocks, 16, n] -> [count * rows, n], gate rows of an expert before its up rows."""
+        plane = plane.reshape(count, pieces, 2 if glu else 1, 16, -1).transpose(0, 2, 1, 3, 4)
+        plane = plane.reshape(count, 2 if glu else 1, pieces * 16, -1)[:, :, :rows]
+        return np.ascontiguousarray(plane).reshape(-1, plane.shape[-1])
+
+    total = (2 if glu else 1) * rows
+    if format in ("f32", "bf16"):
+        kind, pair = (np.float32, 1) if format == "f32" else (np.uint16, 2)
+        numbers = np.ascontiguousarray(raw).view(kind).reshape(len(raw), -1, 16, pair).transpose(0, 2, 1, 3)
+        numbers = rows_of(numbers.reshape(len(raw), 16, -1))[:, :columns]
+        stride = -(-columns // 8) * 8
+        padded = np.zeros((len(numbers), stride), kind)
+        padded[:, :columns] = numbers
+        return Part(format, total, columns, stride, upload(padded if pair == 1 else padded.view(ml_dtypes.bfloat16)))
     if format == "int8":
-        q = raw[:, : runs * 2048].reshape(blocks, runs * 32, 16, 4).transpose(0, 2, 1, 3).reshape(blocks * 16, -1)
-        s, rest = None, raw[:, runs * 2048 :]
+        q, scales, rest = raw[:, : runs * 2048].reshape(-1, runs * 32, 16, 4), None, raw[:, runs * 2048 :]
     else:
-        q = raw[:, : runs * 1024].reshape(blocks, runs * 16, 16, 4).transpose(0, 2, 1, 3).reshape(blocks * 16, -1)
-        scales = raw[:, runs * 1024 : runs * 1088].reshape(blocks, runs * 4, 16)
-        s = scales.transpose(0, 2, 1).reshape(blocks * 16, -1)
-        rest = raw[:, runs * 1088 :]
-    d = np.ascontiguousarray(rest).view(np.uint16).reshape(blocks, runs, 16).transpose(0, 2, 1).reshape(blocks * 16, -1)
+        q = raw[:, : runs * 1024].reshape(-1, runs * 16, 16, 4)
+        scales, rest = raw[:, runs * 1024 : runs * 1088].reshape(-1, runs * 4, 16), raw[:, runs * 1088 :]
+    d = np.ascontiguousarray(rest).view(np.uint16).reshape(-1, runs, 16)
     return Part(
-        format, rows, columns, runs * RUN, upload(q[:total_rows]),
-        None if s is None else upload(s[:total_rows]), upload(d[:total_rows]),
-    )  # fmt: skip
+        format,
+        total,
+        columns,
+        runs * RUN,
+        upload(rows_of(q.transpose(0, 2, 1, 3).reshape(len(raw), 16, -1))),
+        None if scales is None else upload(rows_of(scales.transpose(0, 2, 1))),
+        upload(rows_of(d.transpose(0, 2, 1))),
+    )
 
 
 class BlockTable:
@@ -141,7 +164,8 @@ class BlockTable:
         if self.blocks and (block.shape, block.dtype) != (self.blocks[0].shape, self.blocks[0].dtype):
             first = self.blocks[0]
             raise ArgumentError(
-                f"BlockTable: block is {block.dtype}{tuple(block.shape)}, the others are {first.dtype}{tuple(first.shape)}"
+                f"BlockTable: block is {block.dtype}{tuple(block.shape)}, "
+                f"the others are {first.dtype}{tuple(first.shape)}"
             )
         return block
 
