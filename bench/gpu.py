@@ -2,13 +2,13 @@
 
     python bench/gpu.py [--report FILE] [--sizes 0.8B 2B ...] [--skip build tests sanitizer operators models]
 
-Builds the CUDA extension for the card of this machine, runs every kernel and model test on it, runs the kernel tests under
-compute-sanitizer (memcheck, racecheck, initcheck), measures every operator of a decoded token against the measured copy
-bandwidth, and prompts against the measured matrix peak, and decodes and prefills whole models of the released shapes with
-random weights. Writes one Markdown report that starts with the card's name. Steps that do not fit into the time that is
-left are reported as left out, never silently.
+Builds the CUDA extension for the card of this machine, runs every kernel and model test on it, runs the kernel tests
+under compute-sanitizer (memcheck, racecheck, initcheck), measures every operator of a decoded token against the
+measured copy bandwidth, and decodes and prefills whole models of the released shapes with random weights, against the
+copy bandwidth and the measured matrix peak. Writes one Markdown report that starts with the card's name. Steps that do
+not fit into the time that is left are reported as left out, never silently.
 
-`--rehearse` runs the measuring steps on the emulator with tiny shapes: its figures mean nothing, but the script is tested.
+`--rehearse` runs the measuring steps on the emulator with tiny shapes: the figures mean nothing, the script is tested.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def run_sanitizer(report: Report) -> None:
         report.command(f"compute-sanitizer {check}", command, 100, **environment)
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 class Meter:
@@ -295,13 +296,13 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
 
 
 def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size], formats: tuple[str, ...]) -> None:
-    import numpy as np
     import torch
     from deltaic.model.graph import DecodeGraph
     from deltaic.model.state import State
     from deltaic.model.weights import weight_bytes
 
     copy, peak = peaks(meter, ops)
+    prompt, chunk, steps = (40, 20, 2) if meter.emulated else (2048, 512, 128)
     report.add("\n| model | format | GB | decode tok/s | bytes/s of copying | prefill tok/s (2048) | of matrix peak |")
     report.add("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name, size in sizes.items():
@@ -312,17 +313,7 @@ def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size
             text = random_text(ops, size, format)
             nbytes = weight_bytes(text.weights) - (0 if size.tied else text.weights.embed.nbytes)
             state = State(text.config, ops, "bf16")
-            prompt, chunk, steps = (40, 20, 2) if meter.emulated else (2048, 512, 128)
-
-            def prefill(text: Any = text, state: State = state) -> Any:
-                state.length = 0
-                for first in range(0, prompt, chunk):
-                    x = text.embed(np.arange(first, first + chunk) % size.vocab)
-                    positions = np.repeat(np.arange(first, first + chunk)[:, None], 3, axis=1)
-                    hidden = text.forward(x, positions, [state], np.array([0, chunk]))
-                return text.logits(hidden[-1:])
-
-            prefill_seconds = meter.seconds(prefill, repeats=3, capture=False)
+            prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
             graph = DecodeGraph(text, ops)
             token = int(graph.step(1, state).argmax())
             start = time.perf_counter()
@@ -338,6 +329,18 @@ def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size
             del text, state, graph
             if not meter.emulated:
                 torch.cuda.empty_cache()
+
+
+def prefill(text: Any, state: Any, prompt: int, chunk: int) -> Any:
+    """Feed a prompt from the start, in chunks, and return the logits after it."""
+    import numpy as np
+
+    state.length = 0
+    for first in range(0, prompt, chunk):
+        places = np.arange(first, first + chunk)
+        x = text.embed(places % text.config.vocab_size)
+        hidden = text.forward(x, np.repeat(places[:, None], 3, axis=1), [state], np.array([0, chunk]))
+    return text.logits(hidden[-1:])
 
 
 def matrices(weights: Any) -> list[Any]:

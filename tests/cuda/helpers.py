@@ -8,8 +8,8 @@ import torch
 from deltaic.ops import cuda, reference
 
 TYPES = ("f32", "bf16")
-# Largest error in units of the largest output: float sums of a few hundred products, and bfloat16's half step (2^-9) on inputs,
-# outputs and tensor-core operands.
+# Largest error in units of the largest output: float sums of a few hundred products, and bfloat16's half step (2^-9) on
+# inputs, outputs and tensor-core operands.
 TOLERANCE = {"f32": 2e-5, "bf16": 1.5e-2}
 
 
@@ -29,7 +29,7 @@ def tensor(x, kind="f32"):
 
 
 def array(x):
-    return x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
 
 
 def assert_close(found, expected, kind, factor=1.0):
@@ -48,8 +48,8 @@ def dequantised(weight, part=0):
     p = weight.parts[part]
     rows = p.rows * weight.count
     y = cuda.device().empty([rows, p.columns], torch.float32)
-    cuda.device().module.dequantise(weight.handle, part, 0, rows, y.data_ptr(), 0, 0)
-    return y.numpy().copy()
+    cuda.device().module.dequantise(weight.handle, part, 0, rows, y.data_ptr(), 0, cuda.device().stream())
+    return array(y).copy()
 
 
 def reference_weight(weight):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from deltaic.ops import cuda, reference
-from helpers import TYPES, assert_close, normal, reference_weight, rounded, tensor
+from helpers import TYPES, array, assert_close, normal, reference_weight, rounded, tensor
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -29,7 +29,7 @@ def test_moe(device, rng, kind, format, tokens):
     assert_close(y, wanted, kind, factor=2)
 
 
-@pytest.mark.parametrize("E,top_k", [(5, 1), (33, 4), (256, 8)])
+@pytest.mark.parametrize(("E", "top_k"), [(5, 1), (33, 4), (256, 8)])
 def test_route_takes_lower_experts_on_ties(device, rng, E, top_k):
     tokens = 6
     logits = rng.integers(0, 4, size=(tokens, E + 1)).astype(np.float32)  # many ties
@@ -38,12 +38,14 @@ def test_route_takes_lower_experts_on_ties(device, rng, E, top_k):
         tensor(np.zeros((tokens, top_k + 1), np.float32)),
     )
     on_device = tensor(logits)
-    device.module.moe_route(on_device.data_ptr(), E, top_k, experts.data_ptr(), coefficients.data_ptr(), tokens, 0)
+    device.module.moe_route(
+        on_device.data_ptr(), E, top_k, experts.data_ptr(), coefficients.data_ptr(), tokens, device.stream()
+    )
     top = np.argsort(-logits[:, :E], axis=1, kind="stable")[:, :top_k]
-    np.testing.assert_array_equal(experts.numpy(), top)
+    np.testing.assert_array_equal(array(experts), top)
     chosen = reference.softmax(np.take_along_axis(logits[:, :E], top, 1))
-    np.testing.assert_allclose(coefficients.numpy()[:, :top_k], chosen, rtol=1e-5)
-    np.testing.assert_allclose(coefficients.numpy()[:, top_k], reference.sigmoid(logits[:, E]), rtol=1e-5)
+    np.testing.assert_allclose(array(coefficients)[:, :top_k], chosen, rtol=1e-5)
+    np.testing.assert_allclose(array(coefficients)[:, top_k], reference.sigmoid(logits[:, E]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -60,7 +62,7 @@ def test_patch_embed(device, rng, kind, grid):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("heads,d", [(2, 8), (1, 72), (3, 6)])
+@pytest.mark.parametrize(("heads", "d"), [(2, 8), (1, 72), (3, 6)])
 @pytest.mark.parametrize("lengths", [[5], [17, 1, 70]])
 def test_vision_attention(device, rng, kind, heads, d, lengths):
     P = sum(lengths)

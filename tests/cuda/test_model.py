@@ -5,25 +5,14 @@ from __future__ import annotations
 import deltaic
 import numpy as np
 import pytest
-from deltaic.ops import cuda
+from helpers import array
 
 PROMPT = "the cat sat on the mat"
 
 
 @pytest.fixture
-def on_emulator(emulated):
-    """device="cuda" means the emulator."""
-    import emulator
-
-    emulated.set_order("reverse", 0)
-    cuda.use_device(emulator.EmulatedDevice(emulated))
-    yield
-    cuda.use_device(None)
-
-
-@pytest.fixture
-def pair(on_emulator, tiny_folder, request):
-    """The tiny checkpoint on the emulator and on the CPU, in one dtype."""
+def pair(model_device, tiny_folder, request):
+    """The tiny checkpoint on the device and on the CPU, in one dtype."""
     dtype = request.param
     return (
         deltaic.load(tiny_folder, device="cuda", dtype=dtype),
@@ -66,12 +55,12 @@ def test_graph_step_is_the_plain_step(pair):
     model.forward(ids[:5], other)
     for token in ids[126:130]:
         expected = model.forward([token], plain)[0]
-        found = model._runner.step(token, stepped).numpy().copy()
+        found = array(model._runner.step(token, stepped)).copy()
         np.testing.assert_array_equal(found, expected)
         model._runner.step(token, other)
     assert stepped.length == 130
     assert stepped.token_ids == plain.token_ids
-    np.testing.assert_array_equal(stepped.delta.numpy(), plain.delta.numpy())
+    np.testing.assert_array_equal(array(stepped.delta), array(plain.delta))
 
 
 @pytest.mark.parametrize("pair", ["bf16"], indirect=True)
@@ -81,3 +70,12 @@ def test_sampling_and_penalties_run_on_the_device(pair):
     first = model.generate(PROMPT, logprobs=2, **asked)
     assert first.token_ids == model.generate(PROMPT, **asked).token_ids
     assert len(first.logprobs) == len(first.token_ids)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+def test_a_folder_packed_for_the_cpu_loads(model_device, tiny_folder, tmp_path, dtype):
+    """Repacked at load: the same numbers as packing the checkpoint for the GPU."""
+    packed = deltaic.quantize(tiny_folder, tmp_path / "packed", dtype=dtype)
+    found = deltaic.load(packed, device="cuda").forward(PROMPT)
+    expected = deltaic.load(tiny_folder, device="cuda", dtype=dtype).forward(PROMPT)
+    np.testing.assert_array_equal(found, expected)

@@ -1,5 +1,5 @@
-"""How is a token decoded without the host in the way? One captured graph runs embedding, all layers and the head; everything
-that changes from token to token (the token, its positions, where the state lies) is read from device memory."""
+"""How is a token decoded without the host in the way? One captured graph runs embedding, all layers and the head;
+everything that changes from token to token (the token, its positions, where the state lies) is in device memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Slot:
 class DecodeGraph:
     """One token of one sequence as a graph, captured on first use; it serves every state of the same shape.
 
-    `ops` is deltaic.ops.cuda. On a device that cannot capture (the emulator of the tests) the same calls run one by one.
+    `ops` is deltaic.ops.cuda. On a device that cannot capture (the tests' emulator) the same calls run one by one.
     """
 
     def __init__(self, text: TextModel, ops: Any):

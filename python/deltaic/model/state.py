@@ -30,7 +30,8 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "_zeros", "conv", "delta", "intact", "kv", "kv_dtype", "length", "rope_delta", "token_ids",
+        "_block", "_max_tokens", "_zeros", "conv", "delta", "intact", "kv", "kv_dtype", "length", "rope_delta",
+        "token_ids",
     )  # fmt: skip
 
     def __init__(self, config: TextConfig, ops: ModuleType, kv_dtype: str = "f32"):

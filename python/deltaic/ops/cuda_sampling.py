@@ -1,4 +1,4 @@
-"""How is a token chosen on the GPU? `sample` and `log_softmax_top` of reference.py; only the token comes to the host."""
+"""How is a token chosen on the GPU? `sample` and `log_softmax_top` of reference.py; only the token leaves it."""
 
 from __future__ import annotations
 
