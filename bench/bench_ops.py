@@ -21,7 +21,6 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
-from deltaic import _core
 from deltaic.ops import cpu as ops
 
 Call = Callable[[], Any]

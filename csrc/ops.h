@@ -28,9 +28,9 @@
     X(gated_attention,                                                                                                 \
       "proj f32[T,2*num_heads*D+2*num_kv_heads*D]; q_norm f32[D]; k_norm f32[D]; cos f32[T,F]; sin f32[T,F]; "         \
       "eps float; num_heads int; num_kv_heads int; layer int; cu_seqlens i64[B+1]; starts i64[B]; tables table*B; "    \
-      "y f32[T,num_heads*D]",                                                                                          \
+      "prefill int; y f32[T,num_heads*D]",                                                                             \
       (View proj, View q_norm, View k_norm, View cos, View sin, float eps, int64_t num_heads, int64_t num_kv_heads,    \
-       int64_t layer, View cu_seqlens, View starts, Tables tables, View y))                                            \
+       int64_t layer, View cu_seqlens, View starts, Tables tables, int64_t prefill, View y))                           \
     X(patch_embed,                                                                                                     \
       "image u8[h,w,3]; weight weight[V,K]; bias f32[V]; pos_embed f32[S,V]; patch_size int; merge_size int; "         \
       "mean f32[3]; std f32[3]; y f32[P,V]",                                                                           \

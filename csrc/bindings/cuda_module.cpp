@@ -1,6 +1,6 @@
-// The CUDA extension: device addresses and a stream come in as integers, kernels are launched. It links no libtorch, so one build
-// serves every torch version; whoever calls it (deltaic/ops/cuda.py) checks shapes and owns the memory. Built a second time against
-// the emulator (csrc/cuda/simt) for the tests.
+// The CUDA extension: device addresses and a stream come in as integers, kernels are launched. It links no libtorch, so
+// one build serves every torch version; whoever calls it (deltaic/ops/cuda.py) checks shapes and owns the memory. Built
+// a second time against the emulator (csrc/cuda/simt) for the tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,7 +20,8 @@ namespace deltaic {
 namespace cuda {
 namespace {
 
-// What Python passes for a C++ parameter: an address for a pointer, the handle for a weight, the number itself otherwise.
+// What Python passes for a C++ parameter: an address for a pointer, the handle for a weight, the number itself
+// otherwise.
 template <class T>
 struct Passed {
     using type = T;
@@ -45,11 +46,13 @@ void define(py::module_& m, const char* name, void (*function)(A...)) {
 const char* const kFormats[] = {"f32", "bf16", "int8", "int4"};  // order of enum Format
 
 // parts: (format, rows, columns, stride, address of q, of s, of d)
-Matrices make_matrices(const std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>>& parts, int64_t count,
-                       bool glu) {
+Matrices make_matrices(
+    const std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t>>& parts,
+    int64_t count, bool glu) {
     Matrices w;
     if (parts.empty() || parts.size() > Matrices::kMaxParts) throw Error("Matrices: takes 1 to 8 parts");
-    if (count < 1 || (glu && (parts.size() != 1 || std::get<1>(parts[0]) % 2))) throw Error("Matrices: count or glu do not fit the parts");
+    if (count < 1 || (glu && (parts.size() != 1 || std::get<1>(parts[0]) % 2)))
+        throw Error("Matrices: count or glu do not fit the parts");
     w.count = count, w.glu = glu, w.parts = static_cast<int64_t>(parts.size());
     for (size_t i = 0; i < parts.size(); ++i) {
         const auto& [format, rows, columns, stride, q, s, d] = parts[i];
@@ -59,11 +62,12 @@ Matrices make_matrices(const std::vector<std::tuple<std::string, int64_t, int64_
             if (format == kFormats[f]) m.format = f;
         const bool quantised = m.format >= 2;
         if (m.format < 0) throw Error("Matrices: unknown format '" + format + "'");
-        if (rows < 1 || columns < 1 || stride < columns || stride % (quantised ? kRun : 8) || q % 16 || !q || (quantised && !d) ||
-            (m.format == 3 && !s) || columns != std::get<2>(parts[0]))
+        if (rows < 1 || columns < 1 || stride < columns || stride % (quantised ? kRun : 8) || q % 16 || !q ||
+            (quantised && !d) || (m.format == 3 && !s) || columns != std::get<2>(parts[0]))
             throw Error("Matrices: a part has impossible sizes or addresses");
         m.rows = rows, m.columns = columns, m.stride = stride;
-        m.q = reinterpret_cast<const uint8_t*>(q), m.s = reinterpret_cast<const uint8_t*>(s), m.d = reinterpret_cast<const uint16_t*>(d);
+        m.q = reinterpret_cast<const uint8_t*>(q), m.s = reinterpret_cast<const uint8_t*>(s),
+        m.d = reinterpret_cast<const uint16_t*>(d);
     }
     return w;
 }
@@ -91,7 +95,8 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
         }
     });
     m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1], kFormats[2], kFormats[3]);
-    py::class_<Matrices>(m, "Matrices").def(py::init(&make_matrices), py::arg("parts"), py::arg("count"), py::arg("glu"));
+    py::class_<Matrices>(m, "Matrices")
+        .def(py::init(&make_matrices), py::arg("parts"), py::arg("count"), py::arg("glu"));
 
 #define X(name, arguments) define(m, #name, &name);
     DELTAIC_CUDA_OPS(X)
@@ -103,10 +108,16 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
 #if defined(DELTAIC_EMULATE)
     m.attr("emulated") = true;
     m.def("set_order", [](const std::string& order, uint64_t seed) {
-        if (order != "forward" && order != "reverse" && order != "random") throw Error("set_order: forward, reverse or random");
-        simt::set_order(order == "forward" ? simt::Order::forward : order == "reverse" ? simt::Order::reverse : simt::Order::random, seed);
+        if (order != "forward" && order != "reverse" && order != "random")
+            throw Error("set_order: forward, reverse or random");
+        simt::set_order(order == "forward"   ? simt::Order::forward
+                        : order == "reverse" ? simt::Order::reverse
+                                             : simt::Order::random,
+                        seed);
     });
-    m.def("guarded_alloc", [](size_t bytes, const std::string& name) { return reinterpret_cast<uintptr_t>(simt::guarded_alloc(bytes, name.c_str())); });
+    m.def("guarded_alloc", [](size_t bytes, const std::string& name) {
+        return reinterpret_cast<uintptr_t>(simt::guarded_alloc(bytes, name.c_str()));
+    });
     m.def("guarded_free", [](uintptr_t data) { simt::guarded_free(reinterpret_cast<void*>(data)); });
 #else
     m.attr("emulated") = false;

@@ -1,10 +1,11 @@
 // Softmax attention of 16 rows with a run of keys by one warp on tensor cores, all operands in registers.
 //
-// A row is any (token, query head) pair that reads the key-value head at hand: in decoding the heads of one group, in a prompt
-// consecutive tokens times heads. The products are mma_bf16 on tiles of 16 rows x 16 keys. Which columns a register stands for is
-// chosen so that every load is 16 bytes of one K or V row:
+// A row is any (token, query head) pair that reads the key-value head at hand: in decoding the heads of one group, in a
+// prompt consecutive tokens times heads. The products are mma_bf16 on tiles of 16 rows x 16 keys. Which columns a
+// register stands for is chosen so that every load is 16 bytes of one K or V row:
 //   q k^T   step s (32 columns), lane (g, t): the eight columns 32 s + 8 t ..+7 of row g, the same of key g
-//   p v     group s (64 columns), lane (g, t): the eight columns 64 s + 8 g ..+7 of keys 2t, 2t+1, 2t+8, 2t+9; product j takes
+//   p v     group s (64 columns), lane (g, t): the eight columns 64 s + 8 g ..+7 of keys 2t, 2t+1, 2t+8, 2t+9; product
+//   j takes
 //           column 8 g + j of them, so c[8 s + j] of lane (g, t) holds columns 64 s + 16 t + j and 64 s + 16 t + 8 + j
 #pragma once
 
@@ -17,10 +18,12 @@ __device__ __forceinline__ uint4 zero_or_load(const bf16* row, int chunk, bool v
     return valid ? load_as<uint4>(row + chunk * 8) : uint4{0, 0, 0, 0};
 }
 
-__device__ __forceinline__ uint32_t lane_register(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ uint32_t lane_register(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
-// D: padded head width, 64, 128 or 256; `chunks` = real width / 8. HALF: only rows 0..7 exist, which halves the registers. Where the
-// registers do not suffice for both, q is read again for every 16 keys.
+// D: padded head width, 64, 128 or 256; `chunks` = real width / 8. HALF: only rows 0..7 exist, which halves the
+// registers. Where the registers do not suffice for both, q is read again for every 16 keys.
 template <int D, bool HALF>
 struct Attend {
     static constexpr bool kHoldQ = HALF || D < 256;
@@ -69,22 +72,26 @@ struct Attend {
     // Keys first .. first+15 of which those below `end` exist; row g sees keys below see[0], row g + 8 below see[1].
     // key(i) and value(i) give the rows of key i.
     template <class Rows>
-    __device__ __forceinline__ void step(const Rows& rows, int64_t first, int64_t end, const int64_t (&see)[2], int chunks) {
+    __device__ __forceinline__ void step(const Rows& rows, int64_t first, int64_t end, const int64_t (&see)[2],
+                                         int chunks) {
         const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
         float p[2][4] = {};
         const bf16* key[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) key[half] = first + half * 8 + g < end ? rows.key(first + half * 8 + g) : nullptr;
+        for (int half = 0; half < 2; ++half)
+            key[half] = first + half * 8 + g < end ? rows.key(first + half * 8 + g) : nullptr;
 #pragma unroll
         for (int s = 0; s < D / 32; ++s) {
             const int held = kHoldQ ? s : 0;
             if constexpr (!kHoldQ) load_step(s, 0, chunks);
-            const uint32_t(&h)[4 * kRows] = q[held];
+            const uint32_t (&h)[4 * kRows] = q[held];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const uint4 k = zero_or_load(key[half], s * 4 + t, key[half] && s * 4 + t < chunks);
-                mma_bf16(p[half], {h[0], HALF ? 0u : h[4 % (4 * kRows)], h[1], HALF ? 0u : h[5 % (4 * kRows)]}, {k.x, k.y});
-                mma_bf16(p[half], {h[2], HALF ? 0u : h[6 % (4 * kRows)], h[3], HALF ? 0u : h[7 % (4 * kRows)]}, {k.z, k.w});
+                mma_bf16(p[half], {h[0], HALF ? 0u : h[4 % (4 * kRows)], h[1], HALF ? 0u : h[5 % (4 * kRows)]},
+                         {k.x, k.y});
+                mma_bf16(p[half], {h[2], HALF ? 0u : h[6 % (4 * kRows)], h[3], HALF ? 0u : h[7 % (4 * kRows)]},
+                         {k.z, k.w});
             }
         }
         float peak[2] = {largest[0], largest[1]};
@@ -117,8 +124,8 @@ struct Attend {
 #pragma unroll
             for (int e = 0; e < 2 * kRows; ++e) o[i][e] *= shrink[e / 2];
 
-        const uint32_t a[4] = {pack_bf16(p[0][0], p[0][1]), HALF ? 0u : pack_bf16(p[0][2], p[0][3]), pack_bf16(p[1][0], p[1][1]),
-                               HALF ? 0u : pack_bf16(p[1][2], p[1][3])};
+        const uint32_t a[4] = {pack_bf16(p[0][0], p[0][1]), HALF ? 0u : pack_bf16(p[0][2], p[0][3]),
+                               pack_bf16(p[1][0], p[1][1]), HALF ? 0u : pack_bf16(p[1][2], p[1][3])};
         const bf16* value[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -132,7 +139,8 @@ struct Attend {
             for (int i = 0; i < 4; ++i) v[i] = zero_or_load(value[i], s * 8 + g, value[i] && s * 8 + g < chunks);
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
-                const uint32_t x0 = lane_register(v[0], w), x1 = lane_register(v[1], w), x2 = lane_register(v[2], w), x3 = lane_register(v[3], w);
+                const uint32_t x0 = lane_register(v[0], w), x1 = lane_register(v[1], w), x2 = lane_register(v[2], w),
+                               x3 = lane_register(v[3], w);
                 multiply(o[s * 8 + 2 * w], a, {(x0 & 0xffffu) | x1 << 16, (x2 & 0xffffu) | x3 << 16});
                 multiply(o[s * 8 + 2 * w + 1], a, {x0 >> 16 | (x1 & 0xffff0000u), x2 >> 16 | (x3 & 0xffff0000u)});
             }
@@ -164,8 +172,12 @@ struct Partial {
     float* sums;
     float* stats;
     int64_t splits, D;
-    __device__ __forceinline__ float* sum(int64_t row, int64_t split) const { return sums + (row * splits + split) * D; }
-    __device__ __forceinline__ float* stat(int64_t row, int64_t split) const { return stats + (row * splits + split) * 2; }
+    __device__ __forceinline__ float* sum(int64_t row, int64_t split) const {
+        return sums + (row * splits + split) * D;
+    }
+    __device__ __forceinline__ float* stat(int64_t row, int64_t split) const {
+        return stats + (row * splits + split) * 2;
+    }
 };
 
 constexpr int kRun = 32;  // keys of one turn: run r belongs to split r % splits
@@ -176,10 +188,11 @@ __device__ __forceinline__ int64_t active_splits(int64_t keys, int64_t splits) {
     return runs < splits ? runs : splits;
 }
 
-// One warp: `count` rows (at most 16) and one split of the keys 0..end. q(r) is the address of row r, see(r) the number of keys that
-// it sees, id(r) its place in `out`.
+// One warp: `count` rows (at most 16) and one split of the keys 0..end. q(r) is the address of row r, see(r) the number
+// of keys that it sees, id(r) its place in `out`.
 template <int D, bool HALF, class Rows, class Q, class See, class Id>
-__device__ __forceinline__ void attend_tile(const Rows& rows, int count, int64_t end, int64_t split, const Partial& out, Q q, See see, Id id) {
+__device__ __forceinline__ void attend_tile(const Rows& rows, int count, int64_t end, int64_t split, const Partial& out,
+                                            Q q, See see, Id id) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, chunks = static_cast<int>(out.D / 8);
     Attend<D, HALF> attend;
     attend.start();
@@ -203,7 +216,8 @@ __device__ __forceinline__ void attend_tile(const Rows& rows, int count, int64_t
 
 // The same for one row without tensor cores: any element type, any width up to 256.
 template <class KV, class Rows>
-__device__ __forceinline__ void attend_row(const Rows& rows, const KV* q, int64_t see, int64_t split, const Partial& out, int64_t id) {
+__device__ __forceinline__ void attend_row(const Rows& rows, const KV* q, int64_t see, int64_t split,
+                                           const Partial& out, int64_t id) {
     const int lane = threadIdx.x % kWarp;
     float query[8], o[8], largest = kNegativeInfinity, total = 0;
 #pragma unroll

@@ -1,5 +1,6 @@
-// What every kernel file needs: number types, vector loads, warp and block sums, tensor-core products, shared memory, launches.
-// Under nvcc these are CUDA's own; under the host compiler they come from simt/simt.h, so a .cu file has no #if of its own.
+// What every kernel file needs: number types, vector loads, warp and block sums, tensor-core products, shared memory,
+// launches. Under nvcc these are CUDA's own; under the host compiler they come from simt/simt.h, so a .cu file has no
+// #if of its own.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +24,11 @@ constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr float kNegativeInfinity = -1e30f;  // below every logit, and finite: differences of two of them stay numbers
 
-enum class Type : int64_t { f32, bf16 };                                // element type of activations and K/V
-enum class Activation : int64_t { none, gelu_tanh, gelu_erf };          // order fixed by python/deltaic/ops/cuda.py
+enum class Type : int64_t { f32, bf16 };                        // element type of activations and K/V
+enum class Activation : int64_t { none, gelu_tanh, gelu_erf };  // order fixed by python/deltaic/ops/cuda.py
 
-// --- number types ------------------------------------------------------------------------------------------------------------
+// --- number types
+// ------------------------------------------------------------------------------------------------------------
 
 struct bf16 {
     uint16_t bits;
@@ -70,7 +72,8 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
 #endif
 }
 
-// --- loads and stores --------------------------------------------------------------------------------------------------------
+// --- loads and stores
+// --------------------------------------------------------------------------------------------------------
 
 // A vector access of sizeof(V) bytes at an address that must be a multiple of it.
 template <class V, class T>
@@ -98,7 +101,8 @@ __device__ __forceinline__ void unpack8(uint4 v, float (&x)[8]) {
 }
 __device__ __forceinline__ void load8(const bf16* p, float (&x)[8]) { unpack8(load_as<uint4>(p), x); }
 
-// --- shared memory -----------------------------------------------------------------------------------------------------------
+// --- shared memory
+// -----------------------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 template <class T>
@@ -124,9 +128,11 @@ __device__ __forceinline__ T* shared_atomic(T* array, int64_t i) {
 #else
 template <class T>
 using Shared = simt::SharedArray<T>;
-#define DELTAIC_SHARED(T, name, count) const ::simt::SharedArray<T> name = ::simt::declare_shared<T>(__FILE__, __LINE__, count)
+#define DELTAIC_SHARED(T, name, count) \
+    const ::simt::SharedArray<T> name = ::simt::declare_shared<T>(__FILE__, __LINE__, count)
 struct DynamicShared {};
-#define DELTAIC_DYNAMIC_SHARED(base) [[maybe_unused]] const DynamicShared base{}
+#define DELTAIC_DYNAMIC_SHARED(base) \
+    [[maybe_unused]] const DynamicShared base {}
 template <class T>
 Shared<T> carve(DynamicShared, size_t byte_offset, size_t count) {
     return simt::carve_dynamic<T>(byte_offset, count);
@@ -145,7 +151,8 @@ T* shared_atomic(Shared<T> array, int64_t i) {
 }
 #endif
 
-// --- sums over a warp or a block -----------------------------------------------------------------------------------------------
+// --- sums over a warp or a block
+// -----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -170,7 +177,8 @@ __device__ __forceinline__ float block_sum(float x, Shared<float> scratch) {
     return total;
 }
 
-// --- functions of one number ----------------------------------------------------------------------------------------------------
+// --- functions of one number
+// ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
@@ -184,17 +192,21 @@ __device__ __forceinline__ float activate(Activation kind, float x) {
     return x;
 }
 
-// --- tensor cores ------------------------------------------------------------------------------------------------------------------
-// A warp multiplies a 16 x K tile A by a K x 8 tile B and adds to a 16 x 8 tile of floats. With g = lane / 4 and t = lane % 4, a
-// lane holds C(g, 2t), C(g, 2t+1), C(g+8, 2t), C(g+8, 2t+1). Which K a register stands for does not matter as long as A and B
-// agree, and the kernels use that to load 16 bytes of a row per lane: see `fragments` in attention and linear.
+// --- tensor cores
+// ------------------------------------------------------------------------------------------------------------------ A
+// warp multiplies a 16 x K tile A by a K x 8 tile B and adds to a 16 x 8 tile of floats. With g = lane / 4 and t = lane
+// % 4, a lane holds C(g, 2t), C(g, 2t+1), C(g+8, 2t), C(g+8, 2t+1). Which K a register stands for does not matter as
+// long as A and B agree, and the kernels use that to load 16 bytes of a row per lane: see `fragments` in attention and
+// linear.
 
-// K = 16, bfloat16. a: rows g, g+8, g, g+8 at K 2t,2t+1 (first two) and 2t+8,2t+9; b: column g at K 2t,2t+1 and 2t+8,2t+9.
+// K = 16, bfloat16. a: rows g, g+8, g, g+8 at K 2t,2t+1 (first two) and 2t+8,2t+9; b: column g at K 2t,2t+1 and
+// 2t+8,2t+9.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDACC__)
     // Turing has no bfloat16 product: the same sums through shuffles, correct and slow.
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -220,17 +232,20 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
     for (int k = 0; k < 16; ++k)
         for (int i = 0; i < 4; ++i) {
             const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-            c[i] += element(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2) * element(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+            c[i] += element(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2) *
+                    element(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
         }
 #endif
 }
 
-// K = 8, float inputs of which the hardware reads 19 bits. a: (g, t), (g+8, t), (g, t+4), (g+8, t+4); b: (t, g), (t+4, g).
+// K = 8, float inputs of which the hardware reads 19 bits. a: (g, t), (g+8, t), (g, t+4), (g+8, t+4); b: (t, g), (t+4,
+// g).
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDACC__)
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     for (int k = 0; k < 8; ++k) {
@@ -276,15 +291,18 @@ __device__ __forceinline__ void mma_float(float (&c)[4], const float (&a)[4], co
     mma_tf32(c, a_high, b_high);
 }
 
-// --- launches ------------------------------------------------------------------------------------------------------------------------
+// --- launches
+// ------------------------------------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 [[noreturn]] void throw_cuda_error(const char* what, cudaError_t error);
 
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream, A... arguments) {
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream,
+            A... arguments) {
     if (shared > 48 * 1024) {
-        const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) throw_cuda_error(name, error);
     }
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
@@ -305,8 +323,10 @@ inline unsigned blocks_for(int64_t items, int64_t each) { return static_cast<uns
 template <class F>
 void with_type(const char* op, int64_t type, F function) {
     switch (static_cast<Type>(type)) {
-        case Type::f32: return function(float{});
-        case Type::bf16: return function(bf16{});
+        case Type::f32:
+            return function(float{});
+        case Type::bf16:
+            return function(bf16{});
     }
     fail(op, "unknown element type");
 }

@@ -1,5 +1,6 @@
-// linear and swiglu for a few tokens (matrix-vector products that read every weight once, dequantised in registers, with norm, bias,
-// activation, residual and the gated product fused), and dequantisation for the products of many tokens, which cuBLAS computes.
+// linear and swiglu for a few tokens (matrix-vector products that read every weight once, dequantised in registers,
+// with norm, bias, activation, residual and the gated product fused), and dequantisation for the products of many
+// tokens, which cuBLAS computes.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
 #include "cuda/weight.cuh"
@@ -26,13 +27,16 @@ __device__ __forceinline__ void write_output(const Epilogue& e, int64_t t, int64
     if (e.bias) v += e.bias[n];
     v = activate(static_cast<Activation>(e.activation), v);
     if (e.residual) v += to_float(static_cast<const T*>(e.residual)[i]);
-    if (e.float_output) static_cast<float*>(e.y)[i] = v;
-    else static_cast<T*>(e.y)[i] = from_float<T>(v);
+    if (e.float_output)
+        static_cast<float*>(e.y)[i] = v;
+    else
+        static_cast<T*>(e.y)[i] = from_float<T>(v);
 }
 
 // A warp computes two rows of a part for NT tokens: rows 2i and 2i+1, or, with glu, gate row i and up row i.
 template <class T, int NT>
-__global__ void __launch_bounds__(kThreads) gemv_kernel(const T* x, const float* norm, float eps, Matrices w, Epilogue e, int64_t tokens) {
+__global__ void __launch_bounds__(kThreads)
+    gemv_kernel(const T* x, const float* norm, float eps, Matrices w, Epilogue e, int64_t tokens) {
     DELTAIC_DYNAMIC_SHARED(base);
     DELTAIC_SHARED(float, scratch, 32);
     int part = 0;
@@ -84,18 +88,19 @@ __global__ void dequantise_kernel(Matrix m, int64_t first, int64_t count, T* y) 
 }
 
 template <class T, int NT>
-void launch_gemv(const void* x, const float* norm, float eps, const Matrices& w, const Epilogue& e, int64_t tokens, int64_t stride, Stream stream) {
+void launch_gemv(const void* x, const float* norm, float eps, const Matrices& w, const Epilogue& e, int64_t tokens,
+                 int64_t stride, Stream stream) {
     int64_t blocks = 0;
     for (int64_t p = 0; p < w.parts; ++p) blocks += ((w.part[p].rows + 1) / 2 + kWarps - 1) / kWarps;
     const dim3 grid(static_cast<unsigned>(blocks), blocks_for(tokens, NT));
-    launch("linear", gemv_kernel<T, NT>, grid, kThreads, static_cast<size_t>(NT * stride) * sizeof(float), stream, static_cast<const T*>(x), norm,
-           eps, w, e, tokens);
+    launch("linear", gemv_kernel<T, NT>, grid, kThreads, static_cast<size_t>(NT * stride) * sizeof(float), stream,
+           static_cast<const T*>(x), norm, eps, w, e, tokens);
 }
 
 }  // namespace
 
-void linear(const void* x, const Matrices& w, const float* norm, float eps, const float* bias, int64_t activation, const void* residual, void* y,
-            int64_t tokens, int64_t type, int64_t float_output, Stream stream) {
+void linear(const void* x, const Matrices& w, const float* norm, float eps, const float* bias, int64_t activation,
+            const void* residual, void* y, int64_t tokens, int64_t type, int64_t float_output, Stream stream) {
     if (w.count != 1) fail("linear", "the weight holds several experts, expected one matrix");
     if (tokens == 0) return;
     Epilogue e{bias, activation, residual, y, 0, float_output != 0};
@@ -107,14 +112,19 @@ void linear(const void* x, const Matrices& w, const float* norm, float eps, cons
     if (w.glu) e.outputs /= 2;
     if (e.outputs == 0) return;
     int64_t at_once = 1;  // tokens per block: as many as there are, and as fit into shared memory
-    while (at_once < 8 && at_once < tokens && static_cast<size_t>(2 * at_once * stride) * sizeof(float) <= kSharedLimit) at_once *= 2;
+    while (at_once < 8 && at_once < tokens && static_cast<size_t>(2 * at_once * stride) * sizeof(float) <= kSharedLimit)
+        at_once *= 2;
     with_type("linear", type, [&](auto element) {
         using T = decltype(element);
         switch (at_once) {
-            case 1: return launch_gemv<T, 1>(x, norm, eps, w, e, tokens, stride, stream);
-            case 2: return launch_gemv<T, 2>(x, norm, eps, w, e, tokens, stride, stream);
-            case 4: return launch_gemv<T, 4>(x, norm, eps, w, e, tokens, stride, stream);
-            default: return launch_gemv<T, 8>(x, norm, eps, w, e, tokens, stride, stream);
+            case 1:
+                return launch_gemv<T, 1>(x, norm, eps, w, e, tokens, stride, stream);
+            case 2:
+                return launch_gemv<T, 2>(x, norm, eps, w, e, tokens, stride, stream);
+            case 4:
+                return launch_gemv<T, 4>(x, norm, eps, w, e, tokens, stride, stream);
+            default:
+                return launch_gemv<T, 8>(x, norm, eps, w, e, tokens, stride, stream);
         }
     });
 }
@@ -126,7 +136,8 @@ void dequantise(const Matrices& w, int64_t part, int64_t first, int64_t count, v
     with_type("dequantise", type, [&](auto element) {
         using T = decltype(element);
         const int64_t chunks = count * (w.part[part].stride / 8);
-        launch("dequantise", dequantise_kernel<T>, blocks_for(chunks, 256), 256, 0, stream, w.part[part], first, count, static_cast<T*>(y));
+        launch("dequantise", dequantise_kernel<T>, blocks_for(chunks, 256), 256, 0, stream, w.part[part], first, count,
+               static_cast<T*>(y));
     });
 }
 

@@ -1,8 +1,9 @@
-// moe: routing, and the experts' products for a few tokens (matrix-vector) or for many (tokens gathered by expert, tensor cores).
+// moe: routing, and the experts' products for a few tokens (matrix-vector) or for many (tokens gathered by expert,
+// tensor cores).
 //
-// Logits [T, E + 1] come from `linear` with the router and the shared expert's gate as two parts. `moe_route` chooses. Slot j < top_k
-// of a token is its j-th expert, slot top_k the shared expert. Every output is a sum over the slots of its token in slot order, so a
-// token gets the same bits whoever shares its batch.
+// Logits [T, E + 1] come from `linear` with the router and the shared expert's gate as two parts. `moe_route` chooses.
+// Slot j < top_k of a token is its j-th expert, slot top_k the shared expert. Every output is a sum over the slots of
+// its token in slot order, so a token gets the same bits whoever shares its batch.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
 #include "cuda/weight.cuh"
@@ -13,8 +14,10 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-// One warp per token: the top_k largest logits (equal ones: lower index first), their softmax, and the sigmoid of the gate.
-__global__ void route_kernel(const float* logits, int64_t E, int64_t top_k, int64_t* experts, float* coefficients, int64_t tokens) {
+// One warp per token: the top_k largest logits (equal ones: lower index first), their softmax, and the sigmoid of the
+// gate.
+__global__ void route_kernel(const float* logits, int64_t E, int64_t top_k, int64_t* experts, float* coefficients,
+                             int64_t tokens) {
     const int lane = threadIdx.x % kWarp;
     const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
     if (t >= tokens) return;
@@ -50,8 +53,9 @@ __global__ void route_kernel(const float* logits, int64_t E, int64_t top_k, int6
 
 // Block (rows, slot, token): activation [token][slot][pitch] = silu(gate) * up of one expert.
 template <class T>
-__global__ void __launch_bounds__(kThreads) expert_up_kernel(const T* x, const float* norm, float eps, Matrix routed, Matrix shared,
-                                                             const int64_t* experts, int64_t top_k, float* activation, int64_t pitch) {
+__global__ void __launch_bounds__(kThreads)
+    expert_up_kernel(const T* x, const float* norm, float eps, Matrix routed, Matrix shared, const int64_t* experts,
+                     int64_t top_k, float* activation, int64_t pitch) {
     DELTAIC_DYNAMIC_SHARED(base);
     DELTAIC_SHARED(float, scratch, 32);
     const int64_t slot = blockIdx.y, t = blockIdx.z;
@@ -66,14 +70,15 @@ __global__ void __launch_bounds__(kThreads) expert_up_kernel(const T* x, const f
     const bool valid[2] = {n < I, n < I};
     float sum[2][1];
     with_format(m.format, [&](auto format) { warp_dot<decltype(format)::value, 1>(m, row, valid, h, sum); });
-    if (threadIdx.x % kWarp == 0 && n < I) activation[(t * (top_k + 1) + slot) * pitch + n] = silu(sum[0][0]) * sum[1][0];
+    if (threadIdx.x % kWarp == 0 && n < I)
+        activation[(t * (top_k + 1) + slot) * pitch + n] = silu(sum[0][0]) * sum[1][0];
 }
 
 // Block (rows, token): y = sum over slots of coefficient * (down . activation), plus the residual.
 template <class T>
-__global__ void __launch_bounds__(kThreads) expert_down_kernel(const float* activation, int64_t pitch, Matrix routed, Matrix shared,
-                                                               const int64_t* experts, const float* coefficients, int64_t top_k, const T* residual,
-                                                               T* y) {
+__global__ void __launch_bounds__(kThreads)
+    expert_down_kernel(const float* activation, int64_t pitch, Matrix routed, Matrix shared, const int64_t* experts,
+                       const float* coefficients, int64_t top_k, const T* residual, T* y) {
     DELTAIC_DYNAMIC_SHARED(base);
     const int64_t t = blockIdx.y, H = routed.rows;
     const int64_t widest = routed.stride > shared.stride ? routed.stride : shared.stride;
@@ -102,13 +107,16 @@ __global__ void __launch_bounds__(kThreads) expert_down_kernel(const float* acti
         }
 }
 
-// --- many tokens -------------------------------------------------------------------------------------------------------------------
+// --- many tokens
+// -------------------------------------------------------------------------------------------------------------------
 
 constexpr int kTile = 32;  // entries (token, slot) of one expert that a block multiplies at once
 
-// Entries t * top_k + slot sorted by expert, each expert's in ascending order, and the tiles that cover them: tile i has entries
-// [tiles[3i+1], tiles[3i+2]) of `sorted` and expert tiles[3i], -1 after the last. One block; `counts` has 2 * E numbers.
-__global__ void group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles, int64_t max_tiles) {
+// Entries t * top_k + slot sorted by expert, each expert's in ascending order, and the tiles that cover them: tile i
+// has entries [tiles[3i+1], tiles[3i+2]) of `sorted` and expert tiles[3i], -1 after the last. One block; `counts` has 2
+// * E numbers.
+__global__ void group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted,
+                             int64_t* tiles, int64_t max_tiles) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     for (int64_t e = warp; e < E; e += warps) {
         int64_t count = 0;
@@ -143,20 +151,23 @@ __global__ void group_kernel(const int64_t* experts, int64_t entries, int64_t E,
     }
 }
 
-// A warp multiplies the 32 entries of a tile by 8 rows of W (gate and up rows with GLU) over all K. Lane (g, t) loads eight columns
-// 32 s + 8 t of row g of both operands: which K a register stands for is the same in A and B.
+// A warp multiplies the 32 entries of a tile by 8 rows of W (gate and up rows with GLU) over all K. Lane (g, t) loads
+// eight columns 32 s + 8 t of row g of both operands: which K a register stands for is the same in A and B.
 template <Format F, bool GLU>
-__device__ __forceinline__ void tile_rows(const Matrix& m, int64_t row0, int64_t rows, int64_t up, const bf16* const (&x)[4], float (&c)[2][GLU ? 2 : 1][4]) {
+__device__ __forceinline__ void tile_rows(const Matrix& m, int64_t row0, int64_t rows, int64_t up,
+                                          const bf16* const (&x)[4], float (&c)[2][GLU ? 2 : 1][4]) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const int64_t chunks = (m.columns + 7) / 8;
     for (int64_t s = 0; s * 4 < chunks; ++s) {
         const int64_t chunk = s * 4 + t;
         uint32_t b[GLU ? 2 : 1][4];
 #pragma unroll
-        for (int w = 0; w < (GLU ? 2 : 1); ++w) load_bf16<F>(m, row0 + w * up + g, chunk, g < rows && chunk < chunks, b[w]);
+        for (int w = 0; w < (GLU ? 2 : 1); ++w)
+            load_bf16<F>(m, row0 + w * up + g, chunk, g < rows && chunk < chunks, b[w]);
         uint4 a[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = x[i] && chunk < chunks ? load_as<uint4>(x[i] + chunk * 8) : uint4{0, 0, 0, 0};
+        for (int i = 0; i < 4; ++i)
+            a[i] = x[i] && chunk < chunks ? load_as<uint4>(x[i] + chunk * 8) : uint4{0, 0, 0, 0};
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -168,20 +179,25 @@ __device__ __forceinline__ void tile_rows(const Matrix& m, int64_t row0, int64_t
     }
 }
 
-// Block (8 * warps rows of the expert's matrix, tile). x has one row per token (entry / per_row), `pitch` numbers apart.
+// Block (8 * warps rows of the expert's matrix, tile). x has one row per token (entry / per_row), `pitch` numbers
+// apart.
 template <bool GLU>
-__global__ void __launch_bounds__(128) grouped_kernel(const bf16* x, int64_t pitch, int64_t per_row, Matrix m, int64_t outputs, const int64_t* sorted,
-                                                      const int64_t* tiles, bf16* y, int64_t y_pitch) {
+__global__ void __launch_bounds__(128)
+    grouped_kernel(const bf16* x, int64_t pitch, int64_t per_row, Matrix m, int64_t outputs, const int64_t* sorted,
+                   const int64_t* tiles, bf16* y, int64_t y_pitch) {
     const int64_t* tile = tiles + 3 * static_cast<int64_t>(blockIdx.y);
     const int64_t expert = tile[0], n0 = (static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarp) * 8;
     if (expert < 0 || n0 >= outputs) return;
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const bf16* rows[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = tile[1] + i * 8 + g < tile[2] ? x + sorted[tile[1] + i * 8 + g] / per_row * pitch : nullptr;
+    for (int i = 0; i < 4; ++i)
+        rows[i] = tile[1] + i * 8 + g < tile[2] ? x + sorted[tile[1] + i * 8 + g] / per_row * pitch : nullptr;
     float c[2][GLU ? 2 : 1][4] = {};
     const int64_t left = outputs - n0 < 8 ? outputs - n0 : 8;
-    with_format(m.format, [&](auto format) { tile_rows<decltype(format)::value, GLU>(m, expert * m.rows + n0, left, outputs, rows, c); });
+    with_format(m.format, [&](auto format) {
+        tile_rows<decltype(format)::value, GLU>(m, expert * m.rows + n0, left, outputs, rows, c);
+    });
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -195,8 +211,8 @@ __global__ void __launch_bounds__(128) grouped_kernel(const bf16* x, int64_t pit
 }
 
 // y = sum over slots of coefficient * routed [T * top_k, H] + gate * shared [T, H] (+ residual).
-__global__ void scatter_kernel(const bf16* routed, const bf16* shared, const float* coefficients, int64_t top_k, const bf16* residual, bf16* y,
-                               int64_t tokens, int64_t H) {
+__global__ void scatter_kernel(const bf16* routed, const bf16* shared, const float* coefficients, int64_t top_k,
+                               const bf16* residual, bf16* y, int64_t tokens, int64_t H) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= tokens * H) return;
     const int64_t t = i / H, n = i % H;
@@ -208,60 +224,70 @@ __global__ void scatter_kernel(const bf16* routed, const bf16* shared, const flo
 }
 
 void check(const char* op, const Matrices& routed, const Matrices& shared) {
-    if (routed.parts != 1 || shared.parts != 1 || shared.count != 1 || routed.part[0].columns < 1) fail(op, "expected one routed and one shared matrix");
+    if (routed.parts != 1 || shared.parts != 1 || shared.count != 1 || routed.part[0].columns < 1)
+        fail(op, "expected one routed and one shared matrix");
 }
 
 }  // namespace
 
-void moe_route(const float* logits, int64_t E, int64_t top_k, int64_t* experts, float* coefficients, int64_t T, Stream stream) {
+void moe_route(const float* logits, int64_t E, int64_t top_k, int64_t* experts, float* coefficients, int64_t T,
+               Stream stream) {
     if (top_k < 1 || top_k > E) fail("moe_route", "top_k must be 1 to the number of experts");
     if (T == 0) return;
     launch("moe_route", route_kernel, blocks_for(T, 4), 128, 0, stream, logits, E, top_k, experts, coefficients, T);
 }
 
-void moe_few(const void* x, const float* norm, float eps, const Matrices& gate_up, const Matrices& down, const Matrices& shared_gate_up,
-             const Matrices& shared_down, const int64_t* experts, const float* coefficients, int64_t top_k, const void* residual, float* activation,
-             int64_t pitch, void* y, int64_t T, int64_t type, Stream stream) {
+void moe_few(const void* x, const float* norm, float eps, const Matrices& gate_up, const Matrices& down,
+             const Matrices& shared_gate_up, const Matrices& shared_down, const int64_t* experts,
+             const float* coefficients, int64_t top_k, const void* residual, float* activation, int64_t pitch, void* y,
+             int64_t T, int64_t type, Stream stream) {
     check("moe_few", gate_up, shared_gate_up);
     check("moe_few", down, shared_down);
     if (T == 0) return;
-    const Matrix &up = gate_up.part[0], &shared_up = shared_gate_up.part[0], &out = down.part[0], &shared_out = shared_down.part[0];
+    const Matrix &up = gate_up.part[0], &shared_up = shared_gate_up.part[0], &out = down.part[0],
+                 &shared_out = shared_down.part[0];
     const int64_t I = (up.rows > shared_up.rows ? up.rows : shared_up.rows) / 2;
     const int64_t up_stride = up.stride > shared_up.stride ? up.stride : shared_up.stride;
     const int64_t down_stride = out.stride > shared_out.stride ? out.stride : shared_out.stride;
     with_type("moe_few", type, [&](auto element) {
         using E = decltype(element);
-        launch("moe_few up", expert_up_kernel<E>, dim3(blocks_for(I, kWarps), static_cast<unsigned>(top_k + 1), static_cast<unsigned>(T)), kThreads,
-               static_cast<size_t>(up_stride) * sizeof(float), stream, static_cast<const E*>(x), norm, eps, up, shared_up, experts, top_k, activation,
-               pitch);
-        launch("moe_few down", expert_down_kernel<E>, dim3(blocks_for(out.rows, 2 * kWarps), static_cast<unsigned>(T)), kThreads,
-               static_cast<size_t>(down_stride) * sizeof(float), stream, static_cast<const float*>(activation), pitch, out, shared_out, experts,
-               coefficients, top_k, static_cast<const E*>(residual), static_cast<E*>(y));
+        launch("moe_few up", expert_up_kernel<E>,
+               dim3(blocks_for(I, kWarps), static_cast<unsigned>(top_k + 1), static_cast<unsigned>(T)), kThreads,
+               static_cast<size_t>(up_stride) * sizeof(float), stream, static_cast<const E*>(x), norm, eps, up,
+               shared_up, experts, top_k, activation, pitch);
+        launch("moe_few down", expert_down_kernel<E>, dim3(blocks_for(out.rows, 2 * kWarps), static_cast<unsigned>(T)),
+               kThreads, static_cast<size_t>(down_stride) * sizeof(float), stream,
+               static_cast<const float*>(activation), pitch, out, shared_out, experts, coefficients, top_k,
+               static_cast<const E*>(residual), static_cast<E*>(y));
     });
 }
 
 int64_t moe_max_tiles(int64_t entries, int64_t E) { return entries / kTile + (E < entries ? E : entries); }
 
-void moe_group(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles, int64_t max_tiles, Stream stream) {
+void moe_group(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles,
+               int64_t max_tiles, Stream stream) {
     if (entries == 0) return;
     if (max_tiles < moe_max_tiles(entries, E)) fail("moe_group", "too little room for the tiles");
     launch("moe_group", group_kernel, 1, 1024, 0, stream, experts, entries, E, counts, sorted, tiles, max_tiles);
 }
 
-void moe_grouped(const void* x, int64_t pitch, int64_t per_row, const Matrices& w, const int64_t* sorted, const int64_t* tiles, int64_t max_tiles,
-                 void* y, int64_t y_pitch, Stream stream) {
-    if (w.parts != 1 || pitch % 8) fail("moe_grouped", "expected one matrix per expert and rows of x in multiples of 8 numbers");
+void moe_grouped(const void* x, int64_t pitch, int64_t per_row, const Matrices& w, const int64_t* sorted,
+                 const int64_t* tiles, int64_t max_tiles, void* y, int64_t y_pitch, Stream stream) {
+    if (w.parts != 1 || pitch % 8)
+        fail("moe_grouped", "expected one matrix per expert and rows of x in multiples of 8 numbers");
     if (max_tiles == 0) return;
     const int64_t outputs = w.glu ? w.part[0].rows / 2 : w.part[0].rows;
-    launch("moe_grouped", w.glu ? grouped_kernel<true> : grouped_kernel<false>, dim3(blocks_for(outputs, 32), static_cast<unsigned>(max_tiles)), 128,
-           0, stream, static_cast<const bf16*>(x), pitch, per_row, w.part[0], outputs, sorted, tiles, static_cast<bf16*>(y), y_pitch);
+    launch("moe_grouped", w.glu ? grouped_kernel<true> : grouped_kernel<false>,
+           dim3(blocks_for(outputs, 32), static_cast<unsigned>(max_tiles)), 128, 0, stream, static_cast<const bf16*>(x),
+           pitch, per_row, w.part[0], outputs, sorted, tiles, static_cast<bf16*>(y), y_pitch);
 }
 
-void moe_scatter(const void* routed, const void* shared, const float* coefficients, int64_t top_k, const void* residual, void* y, int64_t T, int64_t H,
-                 Stream stream) {
+void moe_scatter(const void* routed, const void* shared, const float* coefficients, int64_t top_k, const void* residual,
+                 void* y, int64_t T, int64_t H, Stream stream) {
     if (T * H == 0) return;
-    launch("moe_scatter", scatter_kernel, blocks_for(T * H, 256), 256, 0, stream, static_cast<const bf16*>(routed), static_cast<const bf16*>(shared),
-           coefficients, top_k, static_cast<const bf16*>(residual), static_cast<bf16*>(y), T, H);
+    launch("moe_scatter", scatter_kernel, blocks_for(T * H, 256), 256, 0, stream, static_cast<const bf16*>(routed),
+           static_cast<const bf16*>(shared), coefficients, top_k, static_cast<const bf16*>(residual),
+           static_cast<bf16*>(y), T, H);
 }
 
 }  // namespace cuda

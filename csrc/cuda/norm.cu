@@ -47,9 +47,10 @@ __global__ void embed_kernel(const int64_t* ids, Matrix table, T* y) {
         y[blockIdx.x * table.columns + k] = from_float<T>(element(table, n, k));
 }
 
-// One thread per token and frequency: a float product as the model defines it, its cosine in double as it may be 262144 rad.
-__global__ void rope_table_kernel(const int64_t* positions, const float* frequencies, const int64_t* axes, float scale, float* cosine,
-                                  float* sine, int64_t T, int64_t F) {
+// One thread per token and frequency: a float product as the model defines it, its cosine in double as it may be 262144
+// rad.
+__global__ void rope_table_kernel(const int64_t* positions, const float* frequencies, const int64_t* axes, float scale,
+                                  float* cosine, float* sine, int64_t T, int64_t F) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= T * F) return;
     const double angle = static_cast<float>(positions[i / F * 3 + axes[i % F]]) * frequencies[i % F];
@@ -58,7 +59,8 @@ __global__ void rope_table_kernel(const int64_t* positions, const float* frequen
 }
 
 template <class T>
-__global__ void epilogue_kernel(const T* product, const float* bias, int64_t activation, const T* residual, T* y, int64_t T_, int64_t N) {
+__global__ void epilogue_kernel(const T* product, const float* bias, int64_t activation, const T* residual, T* y,
+                                int64_t T_, int64_t N) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= T_ * N) return;
     float v = to_float(product[i]);
@@ -78,21 +80,23 @@ __global__ void glu_kernel(const T* product, T* y, int64_t T_, int64_t I) {
 
 }  // namespace
 
-void rms_norm(const void* x, const float* weight, void* y, int64_t T, int64_t D, float eps, int64_t type, Stream stream) {
+void rms_norm(const void* x, const float* weight, void* y, int64_t T, int64_t D, float eps, int64_t type,
+              Stream stream) {
     if (T == 0) return;
     with_type("rms_norm", type, [&](auto e) {
         using E = decltype(e);
-        launch("rms_norm", rms_norm_kernel<E>, dim3(static_cast<unsigned>(T)), kRowThreads, 0, stream, static_cast<const E*>(x), weight,
-               static_cast<E*>(y), D, eps);
+        launch("rms_norm", rms_norm_kernel<E>, dim3(static_cast<unsigned>(T)), kRowThreads, 0, stream,
+               static_cast<const E*>(x), weight, static_cast<E*>(y), D, eps);
     });
 }
 
-void layer_norm(const void* x, const float* weight, const float* bias, void* y, int64_t T, int64_t D, float eps, int64_t type, Stream stream) {
+void layer_norm(const void* x, const float* weight, const float* bias, void* y, int64_t T, int64_t D, float eps,
+                int64_t type, Stream stream) {
     if (T == 0) return;
     with_type("layer_norm", type, [&](auto e) {
         using E = decltype(e);
-        launch("layer_norm", layer_norm_kernel<E>, dim3(static_cast<unsigned>(T)), kRowThreads, 0, stream, static_cast<const E*>(x), weight,
-               bias, static_cast<E*>(y), D, eps);
+        launch("layer_norm", layer_norm_kernel<E>, dim3(static_cast<unsigned>(T)), kRowThreads, 0, stream,
+               static_cast<const E*>(x), weight, bias, static_cast<E*>(y), D, eps);
     });
 }
 
@@ -101,23 +105,25 @@ void embed(const int64_t* ids, const Matrices& table, void* y, int64_t T, int64_
     if (table.count != 1) fail("embed", "the table must be packed from one matrix");
     with_type("embed", type, [&](auto e) {
         using E = decltype(e);
-        launch("embed", embed_kernel<E>, dim3(static_cast<unsigned>(T)), kRowThreads, 0, stream, ids, table.part[0], static_cast<E*>(y));
+        launch("embed", embed_kernel<E>, dim3(static_cast<unsigned>(T)), kRowThreads, 0, stream, ids, table.part[0],
+               static_cast<E*>(y));
     });
 }
 
-void rope_table(const int64_t* positions, const float* frequencies, const int64_t* axes, float scale, float* cosine, float* sine, int64_t T,
-                int64_t F, Stream stream) {
+void rope_table(const int64_t* positions, const float* frequencies, const int64_t* axes, float scale, float* cosine,
+                float* sine, int64_t T, int64_t F, Stream stream) {
     if (T == 0) return;
-    launch("rope_table", rope_table_kernel, blocks_for(T * F, 128), 128, 0, stream, positions, frequencies, axes, scale, cosine, sine, T, F);
+    launch("rope_table", rope_table_kernel, blocks_for(T * F, 128), 128, 0, stream, positions, frequencies, axes, scale,
+           cosine, sine, T, F);
 }
 
-void epilogue(const void* product, const float* bias, int64_t activation, const void* residual, void* y, int64_t T, int64_t N, int64_t type,
-              Stream stream) {
+void epilogue(const void* product, const float* bias, int64_t activation, const void* residual, void* y, int64_t T,
+              int64_t N, int64_t type, Stream stream) {
     if (T * N == 0) return;
     with_type("epilogue", type, [&](auto e) {
         using E = decltype(e);
-        launch("epilogue", epilogue_kernel<E>, blocks_for(T * N, 256), 256, 0, stream, static_cast<const E*>(product), bias, activation,
-               static_cast<const E*>(residual), static_cast<E*>(y), T, N);
+        launch("epilogue", epilogue_kernel<E>, blocks_for(T * N, 256), 256, 0, stream, static_cast<const E*>(product),
+               bias, activation, static_cast<const E*>(residual), static_cast<E*>(y), T, N);
     });
 }
 
@@ -125,7 +131,8 @@ void glu(const void* product, void* y, int64_t T, int64_t I, int64_t type, Strea
     if (T * I == 0) return;
     with_type("glu", type, [&](auto e) {
         using E = decltype(e);
-        launch("glu", glu_kernel<E>, blocks_for(T * I, 256), 256, 0, stream, static_cast<const E*>(product), static_cast<E*>(y), T, I);
+        launch("glu", glu_kernel<E>, blocks_for(T * I, 256), 256, 0, stream, static_cast<const E*>(product),
+               static_cast<E*>(y), T, I);
     });
 }
 

@@ -1,9 +1,10 @@
 // sample: penalties, then one token from a list of (logit, id), without sorting it.
 //
-// In the order (logit descending, id ascending) the filters each keep a front part of the list. Its end is found from the top digit
-// of the logits' bits down: a histogram over 256 digits holds how many entries, and how much probability, each digit has. Weights
-// are whole numbers of 2^-40 of the largest, so their sums do not depend on the order of additions and a seed always gives the same
-// token. A small top_k is first reduced in parallel: the k best of each stretch of the logits (`shortlist`) contain the k best of all.
+// In the order (logit descending, id ascending) the filters each keep a front part of the list. Its end is found from
+// the top digit of the logits' bits down: a histogram over 256 digits holds how many entries, and how much probability,
+// each digit has. Weights are whole numbers of 2^-40 of the largest, so their sums do not depend on the order of
+// additions and a seed always gives the same token. A small top_k is first reduced in parallel: the k best of each
+// stretch of the logits (`shortlist`) contain the k best of all.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
 
@@ -22,8 +23,9 @@ __device__ __forceinline__ uint32_t key_of(float x) {
 }
 
 // In place: repetition for ids in prompt or output (each id once), then frequency and presence for ids in output.
-__global__ void penalise_kernel(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output, const int64_t* counts,
-                                int64_t output_count, float repetition, float frequency, float presence, int64_t limit) {
+__global__ void penalise_kernel(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output,
+                                const int64_t* counts, int64_t output_count, float repetition, float frequency,
+                                float presence, int64_t limit) {
     for (int64_t i = threadIdx.x; i < seen_count; i += blockDim.x) {
         const int64_t id = seen[i];
         if (id >= 0 && id < limit) logits[id] = logits[id] > 0 ? logits[id] / repetition : logits[id] * repetition;
@@ -61,13 +63,15 @@ struct List {
     float largest;
 
     __device__ __forceinline__ uint64_t weight(float x) const {
-        return static_cast<uint64_t>(kUnit * exp(static_cast<double>(x - largest) * static_cast<double>(inverse_temperature)));
+        return static_cast<uint64_t>(kUnit *
+                                     exp(static_cast<double>(x - largest) * static_cast<double>(inverse_temperature)));
     }
 };
 
-// The shortest front part of `within` whose amount reaches `target` (> 0): entries are counted, or with `weighted` their weights
-// summed. If the whole does not reach it, the whole.
-__device__ Cut find_cut(const List& list, Cut within, uint64_t target, bool weighted, Shared<unsigned long long> amount, Shared<int64_t> scratch) {
+// The shortest front part of `within` whose amount reaches `target` (> 0): entries are counted, or with `weighted`
+// their weights summed. If the whole does not reach it, the whole.
+__device__ Cut find_cut(const List& list, Cut within, uint64_t target, bool weighted, Shared<unsigned long long> amount,
+                        Shared<int64_t> scratch) {
     uint32_t prefix = 0, mask = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
         __syncthreads();
@@ -75,8 +79,10 @@ __device__ Cut find_cut(const List& list, Cut within, uint64_t target, bool weig
         __syncthreads();
         for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x) {
             const uint32_t key = key_of(list.logits[i]);
-            if (key <= within.key || (key & mask) != prefix) continue;  // ties at the border of `within` are added below
-            atomicAdd(shared_atomic(amount, key >> shift & 255u), static_cast<unsigned long long>(weighted ? list.weight(list.logits[i]) : 1u));
+            if (key <= within.key || (key & mask) != prefix)
+                continue;  // ties at the border of `within` are added below
+            atomicAdd(shared_atomic(amount, key >> shift & 255u),
+                      static_cast<unsigned long long>(weighted ? list.weight(list.logits[i]) : 1u));
         }
         __syncthreads();
         if (threadIdx.x == 0 && within.ties > 0 && (within.key & mask) == prefix) {
@@ -132,7 +138,8 @@ __device__ uint64_t mass_of(const List& list, Cut cut, Shared<int64_t> scratch) 
     return static_cast<uint64_t>(sum) + list.weight(__uint_as_float(bits)) * static_cast<uint64_t>(cut.ties);
 }
 
-// The id of the last entry of a front part: the `ties`-th smallest id among those with the key, found from its top digit down.
+// The id of the last entry of a front part: the `ties`-th smallest id among those with the key, found from its top
+// digit down.
 __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long> amount) {
     uint64_t prefix = 0, mask = 0;
     int64_t wanted = cut.ties;
@@ -142,7 +149,8 @@ __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long>
         __syncthreads();
         for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x) {
             const uint64_t id = static_cast<uint64_t>(list.ids ? list.ids[i] : i);
-            if (key_of(list.logits[i]) == cut.key && (id & mask) == prefix) atomicAdd(shared_atomic(amount, static_cast<int64_t>(id >> shift & 255u)), 1ull);
+            if (key_of(list.logits[i]) == cut.key && (id & mask) == prefix)
+                atomicAdd(shared_atomic(amount, static_cast<int64_t>(id >> shift & 255u)), 1ull);
         }
         __syncthreads();
         int digit = 255;
@@ -161,8 +169,9 @@ __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long>
 }
 
 // One block. token = the chosen id; -1 if the logits hold NaN or +inf, or nothing but -inf.
-__global__ void __launch_bounds__(kThreads) choose_kernel(const float* logits, const int64_t* ids, int64_t n, float temperature, int64_t top_k,
-                                                          double top_p, double min_p, double uniform, int64_t* token) {
+__global__ void __launch_bounds__(kThreads)
+    choose_kernel(const float* logits, const int64_t* ids, int64_t n, float temperature, int64_t top_k, double top_p,
+                  double min_p, double uniform, int64_t* token) {
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(float, peaks, 32);
@@ -188,13 +197,15 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const float* logits, c
         if (top_p < 1) {
             const double target = top_p * static_cast<double>(mass_of(list, cut, scratch));
             const uint64_t whole = static_cast<uint64_t>(target);
-            cut = find_cut(list, cut, whole + (static_cast<double>(whole) < target) + (whole == 0 && target <= 0), true, amount, scratch);
+            cut = find_cut(list, cut, whole + (static_cast<double>(whole) < target) + (whole == 0 && target <= 0), true,
+                           amount, scratch);
         }
         if (min_p > 0) {
             // The entries of at least min_p of the largest weight: one more condition on the key.
             uint64_t least = static_cast<uint64_t>(min_p * kUnit);
             int64_t kept = 0;
-            for (int64_t i = threadIdx.x; i < n; i += kThreads) kept += key_of(logits[i]) > cut.key && list.weight(logits[i]) >= least;
+            for (int64_t i = threadIdx.x; i < n; i += kThreads)
+                kept += key_of(logits[i]) > cut.key && list.weight(logits[i]) >= least;
             kept = block_count(kept, scratch);
             const uint32_t bits = cut.key & 0x80000000u ? cut.key & 0x7fffffffu : ~cut.key;
             if (cut.ties > 0 && list.weight(__uint_as_float(bits)) >= least) kept += cut.ties;
@@ -209,13 +220,15 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(const float* logits, c
     if (threadIdx.x == 0) *token = chosen;
 }
 
-// Block j: the k best of the logits [j * stretch, (j + 1) * stretch), in no particular order, to values and ids [j][k]. A NaN comes
-// first, so it is seen later. Where there are fewer than k, -inf and an id past the end fill up.
-__global__ void __launch_bounds__(kThreads) shortlist_kernel(const float* logits, int64_t limit, int64_t stretch, int64_t k, float* values, int64_t* ids) {
+// Block j: the k best of the logits [j * stretch, (j + 1) * stretch), in no particular order, to values and ids [j][k].
+// A NaN comes first, so it is seen later. Where there are fewer than k, -inf and an id past the end fill up.
+__global__ void __launch_bounds__(kThreads)
+    shortlist_kernel(const float* logits, int64_t limit, int64_t stretch, int64_t k, float* values, int64_t* ids) {
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(int, used, 1);
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * stretch, n = limit - first < stretch ? limit - first : stretch;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * stretch,
+                  n = limit - first < stretch ? limit - first : stretch;
     const List list{logits + first, nullptr, n, 1.0f, 0.0f};
     Cut cut{0, 0};
     int64_t border = -1;
@@ -241,25 +254,26 @@ __global__ void __launch_bounds__(kThreads) shortlist_kernel(const float* logits
 
 }  // namespace
 
-void penalise(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output, const int64_t* counts, int64_t output_count,
-              float repetition, float frequency, float presence, int64_t limit, Stream stream) {
-    launch("penalise", penalise_kernel, 1, 256, 0, stream, logits, seen, seen_count, output, counts, output_count, repetition, frequency, presence,
-           limit);
+void penalise(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output, const int64_t* counts,
+              int64_t output_count, float repetition, float frequency, float presence, int64_t limit, Stream stream) {
+    launch("penalise", penalise_kernel, 1, 256, 0, stream, logits, seen, seen_count, output, counts, output_count,
+           repetition, frequency, presence, limit);
 }
 
-void sample(const float* logits, int64_t limit, float temperature, int64_t top_k, double top_p, double min_p, double uniform, float* values,
-            int64_t* ids, int64_t room, int64_t* token, Stream stream) {
+void sample(const float* logits, int64_t limit, float temperature, int64_t top_k, double top_p, double min_p,
+            double uniform, float* values, int64_t* ids, int64_t room, int64_t* token, Stream stream) {
     if (limit < 1) fail("sample", "limit must be positive");
     constexpr int64_t kStretch = 4096;
     const int64_t k = temperature == 0 ? 1 : top_k, blocks = (limit + kStretch - 1) / kStretch;
     if (k > 0 && k <= 128 && blocks > 1) {
         if (room < blocks * k) fail("sample", "too little room for the shortlist");
-        launch("sample shortlist", shortlist_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, logits, limit, kStretch, k, values, ids);
-        launch("sample", choose_kernel, 1, kThreads, 0, stream, static_cast<const float*>(values), static_cast<const int64_t*>(ids), blocks * k,
-               temperature, top_k, top_p, min_p, uniform, token);
+        launch("sample shortlist", shortlist_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, logits, limit,
+               kStretch, k, values, ids);
+        launch("sample", choose_kernel, 1, kThreads, 0, stream, static_cast<const float*>(values),
+               static_cast<const int64_t*>(ids), blocks * k, temperature, top_k, top_p, min_p, uniform, token);
     } else {
-        launch("sample", choose_kernel, 1, kThreads, 0, stream, logits, static_cast<const int64_t*>(nullptr), limit, temperature, top_k, top_p, min_p,
-               uniform, token);
+        launch("sample", choose_kernel, 1, kThreads, 0, stream, logits, static_cast<const int64_t*>(nullptr), limit,
+               temperature, top_k, top_p, min_p, uniform, token);
     }
 }
 

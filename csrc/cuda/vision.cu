@@ -58,7 +58,8 @@ __global__ void add_positions_kernel(const float* table, int64_t side, Grid grid
 
 // qkv [P, 3*V] -> rotated q (scaled), rotated k, v, each [heads][P][d].
 template <class T>
-__global__ void rotate_kernel(const T* qkv, const float* cosine, const float* sine, T* out, int64_t P, int64_t heads, int64_t d) {
+__global__ void rotate_kernel(const T* qkv, const float* cosine, const float* sine, T* out, int64_t P, int64_t heads,
+                              int64_t d) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, V = heads * d;
     if (i >= P * V) return;
     const int64_t p = i / V, h = i % V / d, j = i % d, half = d / 2, other = j < half ? j + half : j - half;
@@ -81,20 +82,23 @@ struct SegmentRows {
 
 // Block (64 rows, head, segment) of 4 warps.
 template <int D>
-__global__ void __launch_bounds__(128) attend_segment_kernel(const bf16* rotated, const int64_t* cu_seqlens, int64_t P, int64_t heads, Partial out) {
+__global__ void __launch_bounds__(128)
+    attend_segment_kernel(const bf16* rotated, const int64_t* cu_seqlens, int64_t P, int64_t heads, Partial out) {
     const int64_t head = blockIdx.y, begin = cu_seqlens[blockIdx.z], end = cu_seqlens[blockIdx.z + 1];
     const int64_t first = begin + (static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarp) * 16;
     if (first >= end) return;
     const int count = static_cast<int>(end - first < 16 ? end - first : 16);
     const bf16* q = rotated + head * P * out.D;
     const SegmentRows<bf16> rows{q + (P * heads + begin) * out.D, q + (2 * P * heads + begin) * out.D, out.D};
-    attend_tile<D, false>(rows, count, end - begin, 0, out, [&](int r) { return q + (first + r) * out.D; }, [&](int) { return end - begin; },
-                   [&](int r) { return (first + r) * heads + head; });
+    attend_tile<D, false>(
+        rows, count, end - begin, 0, out, [&](int r) { return q + (first + r) * out.D; },
+        [&](int) { return end - begin; }, [&](int r) { return (first + r) * heads + head; });
 }
 
 // Block (row, head): one warp.
 template <class T>
-__global__ void attend_segment_row_kernel(const T* rotated, const int64_t* cu_seqlens, int64_t segments, int64_t P, int64_t heads, Partial out) {
+__global__ void attend_segment_row_kernel(const T* rotated, const int64_t* cu_seqlens, int64_t segments, int64_t P,
+                                          int64_t heads, Partial out) {
     const int64_t p = blockIdx.x, head = blockIdx.y;
     int64_t segment = 0;
     while (segment < segments && p >= cu_seqlens[segment + 1]) ++segment;
@@ -113,47 +117,57 @@ __global__ void finish_kernel(Partial partial, T* y, int64_t count) {
 
 }  // namespace
 
-void patches(const uint8_t* image, int64_t grid_h, int64_t grid_w, int64_t patch, int64_t merge, float mean0, float mean1, float mean2, float std0,
-             float std1, float std2, void* y, int64_t type, Stream stream) {
-    if (grid_h < 1 || grid_w < 1 || merge < 1 || grid_h % merge || grid_w % merge || patch < 1) fail("patches", "the grid is not made of merge blocks");
+void patches(const uint8_t* image, int64_t grid_h, int64_t grid_w, int64_t patch, int64_t merge, float mean0,
+             float mean1, float mean2, float std0, float std1, float std2, void* y, int64_t type, Stream stream) {
+    if (grid_h < 1 || grid_w < 1 || merge < 1 || grid_h % merge || grid_w % merge || patch < 1)
+        fail("patches", "the grid is not made of merge blocks");
     with_type("patches", type, [&](auto element) {
         using T = decltype(element);
-        launch("patches", patches_kernel<T>, dim3(static_cast<unsigned>(grid_h * grid_w)), 256, 0, stream, image, Grid{patch, merge, grid_h, grid_w},
-               Colour{{mean0, mean1, mean2}, {std0, std1, std2}}, static_cast<T*>(y));
+        launch("patches", patches_kernel<T>, dim3(static_cast<unsigned>(grid_h * grid_w)), 256, 0, stream, image,
+               Grid{patch, merge, grid_h, grid_w}, Colour{{mean0, mean1, mean2}, {std0, std1, std2}},
+               static_cast<T*>(y));
     });
 }
 
-void add_positions(const float* table, int64_t side, int64_t grid_h, int64_t grid_w, int64_t merge, void* y, int64_t V, int64_t type, Stream stream) {
-    if (grid_h < 1 || grid_w < 1 || merge < 1 || grid_h % merge || grid_w % merge || side < 1) fail("add_positions", "impossible grid or table");
+void add_positions(const float* table, int64_t side, int64_t grid_h, int64_t grid_w, int64_t merge, void* y, int64_t V,
+                   int64_t type, Stream stream) {
+    if (grid_h < 1 || grid_w < 1 || merge < 1 || grid_h % merge || grid_w % merge || side < 1)
+        fail("add_positions", "impossible grid or table");
     with_type("add_positions", type, [&](auto element) {
         using T = decltype(element);
-        launch("add_positions", add_positions_kernel<T>, dim3(static_cast<unsigned>(grid_h * grid_w)), 256, 0, stream, table, side,
-               Grid{0, merge, grid_h, grid_w}, static_cast<T*>(y), V);
+        launch("add_positions", add_positions_kernel<T>, dim3(static_cast<unsigned>(grid_h * grid_w)), 256, 0, stream,
+               table, side, Grid{0, merge, grid_h, grid_w}, static_cast<T*>(y), V);
     });
 }
 
-void vision_attention(const void* qkv, const float* cosine, const float* sine, const int64_t* cu_seqlens, int64_t segments, int64_t longest,
-                      void* rotated, float* sums, float* stats, void* y, int64_t P, int64_t heads, int64_t d, int64_t type, Stream stream) {
+void vision_attention(const void* qkv, const float* cosine, const float* sine, const int64_t* cu_seqlens,
+                      int64_t segments, int64_t longest, void* rotated, float* sums, float* stats, void* y, int64_t P,
+                      int64_t heads, int64_t d, int64_t type, Stream stream) {
     if (heads < 1 || d < 2 || d > 256 || d % 2) fail("vision_attention", "expected heads of an even width up to 256");
     if (P == 0 || segments == 0) return;
     const Partial partial{sums, stats, 1, d};
     with_type("vision_attention", type, [&](auto element) {
         using T = decltype(element);
         const int64_t count = P * heads * d;
-        launch("vision_attention rotate", rotate_kernel<T>, blocks_for(count, 256), 256, 0, stream, static_cast<const T*>(qkv), cosine, sine,
-               static_cast<T*>(rotated), P, heads, d);
+        launch("vision_attention rotate", rotate_kernel<T>, blocks_for(count, 256), 256, 0, stream,
+               static_cast<const T*>(qkv), cosine, sine, static_cast<T*>(rotated), P, heads, d);
         bool done = false;
         if constexpr (std::is_same_v<T, bf16>) {
             done = d % 8 == 0;
-            const auto kernel = d <= 64 ? attend_segment_kernel<64> : d <= 128 ? attend_segment_kernel<128> : attend_segment_kernel<256>;
+            const auto kernel = d <= 64    ? attend_segment_kernel<64>
+                                : d <= 128 ? attend_segment_kernel<128>
+                                           : attend_segment_kernel<256>;
             if (done)
-                launch("vision_attention attend", kernel, dim3(blocks_for(longest, 64), static_cast<unsigned>(heads), static_cast<unsigned>(segments)),
+                launch("vision_attention attend", kernel,
+                       dim3(blocks_for(longest, 64), static_cast<unsigned>(heads), static_cast<unsigned>(segments)),
                        128, 0, stream, static_cast<const bf16*>(rotated), cu_seqlens, P, heads, partial);
         }
         if (!done)
-            launch("vision_attention attend_row", attend_segment_row_kernel<T>, dim3(static_cast<unsigned>(P), static_cast<unsigned>(heads)), 32, 0,
-                   stream, static_cast<const T*>(rotated), cu_seqlens, segments, P, heads, partial);
-        launch("vision_attention finish", finish_kernel<T>, blocks_for(count, 256), 256, 0, stream, partial, static_cast<T*>(y), count);
+            launch("vision_attention attend_row", attend_segment_row_kernel<T>,
+                   dim3(static_cast<unsigned>(P), static_cast<unsigned>(heads)), 32, 0, stream,
+                   static_cast<const T*>(rotated), cu_seqlens, segments, P, heads, partial);
+        launch("vision_attention finish", finish_kernel<T>, blocks_for(count, 256), 256, 0, stream, partial,
+               static_cast<T*>(y), count);
     });
 }
 

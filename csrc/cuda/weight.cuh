@@ -1,14 +1,15 @@
 // Packed matrices on the GPU, and how a lane reads eight columns of a row.
 //
-// A part is a matrix [rows, columns] (or `count` of them, one after another) in one format, rows contiguous, columns padded with
-// zeros to `stride` (a multiple of 8; of 128 for int8 and int4):
+// A part is a matrix [rows, columns] (or `count` of them, one after another) in one format, rows contiguous, columns
+// padded with zeros to `stride` (a multiple of 8; of 128 for int8 and int4):
 //   f32, bf16  q: the numbers, so that cuBLAS can read them too
 //   int8       q [rows][stride] uint8 (value + 128); d [rows][stride / 128] half.  w = d * value
-//   int4       q [rows][stride / 8] 32-bit words: byte j holds column j in its low and column 4 + j in its high nibble (value + 8);
+//   int4       q [rows][stride / 8] 32-bit words: byte j holds column j in its low and column 4 + j in its high nibble
+//   (value + 8);
 //              s [rows][stride / 32] uint8: two 4-bit scales - 1 for columns 32i..+16 (low) and the next 16 (high);
 //              d [rows][stride / 128] half.  w = d * s * value
-// int8 and int4 hold the same numbers as the CPU's blocks of 16 rows (core/view.h): the four bytes of a row in a line there are a
-// word here.
+// int8 and int4 hold the same numbers as the CPU's blocks of 16 rows (core/view.h): the four bytes of a row in a line
+// there are a word here.
 #pragma once
 
 #include <type_traits>
@@ -22,12 +23,16 @@ namespace cuda {
 // Column k of row n.
 __device__ __forceinline__ float element(const Matrix& m, int64_t n, int64_t k) {
     switch (static_cast<Format>(m.format)) {
-        case Format::f32: return reinterpret_cast<const float*>(m.q)[n * m.stride + k];
-        case Format::bf16: return to_float(reinterpret_cast<const bf16*>(m.q)[n * m.stride + k]);
-        case Format::int8: return half_to_float(m.d[n * (m.stride / 128) + k / 128]) * static_cast<float>(m.q[n * m.stride + k] - 128);
+        case Format::f32:
+            return reinterpret_cast<const float*>(m.q)[n * m.stride + k];
+        case Format::bf16:
+            return to_float(reinterpret_cast<const bf16*>(m.q)[n * m.stride + k]);
+        case Format::int8:
+            return half_to_float(m.d[n * (m.stride / 128) + k / 128]) * static_cast<float>(m.q[n * m.stride + k] - 128);
         default: {
             const int byte = m.q[n * (m.stride / 2) + k / 8 * 4 + k % 4], scales = m.s[n * (m.stride / 32) + k / 32];
-            const int value = (k / 4 % 2 ? byte >> 4 : byte & 15) - 8, scale = (k / 16 % 2 ? scales >> 4 : scales & 15) + 1;
+            const int value = (k / 4 % 2 ? byte >> 4 : byte & 15) - 8,
+                      scale = (k / 16 % 2 ? scales >> 4 : scales & 15) + 1;
             return half_to_float(m.d[n * (m.stride / 128) + k / 128]) * static_cast<float>(value * scale);
         }
     }
@@ -81,7 +86,8 @@ struct Chunk<Format::int8> {
     }
     __device__ __forceinline__ float decode(float (&w)[8]) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = biased_byte(v.x, i) - 8388736.0f, w[4 + i] = biased_byte(v.y, i) - 8388736.0f;
+        for (int i = 0; i < 4; ++i)
+            w[i] = biased_byte(v.x, i) - 8388736.0f, w[4 + i] = biased_byte(v.y, i) - 8388736.0f;
         return half_to_float(d);
     }
 };
@@ -99,7 +105,8 @@ struct Chunk<Format::int4> {
     __device__ __forceinline__ float decode(float (&w)[8]) const {
         const uint32_t low = v & 0x0f0f0f0fu, high = v >> 4 & 0x0f0f0f0fu;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[i] = biased_byte(low, i) - 8388616.0f, w[4 + i] = biased_byte(high, i) - 8388616.0f;
+        for (int i = 0; i < 4; ++i)
+            w[i] = biased_byte(low, i) - 8388616.0f, w[4 + i] = biased_byte(high, i) - 8388616.0f;
         return half_to_float(d) * static_cast<float>(s + 1);
     }
 };
@@ -123,23 +130,30 @@ __device__ __forceinline__ void load_bf16(const Matrix& m, int64_t row, int64_t 
 template <class F>
 __device__ __forceinline__ void with_format(int64_t format, F function) {
     switch (static_cast<Format>(format)) {
-        case Format::f32: return function(std::integral_constant<Format, Format::f32>{});
-        case Format::bf16: return function(std::integral_constant<Format, Format::bf16>{});
-        case Format::int8: return function(std::integral_constant<Format, Format::int8>{});
-        default: return function(std::integral_constant<Format, Format::int4>{});
+        case Format::f32:
+            return function(std::integral_constant<Format, Format::f32>{});
+        case Format::bf16:
+            return function(std::integral_constant<Format, Format::bf16>{});
+        case Format::int8:
+            return function(std::integral_constant<Format, Format::int8>{});
+        default:
+            return function(std::integral_constant<Format, Format::int4>{});
     }
 }
 
-// --- vectors in shared memory ----------------------------------------------------------------------------------------------------
-// Element k of a staged vector of `stride` floats lies at staged(k, stride): the first and the last four of every eight columns are
+// --- vectors in shared memory
+// ---------------------------------------------------------------------------------------------------- Element k of a
+// staged vector of `stride` floats lies at staged(k, stride): the first and the last four of every eight columns are
 // kept apart, so that 16-byte reads of neighbouring lanes fall into different banks.
 
-__device__ __forceinline__ int64_t staged(int64_t k, int64_t stride) { return k / 4 % 2 * (stride / 2) + k / 8 * 4 + k % 4; }
+__device__ __forceinline__ int64_t staged(int64_t k, int64_t stride) {
+    return k / 4 % 2 * (stride / 2) + k / 8 * 4 + k % 4;
+}
 
 // NT rows of x (normed, where `norm` is given) to shared memory, zeros from `columns` to `stride` and for rows past T.
 template <int NT, class T>
-__device__ __forceinline__ void stage_rows(const T* x, const float* norm, float eps, int64_t t0, int64_t tokens, int64_t columns, int64_t stride,
-                                           Shared<float> h, Shared<float> scratch) {
+__device__ __forceinline__ void stage_rows(const T* x, const float* norm, float eps, int64_t t0, int64_t tokens,
+                                           int64_t columns, int64_t stride, Shared<float> h, Shared<float> scratch) {
     for (int t = 0; t < NT; ++t) {
         const T* row = x + (t0 + t) * columns;
         float scale = 1.0f;
@@ -160,9 +174,11 @@ __device__ __forceinline__ void stage_rows(const T* x, const float* norm, float 
     __syncthreads();
 }
 
-// sum[r][t] += W[row r] . h[t], summed over the warp; the order of additions is the same for every NT. Rows past `valid` give 0.
+// sum[r][t] += W[row r] . h[t], summed over the warp; the order of additions is the same for every NT. Rows past
+// `valid` give 0.
 template <Format F, int NT>
-__device__ __forceinline__ void warp_dot(const Matrix& m, const int64_t (&row)[2], const bool (&valid)[2], Shared<float> h, float (&sum)[2][NT]) {
+__device__ __forceinline__ void warp_dot(const Matrix& m, const int64_t (&row)[2], const bool (&valid)[2],
+                                         Shared<float> h, float (&sum)[2][NT]) {
     constexpr int kAhead = 4;
     const int lane = threadIdx.x % kWarp;
     const int64_t chunks = m.stride / 8;

@@ -18,7 +18,8 @@ struct Matrix {
     const uint16_t* d = nullptr;
 };
 
-// A weight: parts that read the same input; their outputs follow each other. With `glu`, one part of 2 * I rows, gate rows first.
+// A weight: parts that read the same input; their outputs follow each other. With `glu`, one part of 2 * I rows, gate
+// rows first.
 struct Matrices {
     static constexpr int kMaxParts = 8;
     int64_t count = 1;  // experts

@@ -85,8 +85,8 @@ void test_pack(Suite& t) {
         }
     Floats source({17, 4});
     Bytes small({2 * block_bytes(Format::f32, 4) - 1});
-    t.refuses("an array that is too small", [&] { t.ops.pack(source.view(), 0, 0, 1, small.view()); });
-    t.refuses("an unknown format", [&] { t.ops.pack(source.view(), 9, 0, 1, small.view()); });
+    t.refuses("an array that is too small", [&] { t.call([&] { t.ops.pack(source.view(), 0, 0, 1, small.view()); }); });
+    t.refuses("an unknown format", [&] { t.call([&] { t.ops.pack(source.view(), 9, 0, 1, small.view()); }); });
 }
 
 void test_embed(Suite& t) {
@@ -105,7 +105,7 @@ void test_embed(Suite& t) {
         t.close(y, expected, 1e-7, size_text("rows", format, 5, H, V));
         for (const int64_t bad : {int64_t{-1}, V}) {
             ids[2] = bad;
-            t.refuses("an id outside the table", [&] { t.ops.embed(ids.view(), table.weight, y.view()); });
+            t.refuses("an id outside the table", [&] { t.call([&] { t.ops.embed(ids.view(), table.weight, y.view()); }); });
         }
     }
 }

@@ -172,9 +172,10 @@ void test_log_softmax_top(Suite& t) {
             if (limit < V) logits[0] = 0.5f;
             Numbers x(logits.data.begin(), logits.data.begin() + limit);
             const std::vector<int64_t> order = descending(x);
+            const double top = x[static_cast<size_t>(order[0])];
             double sum = 0.0;
-            for (const double v : x) sum += std::exp(v - x[static_cast<size_t>(order[0])]);
-            for (double& v : x) v -= x[static_cast<size_t>(order[0])] + std::log(sum);
+            for (const double v : x) sum += std::exp(v - top);
+            for (double& v : x) v -= top + std::log(sum);
             for (double& v : x) v = std::max(v, -1e9);  // so that -inf can be compared
             Floats logprob = poisoned({1}), top_logprobs = poisoned({k});
             Integers top_ids({k});
@@ -191,7 +192,7 @@ void test_log_softmax_top(Suite& t) {
     Floats logits = normal(random, {10}), logprob({1}), top_logprobs({10});
     Integers ids({10});
     const auto apply = [&](int64_t limit, int64_t k, int64_t token) {
-        t.ops.log_softmax_top(logits.view(), limit, k, token, logprob.view(), ids.view(), top_logprobs.view());
+        t.call([&] { t.ops.log_softmax_top(logits.view(), limit, k, token, logprob.view(), ids.view(), top_logprobs.view()); });
     };
     t.refuses("a token beyond the limit", [&] { apply(5, 2, 5); });
     t.refuses("k beyond the limit", [&] { apply(5, 6, 0); });

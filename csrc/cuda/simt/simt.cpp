@@ -1,5 +1,9 @@
-// The emulator's scheduler: fibres, barriers, warp collectives, shared memory with race detection, guarded device memory.
+// The emulator's scheduler: fibres, barriers, warp collectives, shared memory with race detection, guarded device
+// memory.
 #include "cuda/simt/simt.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <csetjmp>
@@ -7,8 +11,6 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <sys/mman.h>
-#include <unistd.h>
 #include <vector>
 
 #include "core/error.h"
@@ -19,7 +21,8 @@
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// ---------------------------------------------------------------------------------------------------------- switching fibres
+// ---------------------------------------------------------------------------------------------------------- switching
+// fibres
 
 #if defined(__x86_64__)
 extern "C" void deltaic_simt_switch(void** save, void* resume);
@@ -133,8 +136,8 @@ std::string place(const char* file, int line) {
 }
 
 std::string thread_name() {
-    return "thread " + std::to_string(block->current) + " of block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
-           std::to_string(blockIdx.z) + ")";
+    return "thread " + std::to_string(block->current) + " of block (" + std::to_string(blockIdx.x) + "," +
+           std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + ")";
 }
 
 void leave_fibre() {
@@ -186,7 +189,8 @@ void resume(int i) {
 #endif
 }
 
-// --------------------------------------------------------------------------------------------------------------- memory faults
+// ---------------------------------------------------------------------------------------------------------------
+// memory faults
 
 struct sigaction old_segv, old_bus;
 
@@ -195,7 +199,8 @@ void on_fault(int signal, siginfo_t* info, void*) {
     for (const auto& [data, g] : guarded) {
         if (!running || address < g.base || address >= g.base + g.total) continue;
         const long long offset = address - data;
-        std::snprintf(fault_message, sizeof fault_message, "access to byte %lld of device buffer '%s' of %zu bytes", offset, g.name.c_str(), g.bytes);
+        std::snprintf(fault_message, sizeof fault_message, "access to byte %lld of device buffer '%s' of %zu bytes",
+                      offset, g.name.c_str(), g.bytes);
         siglongjmp(fault_exit, 1);
     }
     sigaction(signal, signal == SIGSEGV ? &old_segv : &old_bus, nullptr);  // not ours: crash as usual
@@ -218,7 +223,8 @@ void install_fault_handler() {
 
 void allocate_stacks() {
     if (stacks) return;
-    void* p = mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw deltaic::Error("simt: no memory for the stacks of a block");
     stacks = static_cast<uint8_t*>(p);
     for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + static_cast<size_t>(i) * kStack, 4096, PROT_NONE);
@@ -226,13 +232,16 @@ void allocate_stacks() {
     shadow.resize(kShared / 2);
 }
 
-// ------------------------------------------------------------------------------------------------------------------- scheduling
+// -------------------------------------------------------------------------------------------------------------------
+// scheduling
 
 std::string waiting_threads() {
     for (int i = 0; i < block->threads; ++i) {
         const Fibre& f = block->fibres[static_cast<size_t>(i)];
-        if (f.status == Status::at_barrier) return "thread " + std::to_string(i) + " waits at the barrier of " + place(f.file, f.line);
-        if (f.status == Status::at_collective) return "thread " + std::to_string(i) + " waits at the warp operation of " + place(f.file, f.line);
+        if (f.status == Status::at_barrier)
+            return "thread " + std::to_string(i) + " waits at the barrier of " + place(f.file, f.line);
+        if (f.status == Status::at_collective)
+            return "thread " + std::to_string(i) + " waits at the warp operation of " + place(f.file, f.line);
     }
     return "no thread waits";
 }
@@ -262,8 +271,9 @@ void run_block(std::mt19937_64& random) {
             if (!b.error.empty()) return;
         }
         if (!progress) {
-            b.error = "some threads never reach a barrier or warp operation that others wait for: " + waiting_threads() + ", " +
-                      std::to_string(b.done) + " of " + std::to_string(b.threads) + " threads have returned";
+            b.error =
+                "some threads never reach a barrier or warp operation that others wait for: " + waiting_threads() +
+                ", " + std::to_string(b.done) + " of " + std::to_string(b.threads) + " threads have returned";
             return;
         }
     }
@@ -328,7 +338,8 @@ void block_barrier(const char* file, int line) {
     if (b.at_barrier == 0) {
         b.barrier_file = file, b.barrier_line = line;
     } else if (b.barrier_line != line || std::strcmp(b.barrier_file, file) != 0) {
-        fail("threads meet at different barriers: " + place(b.barrier_file, b.barrier_line) + " and " + place(file, line));
+        fail("threads meet at different barriers: " + place(b.barrier_file, b.barrier_line) + " and " +
+             place(file, line));
     }
     f.status = Status::at_barrier, f.file = file, f.line = line;
     if (++b.at_barrier == b.threads) {
@@ -366,8 +377,8 @@ bool ordered(int thread, uint32_t block_epoch, uint32_t warp_epoch) {
 }
 
 [[noreturn]] void race(const char* what, int other, size_t offset) {
-    fail(std::string("race on shared memory byte ") + std::to_string(offset) + ": " + what + " thread " + std::to_string(other) +
-         " with no barrier between");
+    fail(std::string("race on shared memory byte ") + std::to_string(offset) + ": " + what + " thread " +
+         std::to_string(other) + " with no barrier between");
 }
 
 }  // namespace
@@ -377,11 +388,17 @@ void note_read(const uint8_t* address, size_t bytes) {
     const uint32_t warp_epoch = block->warps[static_cast<size_t>(block->current / 32)].epoch;
     for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
         Shadow& s = shadow[i];
-        if (s.writer >= 0 && !ordered(s.writer, s.write_block, s.write_warp)) race("read of what was written by", s.writer, offset);
+        if (s.writer >= 0 && !ordered(s.writer, s.write_block, s.write_warp))
+            race("read of what was written by", s.writer, offset);
         const bool same_step = s.read_block == block->epoch;
-        if (s.reader == -1 || !same_step || s.reader == block->current) s.reader = static_cast<int16_t>(block->current);
-        else if (s.reader >= 0 && s.reader / 32 == block->current / 32 && s.read_warp != warp_epoch) s.reader = static_cast<int16_t>(block->current);
-        else s.reader = s.reader >= 0 && s.reader / 32 == block->current / 32 ? static_cast<int16_t>(-2 - block->current / 32) : (s.reader == -2 - block->current / 32 ? s.reader : INT16_MIN);
+        if (s.reader == -1 || !same_step || s.reader == block->current)
+            s.reader = static_cast<int16_t>(block->current);
+        else if (s.reader >= 0 && s.reader / 32 == block->current / 32 && s.read_warp != warp_epoch)
+            s.reader = static_cast<int16_t>(block->current);
+        else
+            s.reader = s.reader >= 0 && s.reader / 32 == block->current / 32
+                           ? static_cast<int16_t>(-2 - block->current / 32)
+                           : (s.reader == -2 - block->current / 32 ? s.reader : INT16_MIN);
         s.read_block = block->epoch, s.read_warp = warp_epoch;
     }
 }
@@ -393,7 +410,8 @@ void note_write(const uint8_t* address, size_t bytes) {
     for (size_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
         Shadow& s = shadow[i];
         if (s.writer >= 0 && !ordered(s.writer, s.write_block, s.write_warp)) race("written also by", s.writer, offset);
-        if (s.reader >= 0 && !ordered(s.reader, s.read_block, s.read_warp)) race("overwrites what was read by", s.reader, offset);
+        if (s.reader >= 0 && !ordered(s.reader, s.read_block, s.read_warp))
+            race("overwrites what was read by", s.reader, offset);
         if (s.reader < -1 && s.read_block == block->epoch && !(s.reader == -2 - warp && s.read_warp != warp_epoch))
             race("overwrites what was read by several threads, not", block->current, offset);
         s.writer = static_cast<int16_t>(block->current), s.write_block = block->epoch, s.write_warp = warp_epoch;
@@ -402,10 +420,13 @@ void note_write(const uint8_t* address, size_t bytes) {
 }
 
 void run(const char* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes, void (*body)(void*), void* context) {
-    const auto refuse = [&](const std::string& message) { throw deltaic::Error(std::string("simt: ") + kernel + ": " + message); };
+    const auto refuse = [&](const std::string& message) {
+        throw deltaic::Error(std::string("simt: ") + kernel + ": " + message);
+    };
     const unsigned count = threads.x * threads.y * threads.z;
     if (running) refuse("a kernel cannot launch a kernel here");
-    if (count == 0 || count > kMaxThreads || count % 32) refuse("a block of " + std::to_string(count) + " threads, expected 32 to 1024 in steps of 32");
+    if (count == 0 || count > kMaxThreads || count % 32)
+        refuse("a block of " + std::to_string(count) + " threads, expected 32 to 1024 in steps of 32");
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u)
         refuse("a grid of " + std::to_string(grid.x) + "x" + std::to_string(grid.y) + "x" + std::to_string(grid.z));
     if (dynamic_bytes > 232448) refuse("more dynamic shared memory than a block can have");
@@ -453,8 +474,12 @@ void guarded_free(void* data) {
     guarded.erase(it);
     bool intact = true;  // what lies before the data, and the slack after it, must still be poison
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    for (const uint8_t* p = g.base + (g.data_offset / page * page < (1 << 20) ? (1 << 20) : g.data_offset / page * page); p < g.base + g.data_offset; ++p) intact &= *p == 0xCD;
-    for (const uint8_t* p = g.base + g.data_offset + g.bytes; p < g.base + g.total - (1 << 20); ++p) intact &= *p == 0xCD;
+    for (const uint8_t* p =
+             g.base + (g.data_offset / page * page < (1 << 20) ? (1 << 20) : g.data_offset / page * page);
+         p < g.base + g.data_offset; ++p)
+        intact &= *p == 0xCD;
+    for (const uint8_t* p = g.base + g.data_offset + g.bytes; p < g.base + g.total - (1 << 20); ++p)
+        intact &= *p == 0xCD;
     munmap(g.base, g.total);
     if (!intact) throw deltaic::Error("simt: bytes beside device buffer '" + g.name + "' were overwritten");
 }

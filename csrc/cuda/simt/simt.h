@@ -1,10 +1,11 @@
 // A host stand-in for the part of CUDA that the kernels use, so that the same .cu files run where there is no GPU.
 //
-// The threads of a block are fibres of one operating-system thread and run one after another between barriers, in an order that
-// a test chooses; blocks run one after another. What real hardware would leave undefined is an error here, with kernel, block and
-// thread named: a barrier or warp operation that not all threads reach, an access beyond a shared array, two threads touching
-// one shared element with no barrier between them (one of them writing), a misaligned vector access, and, for buffers from
-// `guarded_alloc`, an access beyond device memory. Shared memory starts as 0xCD.
+// The threads of a block are fibres of one operating-system thread and run one after another between barriers, in an
+// order that a test chooses; blocks run one after another. What real hardware would leave undefined is an error here,
+// with kernel, block and thread named: a barrier or warp operation that not all threads reach, an access beyond a
+// shared array, two threads touching one shared element with no barrier between them (one of them writing), a
+// misaligned vector access, and, for buffers from `guarded_alloc`, an access beyond device memory. Shared memory starts
+// as 0xCD.
 #pragma once
 
 #include <cmath>
@@ -38,7 +39,8 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
-// Where the running fibre is. Globals: there is one operating-system thread, and the scheduler sets them at every switch.
+// Where the running fibre is. Globals: there is one operating-system thread, and the scheduler sets them at every
+// switch.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
@@ -57,7 +59,8 @@ void guarded_free(void* data);
 
 enum class Collective : uint8_t { sync, shuffle, vote, mma };
 
-// One step that all 32 lanes of a warp take together: deposits up to 32 bytes, returns the 32 deposits (32 bytes apart).
+// One step that all 32 lanes of a warp take together: deposits up to 32 bytes, returns the 32 deposits (32 bytes
+// apart).
 const uint8_t* warp_collective(Collective kind, const char* file, int line, const void* deposit, size_t bytes);
 void block_barrier(const char* file, int line);
 int lane();
@@ -104,14 +107,17 @@ class SharedArray {
     }
     SharedArray slice(int64_t first, int64_t count) const {
         if (first < 0 || count < 0 || static_cast<size_t>(first + count) > size_)
-            fail("elements " + std::to_string(first) + "..+" + std::to_string(count) + " of a shared array of " + std::to_string(size_));
+            fail("elements " + std::to_string(first) + "..+" + std::to_string(count) + " of a shared array of " +
+                 std::to_string(size_));
         return SharedArray(data_ + first, static_cast<size_t>(count));
     }
     // Address of `count` elements, for a vector access or an atomic.
     T* at(int64_t i, int64_t count, bool write) const {
         const SharedArray part = slice(i, count);
-        if (write) note_write(reinterpret_cast<const uint8_t*>(part.data_), sizeof(T) * static_cast<size_t>(count));
-        else note_read(reinterpret_cast<const uint8_t*>(part.data_), sizeof(T) * static_cast<size_t>(count));
+        if (write)
+            note_write(reinterpret_cast<const uint8_t*>(part.data_), sizeof(T) * static_cast<size_t>(count));
+        else
+            note_read(reinterpret_cast<const uint8_t*>(part.data_), sizeof(T) * static_cast<size_t>(count));
         return part.data_;
     }
     // For atomics, which do not race with each other.
@@ -124,7 +130,8 @@ class SharedArray {
 
 template <class T>
 SharedArray<T> declare_shared(const char* file, int line, size_t count) {
-    return SharedArray<T>(reinterpret_cast<T*>(shared_array(file, line, count * sizeof(T), alignof(T) < 16 ? 16 : alignof(T))), count);
+    return SharedArray<T>(
+        reinterpret_cast<T*>(shared_array(file, line, count * sizeof(T), alignof(T) < 16 ? 16 : alignof(T))), count);
 }
 
 template <class T>
@@ -132,7 +139,8 @@ SharedArray<T> carve_dynamic(size_t byte_offset, size_t count) {
     size_t bytes = 0;
     uint8_t* base = dynamic_shared(&bytes);
     if (byte_offset % alignof(T) || byte_offset + count * sizeof(T) > bytes)
-        fail("dynamic shared memory holds " + std::to_string(bytes) + " bytes, used to " + std::to_string(byte_offset + count * sizeof(T)));
+        fail("dynamic shared memory holds " + std::to_string(bytes) + " bytes, used to " +
+             std::to_string(byte_offset + count * sizeof(T)));
     return SharedArray<T>(reinterpret_cast<T*>(base + byte_offset), count);
 }
 
@@ -155,7 +163,8 @@ inline uint32_t ballot(bool predicate, const char* file, int line) {
 
 template <class T>
 void check_aligned(const T* address, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes) fail("address is not aligned to " + std::to_string(bytes) + " bytes");
+    if (reinterpret_cast<uintptr_t>(address) % bytes)
+        fail("address is not aligned to " + std::to_string(bytes) + " bytes");
 }
 
 inline void check_mask(uint32_t mask) {
@@ -165,11 +174,15 @@ inline void check_mask(uint32_t mask) {
 }  // namespace simt
 
 #define __syncthreads() ::simt::block_barrier(__FILE__, __LINE__)
-#define __syncwarp() static_cast<void>(::simt::warp_collective(::simt::Collective::sync, __FILE__, __LINE__, nullptr, 0))
-#define __shfl_xor_sync(mask, value, offset) (::simt::check_mask(mask), ::simt::shuffle(value, ::simt::lane() ^ (offset), __FILE__, __LINE__))
+#define __syncwarp() \
+    static_cast<void>(::simt::warp_collective(::simt::Collective::sync, __FILE__, __LINE__, nullptr, 0))
+#define __shfl_xor_sync(mask, value, offset) \
+    (::simt::check_mask(mask), ::simt::shuffle(value, ::simt::lane() ^ (offset), __FILE__, __LINE__))
 #define __shfl_sync(mask, value, source) (::simt::check_mask(mask), ::simt::shuffle(value, source, __FILE__, __LINE__))
-#define __shfl_down_sync(mask, value, offset) \
-    (::simt::check_mask(mask), ::simt::shuffle(value, ::simt::lane() + (offset) > 31 ? ::simt::lane() : ::simt::lane() + (offset), __FILE__, __LINE__))
+#define __shfl_down_sync(mask, value, offset)                                                                      \
+    (::simt::check_mask(mask),                                                                                     \
+     ::simt::shuffle(value, ::simt::lane() + (offset) > 31 ? ::simt::lane() : ::simt::lane() + (offset), __FILE__, \
+                     __LINE__))
 #define __ballot_sync(mask, predicate) (::simt::check_mask(mask), ::simt::ballot(predicate, __FILE__, __LINE__))
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == 0xffffffffu)

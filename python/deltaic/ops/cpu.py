@@ -1,8 +1,8 @@
 """The operators in C++: same names and arguments as `reference.py`, which says what each computes.
 
-Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension
-from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError`, an ArgumentError. Activations are
-C-contiguous float32.
+Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the
+extension from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError`, an ArgumentError.
+Activations are C-contiguous float32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from deltaic import _core
 from deltaic._core import BlockTable, Weight
+from deltaic.errors import ArgumentError
 
 __all__ = [
     "BlockTable",
@@ -45,6 +46,7 @@ Array = np.ndarray
 FORMATS: tuple[str, ...] = _core.formats
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
 BLOCK_ROWS = 16
+SPLIT_INVARIANT = True  # the rows of a prompt get the same bits wherever its reading is interrupted (with prefill=True)
 
 
 def isa() -> str:
@@ -135,8 +137,11 @@ def probe_read(data: Array) -> None:
 def probe_peak(kind: str, rounds: int) -> int:
     """Multiplies and adds in registers, on all threads; returns how many operations that were. kind: "f32" or "int8"
     (a ContractError where the instruction set has no int8 dot product). Time it to learn the peak."""
+    kinds = ("f32", "int8")
+    if kind not in kinds:
+        raise ArgumentError(f"probe_peak: kind is {kind!r}, expected one of {', '.join(kinds)}")
     operations = np.empty(1, np.int64)
-    _core.probe_peak(("f32", "int8").index(kind), rounds, operations)
+    _core.probe_peak(kinds.index(kind), rounds, operations)
     return int(operations[0])
 
 
@@ -193,10 +198,11 @@ def gated_attention(
     cu_seqlens: Array,
     starts: Array,
     tables: list[BlockTable],
+    prefill: bool = False,
 ) -> Array:
     y = np.empty((proj.shape[0], num_heads * q_norm.shape[0]), np.float32)
     _core.gated_attention(
-        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, y
+        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, int(prefill), y
     )
     return y
 
