@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -53,11 +52,7 @@ KV_DTYPES = ("bf16", "f32")
 MEMORY = ("map", "copy")
 DEVICES = ("cpu", "cuda", "reference")
 MAX_THREADS = 1024
-<<<<<<< HEAD
-BITS = {"f32": 32.0, "bf16": 16.0, "int8": 8.125, "int4": 4.375}  # per weight, scales included
-=======
 FEATURE_SHARE = 8  # what the vision tower saw may take an eighth of the prefix cache's bytes
->>>>>>> main
 
 
 def op_set(device: str) -> ModuleType:
@@ -202,26 +197,17 @@ def _pack(
     from .weights.fingerprint import model_fingerprint
 
     with open_checkpoint(folder) as checkpoint:
-<<<<<<< HEAD
-        count = sum(prod(t.shape) for t in checkpoint.tensors.values() if not t.name.startswith("mtp."))
-        _require_memory(ops, count * BITS[precision.default] / 8)
-=======
         blank = blank_state(
             model_fingerprint(checkpoint, config, precision), checkpoint_bytes(checkpoint, precision.default), precision
         )
->>>>>>> main
+        _require_memory(ops, checkpoint_bytes(checkpoint, precision.default))
         source = open_source(checkpoint, config, ops, precision)
         text = TextModel(config.text, _placed(ops, text_weights(source, config, progress), precision), ops)
         vision = None
         if config.vision is not None:
-<<<<<<< HEAD
             vision_parts = _placed(ops, vision_weights(source, config, progress), precision)
             vision = VisionModel(config.vision, vision_parts, ops)
-    return text, vision, precision
-=======
-            vision = VisionModel(config.vision, vision_weights(source, config, progress), ops)
     return text, vision, precision, blank
->>>>>>> main
 
 
 def _map(
@@ -264,14 +250,9 @@ def _map(
             def check() -> None:
                 packed.verify(ops, ("visual.",), "the vision tower", False)
 
-<<<<<<< HEAD
             vision_parts = _placed(ops, vision_weights(source, config), precision)
             vision = VisionModel(config.vision, vision_parts, ops, check if verify else None)
-    return text, vision, precision
-=======
-            vision = VisionModel(config.vision, vision_weights(source, config), ops, check if verify else None)
     return text, vision, precision, blank
->>>>>>> main
 
 
 def _placed(ops: ModuleType, weights: Any, precision: Precision) -> Any:
@@ -488,20 +469,14 @@ class Model:
                 f"the logits of {shape[0]} tokens need {4e-9 * shape[0] * shape[1]:.1f} GB, which cannot be had; "
                 "feed the prompt in parts, with a state"
             ) from None
-<<<<<<< HEAD
         to_numpy = getattr(self._ops, "to_numpy", np.asarray)
-        row = 0
-        for hidden in self._runner.hidden(made, state):
-            logits[row : row + len(hidden)] = to_numpy(self._runner.logits(hidden))
-=======
         row, before = 0, len(state.token_ids)
         pauses = [len(made.token_ids)]
         if len(made.token_ids) > 1:
             whole = np.concatenate([np.array(state.token_ids, np.int64), made.token_ids])
             pauses = [p - before for p, _ in split_points(whole, self._border_id) if p > before]
         for hidden in self._runner.hidden(made, state, pauses, prefill=len(made) > 1):
-            logits[row : row + len(hidden)] = self._runner.logits(hidden)
->>>>>>> main
+            logits[row : row + len(hidden)] = to_numpy(self._runner.logits(hidden))
             row += len(hidden)
         return logits
 

@@ -55,11 +55,14 @@ def test_graph_step_is_the_plain_step(pair):
     model.forward(ids[:5], other)
     for token in ids[126:130]:
         expected = model.forward([token], plain)[0]
-        found = array(model._runner.step(token, stepped)).copy()
+        found = array(model._runner.logits(model._runner.step(token, stepped)))[0]
         np.testing.assert_array_equal(found, expected)
         model._runner.step(token, other)
     assert stepped.length == 130
     assert stepped.token_ids == plain.token_ids
+    twin = stepped.fork()
+    model._runner.step(7, twin)
+    assert (stepped.length, twin.length) == (130, 131)
     np.testing.assert_array_equal(array(stepped.delta), array(plain.delta))
 
 

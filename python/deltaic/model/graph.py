@@ -1,4 +1,4 @@
-"""How is a token decoded without the host in the way? One captured graph runs embedding, all layers and the head;
+"""How is a token decoded without the host in the way? One captured graph runs embedding and all layers;
 everything that changes from token to token (the token, its positions, where the state lies) is in device memory."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DecodeGraph:
         self._graphs: dict[Any, _Captured] = {}
 
     def step(self, token: int, state: State) -> Any:
-        """Feed one token to `state`; float32 logits [vocab] after it, on the device, valid until the next step.
+        """Feed one token to `state`; its hidden row [1, H] before the final norm, on the device.
 
         Raises ContextLengthError or StateError as `TextModel.forward` does."""
         if not state.intact:
@@ -56,11 +56,11 @@ class DecodeGraph:
         if captured is None:
             captured = self._graphs[shape] = _Captured(self._text, self._ops, state)
         state.intact = False
-        logits = captured.run(token, state)
+        hidden = captured.run(token, state)
         state.token_ids.append(token)
         state.length += 1
         state.intact = True
-        return logits
+        return hidden
 
 
 class _Captured:
@@ -83,7 +83,7 @@ class _Captured:
         table = ops.TableBatch(part[16:].reshape(1, blocks), tuple(first.shape), first.dtype, [blocks])
         self._slot = _Slot(conv, delta, table)
         self._frequencies, self._axes = ops.upload(text.rope.inverse_frequencies), ops.upload(text.rope.axes)
-        self._logits: Any = None
+        self._hidden: Any = None
         self._graph: Any = None
         if not dev.module.emulated:
             self._capture(text, ops, state)
@@ -100,7 +100,7 @@ class _Captured:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._logits = self._forward()
+            self._hidden = self._forward()
         self._graph = graph
 
     def _forward(self) -> Any:
@@ -108,7 +108,7 @@ class _Captured:
         x = self._ops.embed(part[0:1], text.weights.embed)
         cos, sin = self._ops.rope_table(part[1:4].reshape(1, 3), self._frequencies, self._axes, text.rope.scale)
         batch = Batch([self._slot], part[5:7], part[4:5], cos, sin)  # type: ignore[list-item, arg-type]
-        return text.logits(text.run_layers(x, batch))
+        return text.run_layers(x, batch)
 
     def _fill(self, token: int, state: State) -> None:
         host, position = self._host, state.length + state.rope_delta
@@ -122,6 +122,6 @@ class _Captured:
     def run(self, token: int, state: State) -> Any:
         self._fill(token, state)
         if self._graph is None:
-            return self._forward()[0]
+            return self._forward()
         self._graph.replay()
-        return self._logits[0]
+        return self._hidden.clone()  # the graph writes it anew in every step

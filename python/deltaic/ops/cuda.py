@@ -284,8 +284,9 @@ def gated_attention(
     cu_seqlens: Any,
     starts: Any,
     tables: Any,
+    prefill: bool = False,
 ) -> Tensor:
-    """`tables`: a list of BlockTables, or (in graphs) of one TableBatch."""
+    """`prefill` says nothing new here: the form follows from the longest sequence. `tables`: a list of BlockTables, or (in graphs) of one TableBatch."""
     import torch
 
     op, Hq, Hkv = "gated_attention", num_heads, num_kv_heads
