@@ -59,7 +59,10 @@ def op_set(device: str) -> ModuleType:
     """The module that computes on `device`. Raises ArgumentError or DeviceError."""
     choice("device", device, DEVICES)
     if device == "cuda":
-        raise DeviceError('device: "cuda" is not supported by this version; use device="cpu"')
+        from .ops import cuda
+
+        cuda.device()
+        return cuda
     if device == "reference":
         from .ops import reference
 
@@ -107,7 +110,8 @@ def load(
     vision_dtype  the same for the vision tower (no mapping); None: as dtype where that is bf16 or f32, else "bf16"
     activations   "int8": what meets an int8 or int4 matrix is rounded to int8 first, which makes the products several
                   times as fast; "float32": it is not, the most accurate and slower way
-    device        "cpu", or "reference": the numpy definition of every operator, an executable specification, slow
+    device        "cpu"; "cuda", an NVIDIA GPU (needs torch; it computes in bfloat16, or float32 where dtype is "f32",
+                  and never rounds activations to int8); or "reference": the numpy definition of every operator, slow
     threads       None: the physical cores this process may use
     kv_dtype      how keys and values are stored: "bf16" or "f32"; None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
@@ -196,11 +200,13 @@ def _pack(
         blank = blank_state(
             model_fingerprint(checkpoint, config, precision), checkpoint_bytes(checkpoint, precision.default), precision
         )
+        _require_memory(ops, checkpoint_bytes(checkpoint, precision.default))
         source = open_source(checkpoint, config, ops, precision)
-        text = TextModel(config.text, text_weights(source, config, progress), ops)
+        text = TextModel(config.text, _placed(ops, text_weights(source, config, progress), precision), ops)
         vision = None
         if config.vision is not None:
-            vision = VisionModel(config.vision, vision_weights(source, config, progress), ops)
+            vision_parts = _placed(ops, vision_weights(source, config, progress), precision)
+            vision = VisionModel(config.vision, vision_parts, ops)
     return text, vision, precision, blank
 
 
@@ -235,16 +241,31 @@ def _map(
         packed.prepare(None)
         if verify:
             packed.verify(ops, None, "the text model", progress)
+        _require_memory(ops, packed.nbytes)
         source = open_source(packed, config, ops, precision)
-        text = TextModel(config.text, text_weights(source, config), ops)
+        text = TextModel(config.text, _placed(ops, text_weights(source, config), precision), ops)
         vision = None
         if config.vision is not None:
 
             def check() -> None:
                 packed.verify(ops, ("visual.",), "the vision tower", False)
 
-            vision = VisionModel(config.vision, vision_weights(source, config), ops, check if verify else None)
+            vision_parts = _placed(ops, vision_weights(source, config), precision)
+            vision = VisionModel(config.vision, vision_parts, ops, check if verify else None)
     return text, vision, precision, blank
+
+
+def _placed(ops: ModuleType, weights: Any, precision: Precision) -> Any:
+    """The weights where the op set computes: an op set on a device moves vectors there too."""
+    place = getattr(ops, "place", None)
+    return weights if place is None else place(weights, precision.default)
+
+
+def _require_memory(ops: ModuleType, nbytes: float) -> None:
+    """DeviceError, before anything is loaded, if an op set on a device lacks the memory for `nbytes` of weights."""
+    require = getattr(ops, "require_memory", None)
+    if require is not None:
+        require(int(nbytes))
 
 
 class Model:
@@ -448,13 +469,14 @@ class Model:
                 f"the logits of {shape[0]} tokens need {4e-9 * shape[0] * shape[1]:.1f} GB, which cannot be had; "
                 "feed the prompt in parts, with a state"
             ) from None
+        to_numpy = getattr(self._ops, "to_numpy", np.asarray)
         row, before = 0, len(state.token_ids)
         pauses = [len(made.token_ids)]
         if len(made.token_ids) > 1:
             whole = np.concatenate([np.array(state.token_ids, np.int64), made.token_ids])
             pauses = [p - before for p, _ in split_points(whole, self._border_id) if p > before]
         for hidden in self._runner.hidden(made, state, pauses, prefill=len(made) > 1):
-            logits[row : row + len(hidden)] = self._runner.logits(hidden)
+            logits[row : row + len(hidden)] = to_numpy(self._runner.logits(hidden))
             row += len(hidden)
         return logits
 

@@ -16,6 +16,7 @@ def installation_facts() -> dict[str, Any]:
 
     from .api import op_set
     from .machine import default_threads, memory_bytes
+    from .ops.cuda_device import facts as cuda_facts
 
     try:
         isa = op_set("cpu").isa()
@@ -28,6 +29,7 @@ def installation_facts() -> dict[str, Any]:
         "isa": isa,
         "threads": default_threads(),
         "memory": memory_bytes(),
+        **cuda_facts(),
     }
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
     from ..chat.tokenizer import DetokenizeStream
+    from ..model.graph import DecodeGraph
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
@@ -62,6 +63,11 @@ class Runner:
         self.features = FeatureCache(feature_bytes)
         self._threads = threads
         self._image_token_id = image_token_id
+        self._graph: DecodeGraph | None = None
+        if getattr(ops, "device_resident", False):
+            from ..model.graph import DecodeGraph
+
+            self._graph = DecodeGraph(text, ops)
         self._lock = ops_lock(ops)
 
     def _set_threads(self) -> None:
@@ -138,6 +144,8 @@ class Runner:
         """Feed one token; hidden row [1, H] (before the final norm)."""
         with self._lock:
             self._set_threads()
+            if self._graph is not None:
+                return self._graph.step(token, state)
             x = self.text.embed(np.array([token], np.int64))
             positions = np.full((1, 3), state.length + state.rope_delta, np.int64)
             return self._advance(state, x, positions, [token], prefill=False)

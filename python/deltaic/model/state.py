@@ -38,8 +38,8 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "_shared_blocks", "conv", "delta", "fingerprint", "images", "intact", "kv", "kv_dtype",
-        "length", "rope_delta", "token_ids",
+        "_block", "_max_tokens", "_shared", "_shared_blocks", "_zeros", "conv", "delta", "fingerprint", "images", "intact",
+        "kv", "kv_dtype", "length", "rope_delta", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -57,8 +57,9 @@ class State:
         c = config
         taps = c.linear_conv_kernel_dim - 1
         matrix = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-        self.conv: npt.NDArray[np.float32] = np.zeros((c.num_delta_layers, taps, c.conv_dim), np.float32)
-        self.delta: npt.NDArray[np.float32] = np.zeros((c.num_delta_layers, *matrix), np.float32)
+        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set on a device makes its own arrays
+        self.conv: npt.NDArray[np.float32] = zeros((c.num_delta_layers, taps, c.conv_dim), np.float32)
+        self.delta: npt.NDArray[np.float32] = zeros((c.num_delta_layers, *matrix), np.float32)
         self.kv: Any = ops.BlockTable()
         self.kv_dtype = kv_dtype
         self.length = 0
@@ -67,6 +68,7 @@ class State:
         self.images: list[tuple[int, int, str]] = []
         self.fingerprint = fingerprint
         self.intact = True
+        self._shared = False  # conv and delta may belong to other states too
         self._shared_blocks = 0  # blocks before this one may belong to other states too
         self._block = (c.num_attention_layers, 2, c.num_key_value_heads, BLOCK_TOKENS, c.head_dim)
         self._max_tokens = c.max_position_embeddings if context is None else context
@@ -94,7 +96,7 @@ class State:
             if tokens > self.length:
                 self._own()
             while len(self.kv) * BLOCK_TOKENS < tokens:
-                self.kv.append(np.zeros(self._block, KV_DTYPES[self.kv_dtype]))
+                self.kv.append(self._zeros(self._block, KV_DTYPES[self.kv_dtype]))
         except (MemoryError, ValueError):  # numpy raises the latter beyond the address space
             raise StateError(
                 f"no memory for the K/V of {tokens} tokens: the sequence holds {self.nbytes / 2**20:.0f} MiB "
@@ -103,14 +105,14 @@ class State:
 
     def _own(self) -> None:
         """Copy what is shared and about to be written: the arrays, and blocks from that of the next token on."""
-        if not self.delta.flags.writeable:
-            conv, delta = self.conv.copy(), self.delta.copy()
-            self.conv, self.delta = conv, delta
+        if self._shared or not _writeable(self.delta):
+            conv, delta = _copy(self.conv), _copy(self.delta)
+            self.conv, self.delta, self._shared = conv, delta, False
         first = self.length // BLOCK_TOKENS
         if first < self._shared_blocks:
             blocks = self.kv.blocks
             for i in range(first, self._shared_blocks):
-                self.kv.replace(i, blocks[i].copy())
+                self.kv.replace(i, _copy(blocks[i]))
             self._shared_blocks = first
 
     def fork(self) -> State:
@@ -121,7 +123,9 @@ class State:
         """
         self._check_intact("fork")
         used = -(-self.length // BLOCK_TOKENS)
-        self.conv.flags.writeable = self.delta.flags.writeable = False
+        self._shared = True
+        if isinstance(self.delta, np.ndarray):
+            self.conv.flags.writeable = self.delta.flags.writeable = False
         self._shared_blocks = max(self._shared_blocks, used)
         twin = object.__new__(State)
         for name in State.__slots__:
@@ -189,3 +193,14 @@ class State:
 def total_nbytes(states: Iterable[State]) -> int:
     """Bytes held by several states together; what they share counts once."""
     return sum({id(buffer): buffer.nbytes for state in states for buffer in state.buffers()}.values())
+
+
+# Arrays of an op set on a device are its own kind, which copies under another name and has no read-only flag.
+
+
+def _copy(array: Any) -> Any:
+    return array.copy() if isinstance(array, np.ndarray) else array.clone()
+
+
+def _writeable(array: Any) -> bool:
+    return bool(array.flags.writeable) if isinstance(array, np.ndarray) else True

@@ -61,6 +61,14 @@ class TextModel:
         batch = self._batch(x, positions, states, cu_seqlens, prefill)
         for state in states:
             state.intact = False
+        x = self.run_layers(x, batch)
+        for state, n in zip(states, np.diff(cu_seqlens).tolist(), strict=True):
+            state.length += n
+            state.intact = True
+        return x
+
+    def run_layers(self, x: Array, batch: Batch) -> Array:
+        """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
         delta_layer = attention_layer = 0
         for layer in self.weights.layers:
             if isinstance(layer.mixer, DeltaMixer):
@@ -70,9 +78,6 @@ class TextModel:
                 x = self._attention(x, layer.mixer, layer.input_norm, attention_layer, batch)
                 attention_layer += 1
             x = self._feed_forward(x, layer.ffn, layer.post_norm)
-        for state, n in zip(states, np.diff(cu_seqlens).tolist(), strict=True):
-            state.length += n
-            state.intact = True
         return x
 
     def logits(self, hidden: Array) -> Array:

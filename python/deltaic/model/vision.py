@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,10 @@ class VisionModel:
             self._before_use()
             self._before_use = None
         features = [self.encode(image) for image in images]
-        return np.concatenate(features) if features else np.zeros((0, self.config.out_hidden_size), np.float32)
+        if not features:
+            return np.zeros((0, self.config.out_hidden_size), np.float32)
+        join: Any = getattr(self.ops, "concatenate", np.concatenate)  # an op set on a device has its own arrays
+        return join(features)
 
     def encode(self, image: Picture) -> Array:
         """Features [gh*gw/merge^2, H] of one image. ImageError if its grid does not fit its pixels or the tower."""

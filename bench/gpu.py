@@ -1,0 +1,404 @@
+"""Everything there is to know about one GPU, in one command and under ten minutes:
+
+    python bench/gpu.py [--report FILE] [--sizes 0.8B 2B ...] [--skip build tests sanitizer operators models]
+
+Builds the CUDA extension for the card of this machine, runs every kernel and model test on it, runs the kernel tests
+under compute-sanitizer (memcheck, racecheck, initcheck), measures every operator of a decoded token against the
+measured copy bandwidth, and decodes and prefills whole models of the released shapes with random weights, against the
+copy bandwidth and the measured matrix peak. Writes one Markdown report that starts with the card's name. Steps that do
+not fit into the time that is left are reported as left out, never silently.
+
+`--rehearse` runs the measuring steps on the emulator with tiny shapes: the figures mean nothing, the script is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
+STEPS = ("build", "tests", "sanitizer", "operators", "models")
+
+
+@dataclass(frozen=True)
+class Size:
+    hidden: int
+    delta_layers: int
+    attention_layers: int
+    inner: int
+    heads: int
+    kv_heads: int
+    value_heads: int
+    tied: bool
+    key_heads: int = 16
+    width: int = 128
+    head_dim: int = 256
+    vocab: int = 248320
+
+
+SIZES = {
+    "0.8B": Size(1024, 18, 6, 3584, 8, 2, 16, True),
+    "2B": Size(2048, 18, 6, 6144, 8, 2, 16, True),
+    "4B": Size(2560, 24, 8, 9216, 16, 4, 32, True),
+    "9B": Size(4096, 24, 8, 12288, 16, 4, 32, False),
+}
+TINY = Size(32, 3, 1, 48, 2, 1, 2, True, key_heads=1, width=16, head_dim=32, vocab=64)
+
+
+class Report:
+    """Markdown lines, printed as they come and kept for the file."""
+
+    def __init__(self, budget: float):
+        self.lines: list[str] = []
+        self.end = time.monotonic() + budget
+
+    def add(self, line: str = "") -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def command(self, title: str, command: list[str], limit: float, **environment: str) -> bool:
+        """Run a command within the time left; its last lines go into the report."""
+        limit = min(limit, self.left)
+        if limit < 5:
+            self.add(f"- {title}: LEFT OUT, no time left")
+            return False
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            self.add(f"- {title}: NOT FINISHED within {limit:.0f} s")
+            return False
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-(1 if done.returncode == 0 else 25) :])
+        verdict = "ok" if done.returncode == 0 else f"FAILED (exit code {done.returncode})"
+        self.add(f"- {title}: {verdict}, {time.monotonic() - start:.0f} s")
+        self.add(f"\n```\n{tail}\n```\n")
+        return done.returncode == 0
+
+
+def build(report: Report) -> bool:
+    """The extension for this card, into the source tree."""
+    import pybind11
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    folder = "build/gpu"
+    configure = [
+        "cmake", "-S", ".", "-B", folder, "-G", "Ninja", "-DDELTAIC_CUDA=ON", f"-DDELTAIC_CUDA_ARCHS={major}{minor}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python' / 'deltaic'}",
+    ]  # fmt: skip
+    return report.command("configure", configure, 120) and report.command("build", ["cmake", "--build", folder], 400)
+
+
+def run_tests(report: Report) -> None:
+    path = str(ROOT / "python")
+    command = [sys.executable, "-m", "pytest", "-q", "tests/cuda", "-k", "gpu", "-p", "no:cacheprovider"]
+    report.command("kernel and model tests on the card", command, 150, PYTHONPATH=path)
+
+
+def run_sanitizer(report: Report) -> None:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        report.add("- compute-sanitizer: LEFT OUT, not installed")
+        return
+    tests = ["-m", "pytest", "-q", "tests/cuda", "-k", "gpu and not model", "-p", "no:cacheprovider"]
+    for check in ("memcheck", "racecheck", "initcheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, *tests]
+        environment = {"PYTHONPATH": str(ROOT / "python"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        report.command(f"compute-sanitizer {check}", command, 100, **environment)
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+class Meter:
+    """Times calls: on a GPU the median of replays of a captured graph, on the emulator one plain call."""
+
+    def __init__(self, emulated: bool):
+        self.emulated = emulated
+
+    def seconds(self, call: Any, repeats: int = 20, capture: bool = True) -> float:
+        import torch
+
+        if self.emulated:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        call()
+        torch.cuda.synchronize()
+        run = call
+        if capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            run = graph.replay
+        times = []
+        for _ in range(repeats):
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            run()
+            last.record()
+            last.synchronize()
+            times.append(first.elapsed_time(last) / 1e3)
+        return sorted(times)[len(times) // 2]
+
+
+def peaks(meter: Meter, ops: Any) -> tuple[float, float]:
+    """Bytes per second of copying (read and written), and flops per second of a bfloat16 product through cuBLAS."""
+    import torch
+
+    n = 1 << (12 if meter.emulated else 28)
+    source = ops.zeros([n], "float32")
+    target = ops.zeros([n], "float32")
+    copy = 8 * n / meter.seconds(lambda: target.copy_(source))
+    side = 64 if meter.emulated else 8192
+    a = ops.zeros([side, side], "float32").to(torch.bfloat16)
+    return copy, 2 * side**3 / meter.seconds(lambda: torch.matmul(a, a))
+
+
+def random_weight(ops: Any, rows: int, columns: int, format: str, *, glu: bool = False) -> Any:
+    """A weight of random bytes made on the device: what a product costs does not depend on the numbers."""
+    import torch
+
+    dev = ops.device()
+    quantised = format in ("int8", "int4")
+    multiple = 128 if quantised else 8
+    stride = -(-columns // multiple) * multiple
+    where = dev.torch_device
+    if not quantised:
+        q = torch.randn(rows, stride, device=where, dtype=torch.float32 if format == "f32" else torch.bfloat16) * 0.02
+        return ops.Weight([ops.Part(format, rows, columns, stride, q)], 1, glu)
+    q = torch.randint(0, 256, (rows, stride if format == "int8" else stride // 2), device=where, dtype=torch.uint8)
+    s = torch.randint(0, 256, (rows, stride // 32), device=where, dtype=torch.uint8) if format == "int4" else None
+    d = torch.full((rows, stride // 128), 0x0C00, device=where, dtype=torch.int16)  # 2^-12 as a half
+    return ops.Weight([ops.Part(format, rows, columns, stride, q, s, d)], 1, glu)
+
+
+def random_text(ops: Any, size: Size, format: str) -> Any:
+    """A TextModel of the given shape."""
+    import numpy as np
+    from deltaic.model.config import RopeConfig, TextConfig
+    from deltaic.model.text import TextModel
+    from deltaic.model.weights import AttentionMixer, DeltaMixer, DenseFFN, Layer, TextWeights
+
+    s, rng = size, np.random.default_rng(0)
+    kinds = (["linear_attention"] * 3 + ["full_attention"]) * s.attention_layers
+    values = {
+        "vocab_size": s.vocab, "hidden_size": s.hidden, "num_hidden_layers": len(kinds), "layer_types": tuple(kinds),
+        "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads, "head_dim": s.head_dim,
+        "linear_num_key_heads": s.key_heads, "linear_num_value_heads": s.value_heads, "linear_key_head_dim": s.width,
+        "linear_value_head_dim": s.width, "linear_conv_kernel_dim": 4, "intermediate_size": s.inner, "num_experts": 0,
+        "num_experts_per_tok": 0, "moe_intermediate_size": 0, "shared_expert_intermediate_size": 0,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": s.tied,
+        "mtp_num_hidden_layers": 0,
+        "rope": RopeConfig(1e7, s.head_dim // 4, (11, 11, 10), "default", 1.0, 32768, None),
+    }  # fmt: skip
+    config = TextConfig(**values)
+
+    def vector(*shape: int) -> Any:
+        return (rng.normal(size=shape) * 0.02).astype(np.float32)
+
+    def weight(rows: int, columns: int, glu: bool = False) -> Any:
+        return random_weight(ops, rows, columns, format, glu=glu)
+
+    C, values_width = config.conv_dim, s.value_heads * s.width
+    layers = []
+    for kind in kinds:
+        if kind == "linear_attention":
+            mixer: Any = DeltaMixer(
+                weight(C + values_width + 2 * s.value_heads, s.hidden), vector(4, C), vector(s.value_heads),
+                vector(s.value_heads), vector(s.width) + 1, weight(s.hidden, values_width),
+            )  # fmt: skip
+        else:
+            mixer = AttentionMixer(
+                weight(2 * (s.heads + s.kv_heads) * s.head_dim, s.hidden), vector(s.head_dim), vector(s.head_dim),
+                weight(s.hidden, s.heads * s.head_dim),
+            )  # fmt: skip
+        ffn = DenseFFN(weight(2 * s.inner, s.hidden, glu=True), weight(s.hidden, s.inner))
+        layers.append(Layer(vector(s.hidden), mixer, vector(s.hidden), ffn))
+    embed = weight(s.vocab, s.hidden)
+    weights = TextWeights(embed, layers, vector(s.hidden), embed if s.tied else weight(s.vocab, s.hidden))
+    return TextModel(config, ops.place(weights, format), ops)
+
+
+def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, formats: tuple[str, ...]) -> None:
+    import numpy as np
+
+    copy, peak = peaks(meter, ops)
+    report.add(f"\nCopying reaches {copy / 1e9:.0f} GB/s, a bfloat16 product {peak / 1e12:.0f} TFLOP/s.\n")
+    report.add("| operator | shape | format | µs | GB/s | of copying |\n| --- | --- | --- | ---: | ---: | ---: |")
+    s = size
+
+    def row(name: str, shape: str, format: str, nbytes: float, call: Any) -> None:
+        seconds = meter.seconds(call)
+        rate = nbytes / seconds
+        report.add(f"| {name} | {shape} | {format} | {seconds * 1e6:.1f} | {rate / 1e9:.0f} | {rate / copy:.2f} |")
+
+    for format in formats:
+        x = ops.zeros([1, s.hidden], "uint16")
+        norm = ops.upload(np.zeros(s.hidden, np.float32))
+        w = random_weight(ops, 2 * s.inner, s.hidden, format, glu=True)
+        row(
+            "swiglu", f"1x{s.hidden}x{2 * s.inner}", format, w.nbytes, lambda x=x, w=w, n=norm: ops.swiglu(x, w, norm=n)
+        )
+        down = random_weight(ops, s.hidden, s.inner, format)
+        y = ops.zeros([1, s.inner], "uint16")
+        row("linear", f"1x{s.inner}x{s.hidden}", format, down.nbytes, lambda y=y, w=down: ops.linear(y, w))
+        head = random_weight(ops, s.vocab, s.hidden, format)
+        row("linear (head)", f"1x{s.hidden}x{s.vocab}", format, head.nbytes, lambda x=x, w=head: ops.linear(x, w))
+        del w, down, head
+    C, Hv, D = 2 * s.key_heads * s.width + s.value_heads * s.width, s.value_heads, s.width
+    state = ops.zeros([Hv, D, D], "float32")
+    conv = ops.zeros([3, C], "float32")
+    vectors = [ops.upload(np.ones(shape, np.float32)) for shape in ((4, C), (Hv,), (Hv,), (D,))]
+    for T in (1, 512):
+        proj = ops.zeros([T, C + Hv * D + 2 * Hv], "uint16")
+        call = lambda p=proj, T=T: ops.gated_delta_net(  # noqa: E731
+            p, *vectors, eps=1e-6, num_k_heads=s.key_heads, head_k_dim=D, head_v_dim=D, cu_seqlens=np.array([0, T]),
+            conv_states=[conv], states=[state],
+        )  # fmt: skip
+        row("gated_delta_net", f"T={T}", "bf16", 2 * Hv * D * D * 4 + 2 * proj.numel(), call)
+    context = 64 if meter.emulated else 8192
+    table = ops.BlockTable()
+    for _ in range(context // 64 if meter.emulated else context // 128):
+        table.append(ops.zeros([1, 2, s.kv_heads, 64 if meter.emulated else 128, s.head_dim], "uint16"))
+    q_norm = ops.upload(np.zeros(s.head_dim, np.float32))
+    cos = np.ones((1, s.head_dim // 8), np.float32)
+    proj = ops.zeros([1, 2 * (s.heads + s.kv_heads) * s.head_dim], "uint16")
+    call = lambda: ops.gated_attention(  # noqa: E731
+        proj, q_norm, q_norm, cos, cos, eps=1e-6, num_heads=s.heads, num_kv_heads=s.kv_heads, layer=0,
+        cu_seqlens=np.array([0, 1]), starts=np.array([context - 1]), tables=[table],
+    )  # fmt: skip
+    row("gated_attention", f"1 of {context}", "bf16", 4 * s.kv_heads * s.head_dim * context, call)
+    logits = ops.upload(np.random.default_rng(0).normal(size=s.vocab).astype(np.float32))
+    none = np.zeros(0, np.int64)
+    for k in (20, 0):
+        call = lambda k=k: ops.sample_on_device(  # noqa: E731
+            logits, temperature=0.7, top_k=k, top_p=0.8, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
+            repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none, limit=s.vocab, uniform=0.5,
+        )  # fmt: skip
+        row("sample", f"top_k={k}", "f32", 4 * s.vocab, call)
+
+
+def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size], formats: tuple[str, ...]) -> None:
+    import torch
+    from deltaic.model.graph import DecodeGraph
+    from deltaic.model.state import State
+    from deltaic.model.weights import weight_bytes
+
+    copy, peak = peaks(meter, ops)
+    prompt, chunk, steps = (40, 20, 2) if meter.emulated else (2048, 512, 128)
+    report.add("\n| model | format | GB | decode tok/s | bytes/s of copying | prefill tok/s (2048) | of matrix peak |")
+    report.add("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, size in sizes.items():
+        for format in formats:
+            if report.left < 20:
+                report.add(f"| {name} | {format} | LEFT OUT, no time left | | | | |")
+                continue
+            text = random_text(ops, size, format)
+            nbytes = weight_bytes(text.weights) - (0 if size.tied else text.weights.embed.nbytes)
+            state = State(text.config, ops, "bf16")
+            prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
+            graph = DecodeGraph(text, ops)
+            token = int(text.logits(graph.step(1, state)).argmax())
+            start = time.perf_counter()
+            for _ in range(steps):  # with the token read back every time, as in generation
+                token = int(text.logits(graph.step(token, state)).argmax())
+            seconds = (time.perf_counter() - start) / steps
+            parameters = sum(w.shape[0] * w.shape[1] for w in matrices(text.weights))
+            flops = 2 * parameters * prompt / prefill_seconds
+            report.add(
+                f"| {name} | {format} | {nbytes / 1e9:.2f} | {1 / seconds:.1f} | {nbytes / seconds / copy:.2f} "
+                f"| {prompt / prefill_seconds:.0f} | {flops / peak:.2f} |"
+            )
+            del text, state, graph
+            if not meter.emulated:
+                torch.cuda.empty_cache()
+
+
+def prefill(text: Any, state: Any, prompt: int, chunk: int) -> Any:
+    """Feed a prompt from the start, in chunks, and return the logits after it."""
+    import numpy as np
+
+    state.length = 0
+    for first in range(0, prompt, chunk):
+        places = np.arange(first, first + chunk)
+        x = text.embed(places % text.config.vocab_size)
+        hidden = text.forward(x, np.repeat(places[:, None], 3, axis=1), [state], np.array([0, chunk]))
+    return text.logits(hidden[-1:])
+
+
+def matrices(weights: Any) -> list[Any]:
+    """The matrices that every token of a prompt is multiplied with."""
+    found = []
+    for layer in weights.layers:
+        parts = [getattr(layer.mixer, n, None) for n in ("in_proj", "out_proj", "qkv_proj", "o_proj")]
+        found += [w for w in [*parts, layer.ffn.gate_up, layer.ffn.down] if w is not None]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, help="default: build/gpu-<card>.md")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--skip", nargs="*", choices=STEPS, default=[])
+    parser.add_argument("--seconds", type=float, default=570, help="time for everything")
+    parser.add_argument("--rehearse", action="store_true", help="measure on the emulator with tiny shapes")
+    args = parser.parse_args()
+    report = Report(args.seconds)
+    import torch
+
+    if not args.rehearse and not torch.cuda.is_available():
+        print("bench/gpu.py: torch finds no NVIDIA GPU; --rehearse runs on the emulator", file=sys.stderr)
+        return 2
+    card = "emulator (rehearsal: the figures mean nothing)" if args.rehearse else torch.cuda.get_device_name()
+    report.add(f"# deltaic on {card}\n")
+    report.add(f"torch {torch.__version__}, CUDA {torch.version.cuda}\n")
+    wanted = [step for step in STEPS if step not in args.skip]
+    if args.rehearse:
+        import emulator
+        from deltaic.ops import cuda
+
+        cuda.use_device(emulator.EmulatedDevice(emulator.build()))
+        wanted = [step for step in wanted if step in ("operators", "models")]
+    ok = True
+    if "build" in wanted:
+        ok = build(report)
+    if ok and "tests" in wanted:
+        run_tests(report)
+    if ok and "sanitizer" in wanted:
+        run_sanitizer(report)
+    if ok:
+        from deltaic.ops import cuda
+
+        meter = Meter(args.rehearse)
+        formats = ("bf16", "int4") if args.rehearse else ("bf16", "int8", "int4")
+        if "operators" in wanted:
+            measure_operators(report, meter, cuda, TINY if args.rehearse else SIZES["4B"], formats)
+        if "models" in wanted:
+            sizes = {"tiny": TINY} if args.rehearse else {name: SIZES[name] for name in args.sizes}
+            measure_models(report, meter, cuda, sizes, formats)
+    file = args.report or ROOT / "build" / f"gpu-{card.split(' (')[0].replace(' ', '-')}.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(report.lines) + "\n")
+    print(f"\nWritten to {file}")
+    return 0 if ok and not any("FAILED" in line for line in report.lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+// linear and swiglu for a few tokens (matrix-vector products that read every weight once, dequantised in registers,
+// with norm, bias, activation, residual and the gated product fused), and dequantisation for the products of many
+// tokens, which cuBLAS computes.
+#include "cuda/common.cuh"
+#include "cuda/ops.h"
+#include "cuda/weight.cuh"
+
+namespace deltaic {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr size_t kSharedLimit = 64 * 1024;
+
+struct Epilogue {
+    const float* bias;
+    int64_t activation;
+    const void* residual;
+    void* y;
+    int64_t outputs;  // columns of y
+    bool float_output;
+};
+
+template <class T>
+__device__ __forceinline__ void write_output(const Epilogue& e, int64_t t, int64_t n, float v) {
+    const int64_t i = t * e.outputs + n;
+    if (e.bias) v += e.bias[n];
+    v = activate(static_cast<Activation>(e.activation), v);
+    if (e.residual) v += to_float(static_cast<const T*>(e.residual)[i]);
+    if (e.float_output)
+        static_cast<float*>(e.y)[i] = v;
+    else
+        static_cast<T*>(e.y)[i] = from_float<T>(v);
+}
+
+// A warp computes two rows of a part for NT tokens: rows 2i and 2i+1, or, with glu, gate row i and up row i.
+template <class T, int NT>
+__global__ void __launch_bounds__(kThreads)
+    gemv_kernel(const T* x, const float* norm, float eps, Matrices w, Epilogue e, int64_t tokens) {
+    DELTAIC_DYNAMIC_SHARED(base);
+    DELTAIC_SHARED(float, scratch, 32);
+    int part = 0;
+    int64_t block = blockIdx.x, first = 0;
+    while (true) {
+        const int64_t pairs = (w.part[part].rows + 1) / 2, blocks = (pairs + kWarps - 1) / kWarps;
+        if (block < blocks) break;
+        block -= blocks;
+        first += w.part[part].rows;
+        ++part;
+    }
+    const Matrix m = w.part[part];
+    const int64_t t0 = static_cast<int64_t>(blockIdx.y) * NT;
+    const Shared<float> h = carve<float>(base, 0, NT * m.stride);
+    stage_rows<NT>(x, norm, eps, t0, tokens, m.columns, m.stride, h, scratch);
+
+    const int lane = threadIdx.x % kWarp;
+    const int64_t pair = block * kWarps + threadIdx.x / kWarp, pairs = (m.rows + 1) / 2;
+    const int64_t row[2] = {w.glu ? pair : 2 * pair, w.glu ? pairs + pair : 2 * pair + 1};
+    const bool valid[2] = {pair < pairs, pair < pairs && row[1] < m.rows};
+    float sum[2][NT];
+    with_format(m.format, [&](auto format) { warp_dot<decltype(format)::value, NT>(m, row, valid, h, sum); });
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+        if (lane != t || t0 + t >= tokens) continue;
+        if (w.glu) {
+            if (valid[0]) write_output<T>(e, t0 + t, pair, silu(sum[0][t]) * sum[1][t]);
+        } else {
+            if (valid[0]) write_output<T>(e, t0 + t, first + row[0], sum[0][t]);
+            if (valid[1]) write_output<T>(e, t0 + t, first + row[1], sum[1][t]);
+        }
+    }
+}
+
+// Rows first .. first+count of one part as numbers [count][columns].
+template <class T>
+__global__ void dequantise_kernel(Matrix m, int64_t first, int64_t count, T* y) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, chunks = m.stride / 8;
+    if (i >= count * chunks) return;
+    const int64_t row = i / chunks, c = i % chunks;
+    with_format(m.format, [&](auto format) {
+        Chunk<decltype(format)::value> chunk;
+        chunk.load(m, first + row, c);
+        float v[8];
+        const float scale = chunk.decode(v);
+        for (int j = 0; j < 8; ++j)
+            if (c * 8 + j < m.columns) y[row * m.columns + c * 8 + j] = from_float<T>(scale * v[j]);
+    });
+}
+
+template <class T, int NT>
+void launch_gemv(const void* x, const float* norm, float eps, const Matrices& w, const Epilogue& e, int64_t tokens,
+                 int64_t stride, Stream stream) {
+    int64_t blocks = 0;
+    for (int64_t p = 0; p < w.parts; ++p) blocks += ((w.part[p].rows + 1) / 2 + kWarps - 1) / kWarps;
+    const dim3 grid(static_cast<unsigned>(blocks), blocks_for(tokens, NT));
+    launch("linear", gemv_kernel<T, NT>, grid, kThreads, static_cast<size_t>(NT * stride) * sizeof(float), stream,
+           static_cast<const T*>(x), norm, eps, w, e, tokens);
+}
+
+}  // namespace
+
+void linear(const void* x, const Matrices& w, const float* norm, float eps, const float* bias, int64_t activation,
+            const void* residual, void* y, int64_t tokens, int64_t type, int64_t float_output, Stream stream) {
+    if (w.count != 1) fail("linear", "the weight holds several experts, expected one matrix");
+    if (tokens == 0) return;
+    Epilogue e{bias, activation, residual, y, 0, float_output != 0};
+    int64_t stride = 0;
+    for (int64_t p = 0; p < w.parts; ++p) {
+        e.outputs += w.part[p].rows;
+        stride = w.part[p].stride > stride ? w.part[p].stride : stride;
+    }
+    if (w.glu) e.outputs /= 2;
+    if (e.outputs == 0) return;
+    int64_t at_once = 1;  // tokens per block: as many as there are, and as fit into shared memory
+    while (at_once < 8 && at_once < tokens && static_cast<size_t>(2 * at_once * stride) * sizeof(float) <= kSharedLimit)
+        at_once *= 2;
+    with_type("linear", type, [&](auto element) {
+        using T = decltype(element);
+        switch (at_once) {
+            case 1:
+                return launch_gemv<T, 1>(x, norm, eps, w, e, tokens, stride, stream);
+            case 2:
+                return launch_gemv<T, 2>(x, norm, eps, w, e, tokens, stride, stream);
+            case 4:
+                return launch_gemv<T, 4>(x, norm, eps, w, e, tokens, stride, stream);
+            default:
+                return launch_gemv<T, 8>(x, norm, eps, w, e, tokens, stride, stream);
+        }
+    });
+}
+
+void dequantise(const Matrices& w, int64_t part, int64_t first, int64_t count, void* y, int64_t type, Stream stream) {
+    if (part < 0 || part >= w.parts || first < 0 || count < 0 || first + count > w.part[part].rows * w.count)
+        fail("dequantise", "no such rows in this weight");
+    if (count == 0) return;
+    with_type("dequantise", type, [&](auto element) {
+        using T = decltype(element);
+        const int64_t chunks = count * (w.part[part].stride / 8);
+        launch("dequantise", dequantise_kernel<T>, blocks_for(chunks, 256), 256, 0, stream, w.part[part], first, count,
+               static_cast<T*>(y));
+    });
+}
+
+}  // namespace cuda
+}  // namespace deltaic

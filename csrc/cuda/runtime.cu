@@ -1,0 +1,43 @@
+// What the CUDA runtime says: errors as text, the toolkit this was built with, the driver, the cards.
+#include <string>
+
+#include "cuda/common.cuh"
+#include "cuda/runtime.h"
+
+namespace deltaic {
+namespace cuda {
+
+void throw_cuda_error(const char* what, cudaError_t error) {
+    throw Error(std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+}
+
+int toolkit_version() { return CUDART_VERSION; }
+
+int driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+std::string device_problem() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        return cudaGetErrorName(error);
+    }
+    return count ? "" : "cudaErrorNoDevice";
+}
+
+namespace {
+__global__ void probe_kernel() {}
+}  // namespace
+
+bool has_kernels() {
+    cudaFuncAttributes attributes;
+    const bool found = cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess;
+    cudaGetLastError();
+    return found;
+}
+
+}  // namespace cuda
+}  // namespace deltaic

@@ -1,0 +1,281 @@
+// sample: penalties, then one token from a list of (logit, id), without sorting it.
+//
+// In the order (logit descending, id ascending) the filters each keep a front part of the list. Its end is found from
+// the top digit of the logits' bits down: a histogram over 256 digits holds how many entries, and how much probability,
+// each digit has. Weights are whole numbers of 2^-40 of the largest, so their sums do not depend on the order of
+// additions and a seed always gives the same token. A small top_k is first reduced in parallel: the k best of each
+// stretch of the logits (`shortlist`) contain the k best of all.
+#include "cuda/common.cuh"
+#include "cuda/ops.h"
+
+namespace deltaic {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr double kUnit = 1099511627776.0;  // 2^40
+
+// Larger logits get larger keys; NaN gets the largest of all, so that it cannot pass unseen.
+__device__ __forceinline__ uint32_t key_of(float x) {
+    if (x != x) return 0xffffffffu;
+    const uint32_t bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// In place: repetition for ids in prompt or output (each id once), then frequency and presence for ids in output.
+__global__ void penalise_kernel(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output,
+                                const int64_t* counts, int64_t output_count, float repetition, float frequency,
+                                float presence, int64_t limit) {
+    for (int64_t i = threadIdx.x; i < seen_count; i += blockDim.x) {
+        const int64_t id = seen[i];
+        if (id >= 0 && id < limit) logits[id] = logits[id] > 0 ? logits[id] / repetition : logits[id] * repetition;
+    }
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < output_count; i += blockDim.x) {
+        const int64_t id = output[i];
+        if (id >= 0 && id < limit) logits[id] -= frequency * static_cast<float>(counts[i]) + presence;
+    }
+}
+
+__device__ __forceinline__ int64_t block_count(int64_t x, Shared<int64_t> scratch) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    int64_t total = 0;
+    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) total += scratch[w];
+    return total;
+}
+
+// Where a front part ends: the entries with a larger key, and the first `ties` (by id) of those with this key.
+struct Cut {
+    uint32_t key;
+    int64_t ties;
+};
+
+// A list of n entries; ids == nullptr means that entry i has id i.
+struct List {
+    const float* logits;
+    const int64_t* ids;
+    int64_t n;
+    float inverse_temperature;
+    float largest;
+
+    __device__ __forceinline__ uint64_t weight(float x) const {
+        return static_cast<uint64_t>(kUnit *
+                                     exp(static_cast<double>(x - largest) * static_cast<double>(inverse_temperature)));
+    }
+};
+
+// The shortest front part of `within` whose amount reaches `target` (> 0): entries are counted, or with `weighted`
+// their weights summed. If the whole does not reach it, the whole.
+__device__ Cut find_cut(const List& list, Cut within, uint64_t target, bool weighted, Shared<unsigned long long> amount,
+                        Shared<int64_t> scratch) {
+    uint32_t prefix = 0, mask = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        __syncthreads();
+        if (threadIdx.x < 256) amount[threadIdx.x] = 0;
+        __syncthreads();
+        for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x) {
+            const uint32_t key = key_of(list.logits[i]);
+            if (key <= within.key || (key & mask) != prefix)
+                continue;  // ties at the border of `within` are added below
+            atomicAdd(shared_atomic(amount, key >> shift & 255u),
+                      static_cast<unsigned long long>(weighted ? list.weight(list.logits[i]) : 1u));
+        }
+        __syncthreads();
+        if (threadIdx.x == 0 && within.ties > 0 && (within.key & mask) == prefix) {
+            // All entries of the border key have the same weight.
+            const uint32_t bits = within.key & 0x80000000u ? within.key & 0x7fffffffu : ~within.key;
+            const unsigned long long each = weighted ? list.weight(__uint_as_float(bits)) : 1u;
+            const int digit = static_cast<int>(within.key >> shift & 255u);
+            amount[digit] = amount[digit] + each * static_cast<unsigned long long>(within.ties);
+        }
+        __syncthreads();
+        uint64_t above = 0;
+        int digit = 255;
+        int lowest = 255;  // lowest digit that holds anything, for a target beyond the whole
+        bool found = false;
+        for (int j = 255; j >= 0; --j) {
+            const uint64_t here = amount[j];
+            if (here) lowest = j;
+            if (above + here >= target) {
+                digit = j, found = true;
+                break;
+            }
+            above += here;
+        }
+        if (!found) {
+            digit = lowest;
+            target = ~0ull;  // take everything below, too
+            above = 0;
+        }
+        target -= above;
+        prefix |= static_cast<uint32_t>(digit) << shift;
+        mask |= 255u << shift;
+    }
+    // prefix is a whole key now: how many of its ties are needed?
+    int64_t same = 0;
+    for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x) same += key_of(list.logits[i]) == prefix;
+    same = block_count(same, scratch);
+    if (prefix == within.key && within.ties < same) same = within.ties;
+    const uint32_t bits = prefix & 0x80000000u ? prefix & 0x7fffffffu : ~prefix;
+    const uint64_t each = weighted ? list.weight(__uint_as_float(bits)) : 1u;
+    uint64_t needed = each ? (target + each - 1) / each : static_cast<uint64_t>(same);
+    if (target > each * static_cast<uint64_t>(same)) needed = static_cast<uint64_t>(same);
+    if (needed < 1) needed = 1;
+    return Cut{prefix, static_cast<int64_t>(needed)};
+}
+
+// Sum of the weights of a front part.
+__device__ uint64_t mass_of(const List& list, Cut cut, Shared<int64_t> scratch) {
+    int64_t sum = 0;
+    for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x)
+        if (key_of(list.logits[i]) > cut.key) sum += static_cast<int64_t>(list.weight(list.logits[i]));
+    sum = block_count(sum, scratch);
+    const uint32_t bits = cut.key & 0x80000000u ? cut.key & 0x7fffffffu : ~cut.key;
+    return static_cast<uint64_t>(sum) + list.weight(__uint_as_float(bits)) * static_cast<uint64_t>(cut.ties);
+}
+
+// The id of the last entry of a front part: the `ties`-th smallest id among those with the key, found from its top
+// digit down.
+__device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long> amount) {
+    uint64_t prefix = 0, mask = 0;
+    int64_t wanted = cut.ties;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        __syncthreads();
+        if (threadIdx.x < 256) amount[threadIdx.x] = 0;
+        __syncthreads();
+        for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x) {
+            const uint64_t id = static_cast<uint64_t>(list.ids ? list.ids[i] : i);
+            if (key_of(list.logits[i]) == cut.key && (id & mask) == prefix)
+                atomicAdd(shared_atomic(amount, static_cast<int64_t>(id >> shift & 255u)), 1ull);
+        }
+        __syncthreads();
+        int digit = 255;
+        for (int j = 0; j < 256; ++j) {
+            const int64_t here = static_cast<int64_t>(static_cast<unsigned long long>(amount[j]));
+            if (here >= wanted) {
+                digit = j;
+                break;
+            }
+            wanted -= here;
+        }
+        prefix |= static_cast<uint64_t>(digit) << shift;
+        mask |= static_cast<uint64_t>(255) << shift;
+    }
+    return static_cast<int64_t>(prefix);
+}
+
+// One block. token = the chosen id; -1 if the logits hold NaN or +inf, or nothing but -inf.
+__global__ void __launch_bounds__(kThreads)
+    choose_kernel(const float* logits, const int64_t* ids, int64_t n, float temperature, int64_t top_k, double top_p,
+                  double min_p, double uniform, int64_t* token) {
+    DELTAIC_SHARED(unsigned long long, amount, 256);
+    DELTAIC_SHARED(int64_t, scratch, 32);
+    DELTAIC_SHARED(float, peaks, 32);
+    float peak = -INFINITY;
+    bool bad = false;
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+        bad |= logits[i] != logits[i];
+        peak = fmaxf(peak, logits[i]);
+    }
+    peak = warp_max(peak);
+    if (threadIdx.x % kWarp == 0) peaks[threadIdx.x / kWarp] = peak;
+    const int64_t wrong = block_count(bad, scratch);
+    for (int w = 0; w < kThreads / kWarp; ++w) peak = fmaxf(peak, peaks[w]);
+    if (wrong || peak == INFINITY || peak == -INFINITY) {
+        if (threadIdx.x == 0) *token = -1;
+        return;
+    }
+    const List list{logits, ids, n, temperature > 0 ? 1.0f / temperature : 1.0f, peak};
+    Cut cut{0, 0};  // key 0 is below every number's: everything
+    if (temperature == 0) top_k = 1;
+    if (top_k > 0 && top_k < n) cut = find_cut(list, cut, static_cast<uint64_t>(top_k), false, amount, scratch);
+    if (top_k != 1) {
+        if (top_p < 1) {
+            const double target = top_p * static_cast<double>(mass_of(list, cut, scratch));
+            const uint64_t whole = static_cast<uint64_t>(target);
+            cut = find_cut(list, cut, whole + (static_cast<double>(whole) < target) + (whole == 0 && target <= 0), true,
+                           amount, scratch);
+        }
+        if (min_p > 0) {
+            // The entries of at least min_p of the largest weight: one more condition on the key.
+            uint64_t least = static_cast<uint64_t>(min_p * kUnit);
+            int64_t kept = 0;
+            for (int64_t i = threadIdx.x; i < n; i += kThreads)
+                kept += key_of(logits[i]) > cut.key && list.weight(logits[i]) >= least;
+            kept = block_count(kept, scratch);
+            const uint32_t bits = cut.key & 0x80000000u ? cut.key & 0x7fffffffu : ~cut.key;
+            if (cut.ties > 0 && list.weight(__uint_as_float(bits)) >= least) kept += cut.ties;
+            cut = find_cut(list, cut, static_cast<uint64_t>(kept > 0 ? kept : 1), false, amount, scratch);
+        }
+        const uint64_t total = mass_of(list, cut, scratch);
+        // The first entry whose running sum exceeds uniform * total.
+        uint64_t target = static_cast<uint64_t>(uniform * static_cast<double>(total)) + 1;
+        cut = find_cut(list, cut, target > total ? total : target, true, amount, scratch);
+    }
+    const int64_t chosen = last_id(list, cut, amount);
+    if (threadIdx.x == 0) *token = chosen;
+}
+
+// Block j: the k best of the logits [j * stretch, (j + 1) * stretch), in no particular order, to values and ids [j][k].
+// A NaN comes first, so it is seen later. Where there are fewer than k, -inf and an id past the end fill up.
+__global__ void __launch_bounds__(kThreads)
+    shortlist_kernel(const float* logits, int64_t limit, int64_t stretch, int64_t k, float* values, int64_t* ids) {
+    DELTAIC_SHARED(unsigned long long, amount, 256);
+    DELTAIC_SHARED(int64_t, scratch, 32);
+    DELTAIC_SHARED(int, used, 1);
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * stretch,
+                  n = limit - first < stretch ? limit - first : stretch;
+    const List list{logits + first, nullptr, n, 1.0f, 0.0f};
+    Cut cut{0, 0};
+    int64_t border = -1;
+    if (k < n) {
+        cut = find_cut(list, cut, static_cast<uint64_t>(k), false, amount, scratch);
+        border = last_id(list, cut, amount);
+    }
+    if (threadIdx.x == 0) used[0] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+        const uint32_t key = key_of(list.logits[i]);
+        if (key > cut.key || (key == cut.key && i <= border)) {
+            const int64_t place = blockIdx.x * k + atomicAdd(shared_atomic(used, 0), 1);
+            values[place] = list.logits[i], ids[place] = first + i;
+        }
+    }
+    __syncthreads();
+    for (int64_t i = used[0] + static_cast<int64_t>(threadIdx.x); i < k; i += kThreads) {
+        values[blockIdx.x * k + i] = -INFINITY;
+        ids[blockIdx.x * k + i] = limit + i;
+    }
+}
+
+}  // namespace
+
+void penalise(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output, const int64_t* counts,
+              int64_t output_count, float repetition, float frequency, float presence, int64_t limit, Stream stream) {
+    launch("penalise", penalise_kernel, 1, 256, 0, stream, logits, seen, seen_count, output, counts, output_count,
+           repetition, frequency, presence, limit);
+}
+
+void sample(const float* logits, int64_t limit, float temperature, int64_t top_k, double top_p, double min_p,
+            double uniform, float* values, int64_t* ids, int64_t room, int64_t* token, Stream stream) {
+    if (limit < 1) fail("sample", "limit must be positive");
+    constexpr int64_t kStretch = 4096;
+    const int64_t k = temperature == 0 ? 1 : top_k, blocks = (limit + kStretch - 1) / kStretch;
+    if (k > 0 && k <= 128 && blocks > 1) {
+        if (room < blocks * k) fail("sample", "too little room for the shortlist");
+        launch("sample shortlist", shortlist_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, logits, limit,
+               kStretch, k, values, ids);
+        launch("sample", choose_kernel, 1, kThreads, 0, stream, static_cast<const float*>(values),
+               static_cast<const int64_t*>(ids), blocks * k, temperature, top_k, top_p, min_p, uniform, token);
+    } else {
+        launch("sample", choose_kernel, 1, kThreads, 0, stream, logits, static_cast<const int64_t*>(nullptr), limit,
+               temperature, top_k, top_p, min_p, uniform, token);
+    }
+}
+
+}  // namespace cuda
+}  // namespace deltaic

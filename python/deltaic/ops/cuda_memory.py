@@ -1,0 +1,197 @@
+"""Where do the CUDA operators compute, and how do arrays get there? The device (torch's, or a test's emulator), its
+memory, and the checks that every operator makes on its tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+Tensor = Any  # torch.Tensor; torch is imported late
+_threads = 1
+
+
+class Device(Protocol):
+    """Where the kernels run: the compiled module, the torch device, and how memory is made."""
+
+    module: Any
+    torch_device: Any
+
+    def stream(self) -> int: ...
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
+
+
+class _Cuda:
+    """The GPU."""
+
+    def __init__(self) -> None:
+        from .cuda_device import open_device
+
+        self.module, self.torch_device = open_device()
+
+    def stream(self) -> int:
+        import torch
+
+        return int(torch.cuda.current_stream(self.torch_device).cuda_stream)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        import torch
+
+        return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+
+
+_device: Device | None = None
+
+
+def device() -> Device:
+    """The device in use, opened on first call. Raises DeviceError if there is none that can be used."""
+    global _device
+    if _device is None:
+        _device = _Cuda()
+    return _device
+
+
+def use_device(new: Device | None) -> None:
+    """Compute on `new` from now on (tests: the emulator); None: open the GPU again when needed."""
+    global _device
+    _device = new
+    _vectors.clear()
+    _recent.clear()
+
+
+def set_num_threads(n: int) -> None:
+    """Remember `n` >= 1; the host threads of this process do no arithmetic here."""
+    global _threads
+    if n < 1:
+        raise ArgumentError(f"set_num_threads: n is {n}, expected at least 1")
+    _threads = int(n)
+
+
+def num_threads() -> int:
+    """The number last given to `set_num_threads` (1 at first)."""
+    return _threads
+
+
+def isa() -> str:
+    """The compute capability in use, such as "sm_90"; "emulated" in tests."""
+    dev = device()
+    if dev.module.emulated:
+        return "emulated"
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(dev.torch_device)
+    return f"sm_{major}{minor}"
+
+
+def zeros(shape: Sequence[int], dtype: Any) -> Tensor:
+    """A zeroed tensor on the device; dtype np.float32, or np.uint16 for bfloat16. MemoryError if the card is full."""
+    import torch
+
+    kind = torch.float32 if np.dtype(dtype) == np.float32 else torch.bfloat16
+    try:
+        return new(shape, kind).zero_()
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from None
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A float32 copy in the host's memory; waits for the device."""
+    return x.float().cpu().numpy()
+
+
+def require_memory(nbytes: int) -> None:
+    """DeviceError if the card has not `nbytes` free."""
+    import torch
+
+    from .cuda_device import require_memory as require
+
+    dev = device()
+    if not dev.module.emulated:
+        require(nbytes, torch, dev.torch_device)
+
+
+def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return device().empty(shape, dtype)
+
+
+def upload(array: np.ndarray) -> Tensor:
+    """A copy of a numpy array on the device, in the dtype of the same name (bfloat16 included)."""
+    import torch
+
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        host = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    elif array.dtype == np.uint16:
+        host = torch.from_numpy(array.view(np.int16))
+    else:
+        host = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return new(host.shape, host.dtype).copy_(host)
+
+
+_vectors: dict[int, tuple[weakref.ref[np.ndarray], Tensor]] = {}
+_recent: list[tuple[np.ndarray, Tensor]] = []
+
+
+def vector(value: Any) -> Tensor:
+    """A float32 vector or matrix on the device: a tensor as it is, a numpy array uploaded once while it lives."""
+    if not isinstance(value, np.ndarray):
+        return value
+    known = _vectors.get(id(value))
+    if known is not None and known[0]() is value:
+        return known[1]
+    key = id(value)
+    tensor = upload(value.astype(np.float32, copy=False))
+    _vectors[key] = (weakref.ref(value, lambda _: _vectors.pop(key, None)), tensor)
+    return tensor
+
+
+def small(value: Any, dtype: Any = np.int64) -> Tensor:
+    """Numbers of one call (lengths, positions, tables) on the device; layers that pass equal ones share the upload."""
+    if not isinstance(value, np.ndarray):
+        return value
+    value = np.ascontiguousarray(value, dtype)
+    for known, tensor in _recent:
+        if known.dtype == value.dtype and known.shape == value.shape and np.array_equal(known, value):
+            return tensor
+    tensor = upload(value)
+    _recent.insert(0, (value.copy(), tensor))
+    del _recent[16:]
+    return tensor
+
+
+def type_of(x: Tensor) -> int:
+    import torch
+
+    return 1 if x.dtype == torch.bfloat16 else 0
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else int(tensor.data_ptr())
+
+
+def check(op: str, name: str, value: Any, shape: Sequence[int | None], dtypes: Sequence[str]) -> None:
+    """ArgumentError unless `value` is a contiguous tensor on the device, of this shape (None: any) and dtype."""
+    import torch
+
+    wanted = f"{' or '.join(dtypes)}[{','.join('_' if n is None else str(n) for n in shape)}]"
+    if not isinstance(value, torch.Tensor):
+        raise ArgumentError(f"{op}: {name} is a {type(value).__name__}, expected a torch tensor {wanted}")
+    found = f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
+    fits = value.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=False))
+    if not fits or str(value.dtype).removeprefix("torch.") not in dtypes:
+        raise ArgumentError(f"{op}: {name} is {found}, expected {wanted}")
+    if value.device.type != torch.device(device().torch_device).type:
+        raise ArgumentError(f"{op}: {name} is on {value.device}, expected {device().torch_device}")
+    if not value.is_contiguous():
+        raise ArgumentError(f"{op}: {name} is not contiguous; call .contiguous() on it")
+
+
+ACTIVATION_DTYPES = ("float32", "bfloat16")

@@ -1,0 +1,138 @@
+"""Builds the CUDA kernels for the host, against the emulator in csrc/cuda/simt, and runs op sets on it.
+
+Objects are kept under build/emulator by a hash of all sources they can see, so that a second session compiles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pybind11
+import torch
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc"
+CACHE = Path(os.environ.get("DELTAIC_EMULATOR_CACHE", ROOT / "build" / "emulator"))
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _included(text: str, seen: dict[str, str]) -> dict[str, str]:
+    """The project's headers that a source includes, directly or not: path -> text."""
+    for name in re.findall(r'#include "([^"]+)"', text):
+        file = SOURCES / name
+        if name not in seen and file.exists():
+            seen[name] = file.read_text()
+            _included(seen[name], seen)
+    return seen
+
+
+def _digest(text: str) -> str:
+    """What an object depends on: its source, the headers it can see, the flags, Python and pybind11."""
+    digest = hashlib.sha256("".join([*FLAGS, sys.version, pybind11.__version__, text]).encode())
+    for name, header in sorted(_included(text, {}).items()):
+        digest.update((name + header).encode())
+    return digest.hexdigest()[:24]
+
+
+def _compile(source: Path, text: str) -> Path:
+    key = _digest(text)
+    built = CACHE / f"{source.stem}-{key}.o"
+    if built.exists():
+        return built
+    CACHE.mkdir(parents=True, exist_ok=True)
+    copy = CACHE / f"{source.stem}-{key}{'.cpp' if source.suffix == '.cu' else source.suffix}"
+    copy.write_text(text)
+    includes = [f"-I{SOURCES}", f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+    partial = built.with_suffix(f".{os.getpid()}.tmp")
+    command = [compiler(), *FLAGS, "-DDELTAIC_EMULATE", *includes, "-c", str(copy), "-o", str(partial)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{source.name} does not compile for the emulator:\n{result.stderr[-4000:]}")
+    partial.rename(built)
+    return built
+
+
+def build(edits: dict[str, tuple[str, str]] | None = None) -> ModuleType:
+    """The extension `_cuda_emulated`. `edits`: file name -> (old text, new text), for mutation tests."""
+    files = [f for f in sorted(SOURCES.glob("cuda/*.cu")) if f.stem != "runtime"]
+    files += [SOURCES / "cuda/simt/simt.cpp", SOURCES / "core/error.cpp", SOURCES / "bindings/cuda_module.cpp"]
+    texts = {}
+    for file in files:
+        texts[file] = file.read_text()
+        if edits and file.name in edits:
+            old, new = edits[file.name]
+            if texts[file].count(old) != 1:
+                raise RuntimeError(
+                    f"{file.name} holds {texts[file].count(old)} times what the mutation replaces: {old!r}"
+                )
+            texts[file] = texts[file].replace(old, new)
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda f: _compile(f, texts[f]), files))
+    key = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:24]
+    folder = CACHE / key
+    library = folder / "_cuda_emulated.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}.tmp")
+        subprocess.run([compiler(), "-shared", *map(str, objects), "-o", str(partial)], check=True)
+        partial.rename(library)
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Memory:
+    """A guarded buffer that numpy reads through the array interface, freed with the last array."""
+
+    def __init__(self, module: ModuleType, nbytes: int, name: str):
+        self.module, self.address = module, module.guarded_alloc(nbytes, name)
+        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+
+    def __del__(self):
+        self.module.guarded_free(self.address)
+
+
+class EmulatedDevice:
+    """A device for deltaic.ops.cuda: torch CPU tensors in guarded, poisoned memory."""
+
+    torch_device = "cpu"
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+
+    def stream(self) -> int:
+        return 0
+
+    def empty(self, shape, dtype) -> torch.Tensor:
+        count = int(np.prod(tuple(shape), dtype=np.int64))
+        size = torch.empty(0, dtype=dtype).element_size()
+        memory = _Memory(self.module, max(1, count * size), f"{str(dtype).removeprefix('torch.')}{list(shape)}")
+        raw = torch.from_numpy(np.asarray(memory))
+        return raw[: count * size].view(dtype).reshape(tuple(shape))
