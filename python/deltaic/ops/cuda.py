@@ -286,7 +286,8 @@ def gated_attention(
     tables: Any,
     prefill: bool = False,
 ) -> Tensor:
-    """`prefill` says nothing new here: the form follows from the longest sequence. `tables`: a list of BlockTables, or (in graphs) of one TableBatch."""
+    """`prefill` says nothing new here: the form follows from the longest sequence. `tables`: a list of BlockTables, or
+    (in graphs) of one TableBatch."""
     import torch
 
     op, Hq, Hkv = "gated_attention", num_heads, num_kv_heads
