@@ -233,7 +233,7 @@ const Isa* choose_isa() {
 PYBIND11_MODULE(_core, m) {
     using namespace deltaic;
     m.doc() = "Compiled operators of deltaic. Use deltaic.ops.cpu.";
-    static py::exception<Error> error(m, "ContractError", PyExc_ValueError);
+    static py::exception<Error> error(m, "ContractError", py::module_::import("deltaic.errors").attr("ArgumentError"));
     py::register_exception_translator([](std::exception_ptr p) {
         try {
             if (p) std::rethrow_exception(p);

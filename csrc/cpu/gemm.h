@@ -31,7 +31,7 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
         f32x16 first[NB], second[NB];
         for (int b = 0; b < NB; ++b) {
             const uint8_t* p = w + b * block_stride + k * 32;
-            if (NT == 1) prefetch(p + 2048);
+            if (NT == 1) prefetch_far(p + NB * block_stride);  // the same place in the next blocks
             first[b] = load_pair_first(p);
             second[b] = load_pair_second(p);
         }

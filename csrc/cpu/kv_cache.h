@@ -56,9 +56,13 @@ constexpr int kDotRows = kTileTokens >= 12 ? 4 : 2;
 constexpr int kSumGroups = kTileTokens >= 12 ? 4 : 1;
 constexpr int64_t kPieceRows = 16;  // query rows that share one pass over the keys
 
-// sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys
+// sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys.
+// `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware recognises, so
+// while one group of rows is worked on the group after it is called from memory, line by line in order.
 template <bool kHalf, int KEYS, int ROWS>
-DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t D, f32x16 (&sums)[16], int first_key, int first_row) {
+DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t D, const uint8_t* ahead, f32x16 (&sums)[16],
+                             int first_key, int first_row) {
+    constexpr int64_t bytes = kHalf ? 2 : 4;
     f32x16 acc[ROWS][KEYS];
     for (int r = 0; r < ROWS; ++r)
         for (int k = 0; k < KEYS; ++k) acc[r][k] = zero();
@@ -66,6 +70,8 @@ DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t
     for (int64_t d = 0; d < whole; d += 16) {
         f32x16 key[KEYS];
         for (int k = 0; k < KEYS; ++k) key[k] = load_row<kHalf>(keys[k], d, d + 16);
+        if (ahead)
+            for (int64_t byte = 0; byte < KEYS * 16 * bytes; byte += 64) prefetch(ahead + d * KEYS * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
             const f32x16 x = load(q + r * D + d);
             for (int k = 0; k < KEYS; ++k) acc[r][k] = fma(key[k], x, acc[r][k]);
@@ -82,16 +88,17 @@ DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t
 
 // scores[r * stride + k] = q[r] . key[k]: ROWS query rows (1, 2 or 4), `count` keys (1..4)
 template <bool kHalf, int ROWS>
-DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const float* q, int64_t D, float* scores, int64_t stride) {
+DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const float* q, int64_t D, const uint8_t* ahead,
+                               float* scores, int64_t stride) {
     constexpr int R = ROWS < kDotRows ? ROWS : kDotRows;
     f32x16 sums[16];
     for (int i = 0; i < 16; ++i) sums[i] = zero();
     if (count == 4) {
         for (int r = 0; r < ROWS; r += R)
-            for (int k = 0; k < 4; k += kDotKeys) dot_tile<kHalf, kDotKeys, R>(keys + k, q + r * D, D, sums, k, r);
+            for (int k = 0; k < 4; k += kDotKeys) dot_tile<kHalf, kDotKeys, R>(keys + k, q + r * D, D, r || !ahead ? nullptr : ahead + k * D * (kHalf ? 2 : 4), sums, k, r);
     } else {
         for (int r = 0; r < ROWS; r += R)
-            for (int k = 0; k < count; ++k) dot_tile<kHalf, 1, R>(keys + k, q + r * D, D, sums, k, r);
+            for (int k = 0; k < count; ++k) dot_tile<kHalf, 1, R>(keys + k, q + r * D, D, nullptr, sums, k, r);
     }
     float lanes[16];
     store(lanes, reduce_add(sums));
@@ -102,13 +109,16 @@ DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const 
 // out[r] += sum over `count` values of weights[r * stride + i] * value[i], in order
 template <bool kHalf, int ROWS, int GROUPS>
 DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride, int64_t d, int64_t D,
-                             float* out, int64_t dims) {
+                             const uint8_t* ahead, float* out, int64_t dims) {
+    constexpr int64_t bytes = kHalf ? 2 : 4;
     f32x16 acc[ROWS][GROUPS];
     for (int r = 0; r < ROWS; ++r)
         for (int g = 0; g < GROUPS; ++g) acc[r][g] = load(out + r * dims + d + g * 16);
     for (int64_t i = 0; i < count; ++i) {
         f32x16 value[GROUPS];
         for (int g = 0; g < GROUPS; ++g) value[g] = load_row<kHalf>(values[i], d + g * 16, D);
+        if (ahead)
+            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64) prefetch(ahead + (d + i * GROUPS) * 16 * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
             const f32x16 p = set1(weights[r * stride + i]);
             for (int g = 0; g < GROUPS; ++g) acc[r][g] = fma(value[g], p, acc[r][g]);
@@ -119,13 +129,13 @@ DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const 
 }
 
 template <bool kHalf, int ROWS>
-DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride, int64_t D, float* out,
-                             int64_t dims) {
+DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride, int64_t D,
+                             const uint8_t* ahead, float* out, int64_t dims) {
     int64_t d = 0;
     // The bound says the groups are whole, so that the compiler drops the loads of a ragged end.
     for (; d + kSumGroups * 16 <= D; d += kSumGroups * 16)
-        sum_tile<kHalf, ROWS, kSumGroups>(values, count, weights, stride, d, d + kSumGroups * 16, out, dims);
-    for (; d < D; d += 16) sum_tile<kHalf, ROWS, 1>(values, count, weights, stride, d, D, out, dims);
+        sum_tile<kHalf, ROWS, kSumGroups>(values, count, weights, stride, d, d + kSumGroups * 16, ahead, out, dims);
+    for (; d < D; d += 16) sum_tile<kHalf, ROWS, 1>(values, count, weights, stride, d, D, ahead, out, dims);
 }
 
 // A piece of the keys seen by up to 32 tokens x `group` query heads, rows in (token, head) order.
@@ -148,15 +158,21 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
         if (last == 0) continue;
         for (int64_t k = 0; k < last; k += 16) {
             const int64_t count = min64(16, last - k);
-            const uint8_t* at[16];
+            const uint8_t *at[16], *next[16];
             keys.rows(piece.first + k, count, at);
+            // After the last keys come the first values.
+            if (k + 16 < last) {
+                keys.rows(piece.first + k + 16, min64(16, last - k - 16), next);
+            } else {
+                values.rows(piece.first, min64(16, last), next);
+            }
             for (int64_t i = 0; i < count; i += 4) {
                 float* s = scores + k + i;
                 const int64_t c = min64(4, count - i);
                 int64_t r = 0;
-                for (; r + 4 <= n; r += 4) score_rows<kHalf, 4>(at + i, c, q + (row0 + r) * D, D, s + r * stride, stride);
-                for (; r + 2 <= n; r += 2) score_rows<kHalf, 2>(at + i, c, q + (row0 + r) * D, D, s + r * stride, stride);
-                for (; r < n; ++r) score_rows<kHalf, 1>(at + i, c, q + (row0 + r) * D, D, s + r * stride, stride);
+                for (; r + 4 <= n; r += 4) score_rows<kHalf, 4>(at + i, c, q + (row0 + r) * D, D, r ? nullptr : next[i], s + r * stride, stride);
+                for (; r + 2 <= n; r += 2) score_rows<kHalf, 2>(at + i, c, q + (row0 + r) * D, D, r ? nullptr : next[i], s + r * stride, stride);
+                for (; r < n; ++r) score_rows<kHalf, 1>(at + i, c, q + (row0 + r) * D, D, r ? nullptr : next[i], s + r * stride, stride);
             }
         }
         for (int64_t r = 0; r < n; ++r) {
@@ -181,18 +197,19 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
         for (int64_t k = 0; k < last; k += 16) {
             const uint8_t* at[16];
             values.rows(piece.first + k, min64(16, last - k), at);
+            const uint8_t* next = k + 16 < last ? values.row(piece.first + k + 16) : nullptr;
             int64_t r = 0;
             const auto add_rows = [&](auto constant) {
                 constexpr int ROWS = decltype(constant)::value;
                 float* o = out + (row0 + r) * dims;
                 // The rows see different numbers of keys only at the end of the sequence: there each adds the rest alone.
                 const int64_t common = max64(0, min64(16, piece.visible(row0 + r) - k));
-                sum_rows<kHalf, ROWS>(at, common, scores + r * stride + k, stride, D, o, dims);
+                sum_rows<kHalf, ROWS>(at, common, scores + r * stride + k, stride, D, r ? nullptr : next, o, dims);
                 for (int i = 1; i < ROWS; ++i) {
                     const int64_t own = min64(16, piece.visible(row0 + r + i) - k);
                     if (own > common)
                         sum_rows<kHalf, 1>(at + common, own - common, scores + (r + i) * stride + k + common, stride, D,
-                                           o + i * dims, dims);
+                                           nullptr, o + i * dims, dims);
                 }
                 r += ROWS;
             };

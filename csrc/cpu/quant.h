@@ -186,8 +186,8 @@ DELTAIC_INLINE void tile_int8(const uint8_t* w, int64_t block_stride, const Acti
         for (int quad = 0; quad < kRun / 4; ++quad) {
             const uint8_t* p[NB];
             for (int b = 0; b < NB; ++b) p[b] = w + b * block_stride + run * 2048 + quad * 64;
-            if (NT == 1)
-                for (int b = 0; b < NB; ++b) prefetch(p[b] + 1024);
+            if (NT == 1)  // the same place in the next blocks
+                for (int b = 0; b < NB; ++b) prefetch_far(p[b] + NB * block_stride);
             dot4<NB, NT>(p, a.q + run * kRun + quad * 4, q_stride, sum);
         }
         for (int b = 0; b < NB; ++b) {
@@ -205,13 +205,14 @@ DELTAIC_INLINE void tile_int4(const uint8_t* w, int64_t block_stride, const Acti
         for (int b = 0; b < NB; ++b) {
             const uint8_t* lines = w + b * block_stride + run * 1024;
             const uint8_t* scales = w + b * block_stride + a.runs * 1024 + run * 64;
+            if (NT == 1) prefetch_far(scales + NB * block_stride);
             f32x16 sum[NT];  // integers below 2^24: exact
             for (int t = 0; t < NT; ++t) sum[t] = zero();
             for (int g = 0; g < 8; ++g) {
                 i32x16 s = load_u8(scales + g / 2 * 16), dot[NT];
                 for (int i = 0; i < kParts; ++i)
                     s.part[i] = i_add(g % 2 ? i_shr<4>(s.part[i]) : i_and(s.part[i], i_set1(15)), i_set1(1));
-                if (NT == 1) prefetch(lines + g * 128 + 1024), prefetch(lines + g * 128 + 1088);
+                if (NT == 1) prefetch_far(lines + g * 128 + NB * block_stride), prefetch_far(lines + g * 128 + 64 + NB * block_stride);
                 for (int t = 0; t < NT; ++t) dot[t] = set1(-8 * a.group_sum[(t * a.runs + run) * 8 + g]);
                 dot16<NT>(lines + g * 128, a.q + run * kRun + g * kGroup, q_stride, dot);
                 for (int t = 0; t < NT; ++t) sum[t] = fma(to_float(dot[t]), to_float(s), sum[t]);

@@ -134,6 +134,7 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     }
 }
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+DELTAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
@@ -208,6 +209,7 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     }
 }
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+DELTAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
 constexpr int kWidth = 4;
@@ -264,6 +266,7 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     a[3] = vcombine_f32(vget_high_f32(t1), vget_high_f32(t3));
 }
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #else  // portable: compiler vectors of four, which every target has or imitates
 constexpr int kWidth = 4;
@@ -324,6 +327,7 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     for (int i = 0; i < 4; ++i) a[i] = vec{b[0][i], b[1][i], b[2][i], b[3][i]};
 }
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
 #endif
 // ---------------------------------------------------------------------------------------------------------------------------
 

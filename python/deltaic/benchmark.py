@@ -5,7 +5,7 @@ bandwidth, is the time that no implementation can beat."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -112,7 +112,7 @@ class Probe:
     def __init__(self, model: Model):
         ops: Any = model._ops
         self._ops = ops if hasattr(ops, "probe_read") else None
-        self._data = np.ones(PROBE_BYTES, np.uint8) if self._ops is not None else None
+        self._data = np.ones(PROBE_BYTES // 4, np.float32) if self._ops is not None else None
         self._bandwidths: list[float] = []
         self._peaks: dict[str, list[float]] = {"f32": [], "int8": []}
 
@@ -129,14 +129,14 @@ class Probe:
                 continue
 
     def _peak(self, kind: str) -> float:
-        rounds = 1000
+        portions = 64
         while True:
             start = perf_counter()
-            operations: int = self._ops.probe_peak(kind, rounds)  # type: ignore[union-attr]
+            operations: float = self._ops.probe_peak(kind, portions)  # type: ignore[union-attr]
             seconds = perf_counter() - start
             if seconds >= _PEAK_SECONDS:
                 return operations / seconds
-            rounds = int(rounds * min(100, max(2, 1.2 * _PEAK_SECONDS / seconds)))
+            portions = int(portions * min(100, max(2, 1.2 * _PEAK_SECONDS / seconds)))
 
     @property
     def bandwidth(self) -> float | None:
@@ -171,7 +171,7 @@ def traffic_per_token(model: Model, context: int) -> dict[str, int]:
     def read(item: Any) -> float:
         if isinstance(item, (list, tuple)):
             return sum(map(read, item))
-        if not is_dataclass(item):
+        if hasattr(item, "nbytes"):
             return float(item.nbytes)
         parts = {field.name: getattr(item, field.name) for field in fields(item)}
         routed = ("gate_up", "down") if "router" in parts else ()

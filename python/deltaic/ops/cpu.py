@@ -1,7 +1,7 @@
 """The operators in C++: same names and arguments as `reference.py`, which says what each computes.
 
 Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the
-extension from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError).
+extension from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError`, an ArgumentError.
 Activations are C-contiguous float32.
 """
 
@@ -25,6 +25,7 @@ __all__ = [
     "isa",
     "layer_norm",
     "linear",
+    "log_softmax_top",
     "moe",
     "num_threads",
     "pack",
@@ -34,6 +35,7 @@ __all__ = [
     "probe_peak",
     "probe_read",
     "rms_norm",
+    "sample",
     "set_num_threads",
     "swiglu",
     "vision_attention",
@@ -126,16 +128,17 @@ def checksum(data: Array) -> int:
 
 
 def probe_read(data: Array) -> None:
-    """Reads bytes [n] once, on all threads: time it to learn the bandwidth of memory."""
-    _core.probe_read(data, np.empty(1, np.int64))
+    """Reads float32 [n] once, on all threads: time it to learn the bandwidth of memory."""
+    _core.probe_read(data, np.empty(1, np.float32))
 
 
-def probe_peak(kind: str, rounds: int) -> int:
+def probe_peak(kind: str, portions: int) -> float:
     """Multiplies and adds in registers, on all threads; returns how many operations that were. kind: "f32" or "int8"
-    (a ContractError where the instruction set has no int8 dot product). Time it to learn the peak."""
-    operations = np.empty(1, np.int64)
-    _core.probe_peak(("f32", "int8").index(kind), rounds, operations)
-    return int(operations[0])
+    (ContractError where the instruction set has no int8 dot product). Time it to learn the peak."""
+    operations = np.empty(1, np.float32)
+    probe = {"f32": _core.probe_fma, "int8": _core.probe_int8}[kind]
+    probe(np.empty(portions, np.float32), operations)
+    return float(operations[0])
 
 
 def embed(ids: Array, table: Weight) -> Array:
@@ -220,6 +223,7 @@ def patch_embed(
 def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
     _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
+    return y
 
 
 def gated_delta_net(
@@ -264,3 +268,34 @@ def moe(
         x, router, gate_up, down, shared_gate_up, shared_down, shared_gate, norm, eps, top_k, residual, y,
     )  # fmt: skip
     return y
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    output_ids: Array,
+    output_counts: Array,
+    prompt_ids: Array,
+    limit: int,
+    uniform: float,
+) -> int:
+    token = np.empty(1, np.int64)
+    _core.sample(
+        logits, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
+        output_ids, output_counts, prompt_ids, limit, uniform, token,
+    )  # fmt: skip
+    return int(token[0])
+
+
+def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:
+    k = max(0, min(k, limit))
+    logprob, top_ids, top_logprobs = np.empty(1, np.float32), np.empty(k, np.int64), np.empty(k, np.float32)
+    _core.log_softmax_top(logits, limit, k, token, logprob, top_ids, top_logprobs)
+    return float(logprob[0]), top_ids, top_logprobs

@@ -32,6 +32,7 @@ Ints = npt.NDArray[np.int64]
 
 L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
 FORMATS = ("f32", "bf16", "int8", "int4")
+checksum = quantise.checksum
 _threads = 1
 
 

@@ -1,0 +1,173 @@
+"""How fast is each operator, and how close to what the machine can do?
+
+    python bench/bench_ops.py [words of rows] [--threads N] [--seconds S]
+
+Prints, per operator and shape, the best time of many calls, the bytes that must be read from memory and the floating-
+point operations per second, and both as a share of the machine's peaks, measured in the same run on the same threads:
+reading a buffer far larger than the caches in order, and multiply-adds out of registers. A row is limited by
+whichever share is near 1; data that stays in a cache between calls can exceed the reading peak.
+
+To add a row, append to `rows`: operator, shape in words, bytes, flops, and a function that builds the arguments and
+returns a call without arguments. Only rows that are asked for are built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from deltaic import _core
+from deltaic.ops import cpu as ops
+
+Call = Callable[[], Any]
+rng = np.random.default_rng(1)
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    shape: str
+    bytes: float  # that one call reads from (or writes to) memory, at least
+    flops: float
+    make: Callable[[], Call]
+
+
+def best_time(call: Call, seconds: float) -> float:
+    """Seconds of the fastest call: other work on the machine only ever adds time."""
+    call()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        call()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return best
+
+
+def peaks(seconds: float) -> tuple[float, float]:
+    """Bytes per second of reading in order, and flops per second out of registers."""
+    # Short calls: the best of many finds a moment when nothing else runs. Each part was last read a whole buffer ago.
+    parts, sums = np.ones((32, 1 << 21), np.float32), np.empty(1, np.float32)
+    turns = cycle(parts)
+    read = parts[0].nbytes / best_time(lambda: _core.probe_read(next(turns), sums), seconds)
+    results, flops = np.empty(8 * ops.num_threads(), np.float32), np.empty(1, np.float32)
+    duration = best_time(lambda: _core.probe_fma(results, flops), seconds)
+    return read, float(flops[0]) / duration
+
+
+def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+
+
+# linear and swiglu
+
+
+def linear_row(T: int, K: int, N: int, dtype: str) -> Row:
+    def make() -> Call:
+        x, w = normal(T, K), ops.pack([normal(N, K)], dtype)
+        return lambda: ops.linear(x, w)
+
+    size = {"f32": 4, "bf16": 2}[dtype]
+    return Row("linear", f"{dtype} T={T} {N}x{K}", size * N * K + 4 * T * (N + K), 2 * T * N * K, make)
+
+
+# attention
+
+
+def block_table(tokens: int, Hkv: int, D: int, dtype: str, block: int = 128) -> ops.BlockTable:
+    table = ops.BlockTable()
+    for _ in range(-(-tokens // block)):
+        values = normal(1, 2, Hkv, block, D)
+        table.append(values if dtype == "f32" else (values.view(np.uint32) >> 16).astype(np.uint16))
+    return table
+
+
+def gated_attention_row(T: int, start: int, Hq: int, Hkv: int, D: int, dtype: str) -> Row:
+    def make() -> Call:
+        R = D // 4
+        proj, angle, norm = normal(T, (2 * Hq + 2 * Hkv) * D), normal(T, R // 2), normal(D)
+        cos, sin = np.cos(angle), np.sin(angle)
+        arguments = {
+            "eps": 1e-6,
+            "num_heads": Hq,
+            "num_kv_heads": Hkv,
+            "layer": 0,
+            "cu_seqlens": np.array([0, T]),
+            "starts": np.array([start]),
+            "tables": [block_table(start + T, Hkv, D, dtype)],
+        }
+        return lambda: ops.gated_attention(proj, norm, norm, cos, sin, **arguments)
+
+    pairs = T * start + T * (T + 1) / 2
+    size = 2 * (start + T) * Hkv * D * {"f32": 4, "bf16": 2}[dtype]
+    return Row("gated_attention", f"{dtype} T={T} at {start} {Hq}:{Hkv}x{D}", size, 4 * pairs * Hq * D, make)
+
+
+def vision_attention_row(P: int, heads: int, D: int) -> Row:
+    def make() -> Call:
+        qkv, angle = normal(P, 3 * heads * D), normal(P, D // 2)
+        cos, sin, cu_seqlens = np.cos(angle), np.sin(angle), np.array([0, P])
+        return lambda: ops.vision_attention(qkv, cos, sin, num_heads=heads, cu_seqlens=cu_seqlens)
+
+    return Row("vision_attention", f"P={P} {heads}x{D}", 16 * P * heads * D, 4 * P * P * heads * D, make)
+
+
+def patch_embed_row(h: int, w: int, V: int, dtype: str) -> Row:
+    def make() -> Call:
+        image, weight = rng.integers(0, 256, (h, w, 3), dtype=np.uint8), ops.pack([normal(V, 768)], dtype)
+        bias, positions, half = normal(V), normal(48 * 48, V), (0.5, 0.5, 0.5)
+        sizes = {"patch_size": 16, "merge_size": 2, "mean": half, "std": half}
+        return lambda: ops.patch_embed(image, weight, bias, positions, **sizes)
+
+    P = h * w // 256
+    return Row("patch_embed", f"{dtype} {h}x{w} V={V}", 3 * h * w + 4 * P * V, 2 * P * V * 768, make)
+
+
+def rows() -> Iterator[Row]:
+    for dtype in ("f32", "bf16"):
+        for T in (1, 8, 96):
+            yield linear_row(T, 2048, 8192, dtype)
+    for dtype in ("bf16", "f32"):
+        for start in (100, 1000, 4095, 32767):
+            yield gated_attention_row(1, start, 8, 2, 256, dtype)
+    yield gated_attention_row(4, 4092, 8, 2, 256, "bf16")
+    yield gated_attention_row(32, 4064, 8, 2, 256, "bf16")
+    yield gated_attention_row(1, 4095, 24, 4, 256, "bf16")
+    for start in (0, 4096):
+        yield gated_attention_row(512, start, 8, 2, 256, "bf16")
+    yield gated_attention_row(512, 4096, 8, 2, 256, "f32")
+    for P in (64, 256, 1024, 4096):
+        yield vision_attention_row(P, 12, 64)
+    yield vision_attention_row(1024, 16, 72)
+    yield patch_embed_row(64, 64, 768, "f32")
+    for dtype in ("f32", "bf16"):
+        yield patch_embed_row(512, 512, 768, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="only rows whose operator and shape hold one of these")
+    parser.add_argument("--threads", type=int, default=ops.num_threads())
+    parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each row")
+    arguments = parser.parse_args()
+    ops.set_num_threads(arguments.threads)
+    read, fma = peaks(max(1.0, arguments.seconds))
+    print(f"{ops.isa()}, {ops.num_threads()} threads: reads {read / 1e9:.1f} GB/s, computes {fma / 1e9:.0f} GFLOP/s")
+    print(f"{'operator':18s} {'shape':28s} {'us':>10s} {'GB/s':>7s} {'share':>6s} {'GFLOP/s':>8s} {'share':>6s}")
+    for row in rows():
+        if arguments.words and not any(word in f"{row.op} {row.shape}" for word in arguments.words):
+            continue
+        t = best_time(row.make(), arguments.seconds)
+        rate, work = row.bytes / t, row.flops / t
+        columns = f"{t * 1e6:10.1f} {rate / 1e9:7.2f} {rate / read:6.2f} {work / 1e9:8.1f} {work / fma:6.2f}"
+        print(f"{row.op:18s} {row.shape:28s} {columns}")
+
+
+if __name__ == "__main__":
+    main()
