@@ -21,7 +21,6 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
-from deltaic import _core
 from deltaic.ops import cpu as ops
 
 Call = Callable[[], Any]
@@ -53,12 +52,12 @@ def best_time(call: Call, seconds: float) -> float:
 def peaks(seconds: float) -> tuple[float, float]:
     """Bytes per second of reading in order, and flops per second out of registers."""
     # Short calls: the best of many finds a moment when nothing else runs. Each part was last read a whole buffer ago.
-    parts, sums = np.ones((32, 1 << 21), np.float32), np.empty(1, np.float32)
-    turns = cycle(parts)
-    read = parts[0].nbytes / best_time(lambda: _core.probe_read(next(turns), sums), seconds)
-    results, flops = np.empty(8 * ops.num_threads(), np.float32), np.empty(1, np.float32)
-    duration = best_time(lambda: _core.probe_fma(results, flops), seconds)
-    return read, float(flops[0]) / duration
+    parts = np.ones((32, 8 << 20), np.uint8)
+    turns, done = cycle(parts), []
+    read = parts[0].nbytes / best_time(lambda: ops.probe_read(next(turns)), seconds)
+    duration = best_time(lambda: done.append(ops.probe_peak("f32", 1 << 14)), seconds)
+    return read, done[0] / duration
+
 
 
 def normal(*shape: int, scale: float = 1.0) -> np.ndarray:

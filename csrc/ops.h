@@ -28,9 +28,9 @@
     X(gated_attention,                                                                                                 \
       "proj f32[T,2*num_heads*D+2*num_kv_heads*D]; q_norm f32[D]; k_norm f32[D]; cos f32[T,F]; sin f32[T,F]; "         \
       "eps float; num_heads int; num_kv_heads int; layer int; cu_seqlens i64[B+1]; starts i64[B]; tables table*B; "    \
-      "y f32[T,num_heads*D]",                                                                                          \
+      "prefill int; y f32[T,num_heads*D]",                                                                             \
       (View proj, View q_norm, View k_norm, View cos, View sin, float eps, int64_t num_heads, int64_t num_kv_heads,    \
-       int64_t layer, View cu_seqlens, View starts, Tables tables, View y))                                            \
+       int64_t layer, View cu_seqlens, View starts, Tables tables, int64_t prefill, View y))                           \
     X(patch_embed,                                                                                                     \
       "image u8[h,w,3]; weight weight[V,K]; bias f32[V]; pos_embed f32[S,V]; patch_size int; merge_size int; "         \
       "mean f32[3]; std f32[3]; y f32[P,V]",                                                                           \
@@ -62,9 +62,8 @@
       "logits f32[V]; limit int; k int; token int; logprob f32[1]; top_ids i64[k]; top_logprobs f32[k]",               \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \
     X(checksum, "data u8[_]; first int; sum i64[1]", (View data, int64_t first, View sum))                             \
-    X(probe_int8, "results f32[N]; operations f32[1]", (View results, View operations))                                \
-    X(probe_read, "source f32[N]; sum f32[1]", (View source, View sum))                                                \
-    X(probe_fma, "results f32[N]; flops f32[1]", (View results, View flops))
+    X(probe_read, "data u8[_]; sum i64[1]", (View data, View sum))                                                     \
+    X(probe_peak, "kind int; rounds int; operations i64[1]", (int64_t kind, int64_t rounds, View operations))
 
 namespace deltaic {
 

@@ -44,6 +44,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_folder`, with experts."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny_moe"), moe=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Path, device: str) -> Model:
     """The tiny checkpoint in float32, on every op set."""
     return deltaic.load(tiny_folder, device=device, dtype="f32")

@@ -26,7 +26,7 @@ from deltaic import (
     State,
     StateError,
 )
-from deltaic.generate import loop
+from deltaic.generate import cache
 from PIL import Image
 
 PROMPT = "the cat sat on the mat and the dog"
@@ -144,22 +144,26 @@ def test_a_picture_may_come_after_a_state(tiny_model):
 
 
 def test_long_prompts_are_fed_in_chunks(tiny_model, monkeypatch):
-    prompt = tiny_model.prepare(with_pictures(picture()))
-    whole = tiny_model.forward(prompt)
+    """Chunks end 16, 32, ... tokens after a message border, wherever the feeding starts."""
+    ids = tiny_model.prepare(QUESTION).token_ids.tolist()
+    border = ids.index(tiny_model.tokenizer.id_of("<|im_end|>")) + 2
+    whole = tiny_model.forward(ids)
     sizes = []
     forward = tiny_model._runner.text.forward
-    monkeypatch.setattr(tiny_model._runner.text, "forward", lambda x, *rest: sizes.append(len(x)) or forward(x, *rest))
-    monkeypatch.setattr(loop, "PREFILL_TOKENS", 16)
-    state = tiny_model.new_state()
-    tiny_model.forward([1, 2, 3, 4, 5], state)
-    state = tiny_model.new_state()
-    sizes.clear()
-    chunked = tiny_model.forward(prompt, state)
-    assert sizes == [16] * (len(prompt) // 16) + [len(prompt) % 16] * (len(prompt) % 16 > 0)
+    monkeypatch.setattr(
+        tiny_model._runner.text, "forward", lambda x, *a, **k: sizes.append(len(x)) or forward(x, *a, **k)
+    )
+    monkeypatch.setattr(cache, "PREFILL_TOKENS", 16)
+    ends = [*range(16, border, 16), border, *range(border + 16, len(ids), 16), len(ids)]
+    chunked = tiny_model.forward(ids)
+    assert np.cumsum(sizes).tolist() == ends
     assert largest_difference(chunked, whole) < 1e-4
-    sizes.clear()
-    tiny_model.forward(prompt, state)  # chunk borders are counted from the start of the sequence
-    assert sizes[0] == 16 - len(prompt) % 16
+    for cut in (5, border - 1, border, border + 3):
+        state = tiny_model.new_state()
+        tiny_model.forward(ids[:cut], state)
+        sizes.clear()
+        tiny_model.forward(ids[cut:], state)
+        assert (np.cumsum(sizes) + cut).tolist() == [end for end in ends if end > cut]
 
 
 def test_keys_and_values_follow_the_dtype(tiny_folder, device):
@@ -613,3 +617,19 @@ def test_token_ids_need_no_tokenizer(tiny_model, tiny_folder, device, tmp_path):
     assert np.array_equal(model.forward([1, 2, 3]), tiny_model.forward([1, 2, 3]))
     with pytest.raises(DeltaicError, match=r"tokenizer\.json"):
         model.generate([1, 2, 3])
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_prompt_read_in_pieces_gives_the_same_bits(tiny_folder, tiny_moe_folder, device, ops, dtype, moe, rng):
+    """On op sets that promise it: pieces of any size, wherever they begin."""
+    if not ops.SPLIT_INVARIANT:
+        pytest.skip("the op set does not promise it")
+    model = deltaic.load(tiny_moe_folder if moe else tiny_folder, device=device, dtype=dtype, threads=2)
+    prompt = model.prepare([{"role": "user", "content": "the cat sat " * 40}, *with_pictures(picture())])
+    whole = np.concatenate(list(model._runner.hidden(prompt, model.new_state(), [len(prompt)])))
+    for _ in range(6):
+        cuts = rng.choice(np.arange(1, len(prompt)), int(rng.integers(1, 12)), replace=False)
+        pauses = sorted({*cuts.tolist(), len(prompt)})
+        parts = list(model._runner.hidden(prompt, model.new_state(), pauses))
+        assert np.array_equal(np.concatenate(parts), whole)

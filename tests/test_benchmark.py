@@ -124,10 +124,12 @@ def test_resident_memory(tmp_path):
     assert resident_bytes(tmp_path / "none") is None
 
 
-def test_probes():
+def test_probes(rng):
     cpu = pytest.importorskip("deltaic.ops.cpu")
-    for size in (0, 16, 1 << 18, (1 << 18) + 65):
-        cpu.probe_read(np.ones(size, np.float32))
+    for size in (0, 64, 1 << 20, (1 << 20) + 65):
+        cpu.probe_read(np.ones(size, np.uint8))
     assert cpu.probe_peak("f32", 10) == 5 * cpu.probe_peak("f32", 2) > 0
-    with pytest.raises(KeyError, match="int4"):
+    with pytest.raises(ValueError, match="rounds"):
+        cpu.probe_peak("f32", 0)
+    with pytest.raises(ValueError, match="int4"):
         cpu.probe_peak("int4", 1)

@@ -117,13 +117,14 @@ def test_ctrl_c_ends_a_run_with_130(tiny_folder):
 
 def test_chat_keeps_the_conversation(tiny_folder, tmp_path, picture, run, monkeypatch):
     seen = []
-    stream = deltaic.Model.stream
+    start = deltaic.Model._start
 
-    def spy(self, messages, **options):
+    def spy(self, messages, *rest, **options):
+        stream = start(self, messages, *rest, **options)
         seen.append(messages)
-        return stream(self, messages, **options)
+        return stream
 
-    monkeypatch.setattr(deltaic.Model, "stream", spy)
+    monkeypatch.setattr(deltaic.Model, "_start", spy)
     lines = tmp_path / "lines.txt"
     said = ["one", "", f"/image {picture}", "two", "/image missing.png", "/unknown", "bad <|image_pad|>", "three"]
     lines.write_text("\n".join([*said, "/reset", "four", "/exit", "five", ""]))
@@ -131,10 +132,10 @@ def test_chat_keeps_the_conversation(tiny_folder, tmp_path, picture, run, monkey
     assert code == 0
     pair = ["user", "assistant"]
     assert [[m["role"] for m in messages] for messages in seen] == [
-        [*turns, "user"] for turns in ([], pair, 2 * pair, 2 * pair, [])
+        [*turns, "user"] for turns in ([], pair, 2 * pair, [])
     ]
-    assert seen[1][-1]["content"][0] == {"type": "image", "image": str(picture)}
-    assert seen[3][-1]["content"] == "three"  # the refused turn left no trace
+    assert seen[1][-1]["content"][0]["image"].num_tokens > 0
+    assert seen[2][-1]["content"] == "three"  # the refused turn left no trace
     assert "missing.png: no such picture file" in err
     assert "/unknown: unknown" in err
     assert err.count("tokens/s") == 4

@@ -18,6 +18,13 @@ SPECIAL = [
 ]
 ADDED = ["<think>", "</think>"]
 
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
+
 TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' ~ message.role ~ '\\n' }}
@@ -51,10 +58,15 @@ def build_tokenizer():
     return tokenizer
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Write the checkpoint into `folder` (float32 weights, fixed seed) and return the folder."""
+def write_checkpoint(folder: Path, *, moe: bool = False) -> Path:
+    """Write the checkpoint into `folder` (float32 weights, fixed seed) and return the folder. moe: with experts."""
     import torch
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+    from transformers import (
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
+    )
 
     tokenizer = build_tokenizer()
     text = {
@@ -70,7 +82,7 @@ def write_checkpoint(folder: Path) -> Path:
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
         "linear_conv_kernel_dim": 4,
-        "intermediate_size": 96,
+        **(EXPERTS if moe else {"intermediate_size": 96}),
         "max_position_embeddings": CONTEXT,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {
@@ -95,8 +107,9 @@ def write_checkpoint(folder: Path) -> Path:
         "spatial_merge_size": 2,
         "deepstack_visual_indexes": [],
     }
-    config = Qwen3_5Config(
-        architectures=["Qwen3_5ForConditionalGeneration"],
+    model_class = Qwen3_5MoeForConditionalGeneration if moe else Qwen3_5ForConditionalGeneration
+    config = (Qwen3_5MoeConfig if moe else Qwen3_5Config)(
+        architectures=[model_class.__name__],
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
@@ -104,7 +117,7 @@ def write_checkpoint(folder: Path) -> Path:
         **{f"{name}_token_id": tokenizer.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")},
     )
     torch.manual_seed(0)
-    model = Qwen3_5ForConditionalGeneration(config)
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():  # fan-in scale: outputs that differ clearly from token to token
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 25

@@ -2,7 +2,8 @@
 //
 // A sequence of many new rows (prefill) goes through the tiles of cpu/flash.h. One of at most kDecodeRows rows splits its keys
 // into pieces (cpu/kv_cache.h), so that all threads work on one token, and adds the partial results in piece order. On each path a
-// row's arithmetic depends on its own place in the sequence alone.
+// row's arithmetic depends on its own place in the sequence alone; `prefill` sends all rows down the first, so that what a prompt's
+// rows get does not depend on where its reading was interrupted.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/kv_cache.h"
@@ -12,7 +13,7 @@ namespace DELTAIC_ISA {
 
 namespace {
 
-constexpr int64_t kDecodeRows = 32;         // new rows of a sequence up to which it takes the decode path
+constexpr int64_t kDecodeRows = 32;         // new rows of a sequence up to which it takes the decode path, unless `prefill`
 constexpr int64_t kPartialFloats = 1 << 24;  // partial results in memory at a time, unless one sequence alone needs more
 
 struct Attention {
@@ -21,11 +22,12 @@ struct Attention {
     int64_t Hq, Hkv, D, G, dims, layer;
     const int64_t *cut, *starts;
     Tables tables;
+    bool prefill;
     float* q;  // [Hkv][T][G][D], normed, rotated, scaled
 
     DELTAIC_INLINE int64_t columns() const { return proj.shape[1]; }
     DELTAIC_INLINE int64_t new_rows(int64_t b) const { return cut[b + 1] - cut[b]; }
-    DELTAIC_INLINE bool decodes(int64_t b) const { return new_rows(b) <= kDecodeRows; }
+    DELTAIC_INLINE bool decodes(int64_t b) const { return !prefill && new_rows(b) <= kDecodeRows; }
     DELTAIC_INLINE int64_t pieces(int64_t b) const { return piece_of(starts[b] + new_rows(b) - 1) + 1; }
     DELTAIC_INLINE float* queries(int64_t kv_head, int64_t token) const { return q + (kv_head * proj.shape[0] + token) * G * D; }
 };
@@ -232,10 +234,10 @@ void check(const Attention& a, View cu_seqlens, int64_t T) {
 }  // namespace
 
 void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, float eps, int64_t num_heads, int64_t num_kv_heads,
-                     int64_t layer, View cu_seqlens, View starts, Tables tables, View y) {
+                     int64_t layer, View cu_seqlens, View starts, Tables tables, int64_t prefill, View y) {
     const int64_t T = proj.shape[0], B = tables.size;
     Attention a{proj, q_norm, k_norm, cos, sin, y, eps, num_heads, num_kv_heads, q_norm.shape[0], 0, 0, layer, cu_seqlens.i64(),
-                starts.i64(), tables, nullptr};
+                starts.i64(), tables, prefill != 0, nullptr};
     check(a, cu_seqlens, T);
     if (T == 0) return;
     a.G = a.Hq / a.Hkv, a.dims = round_up(a.D, 16);

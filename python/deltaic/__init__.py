@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .generate.loop import Stream
     from .generate.result import GenerationResult, StreamPiece, TokenLogprobs
     from .model.state import State
+    from .session import Session
     from .weights.quantize import quantize
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "Model",
     "Prompt",
     "PromptError",
+    "Session",
     "State",
     "StateError",
     "Stream",
@@ -60,6 +62,7 @@ _LAZY = {
     "GenerationResult": "deltaic.generate.result",
     "Model": "deltaic.api",
     "Prompt": "deltaic.chat.prompt",
+    "Session": "deltaic.session",
     "State": "deltaic.model.state",
     "Stream": "deltaic.generate.loop",
     "StreamPiece": "deltaic.generate.result",

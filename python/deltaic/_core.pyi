@@ -1,4 +1,4 @@
-"""What the compiled extension offers besides the operators of csrc/ops.h, which are called by name with checked arguments."""
+"""What the compiled extension offers beside the operators of csrc/ops.h, which are called by name."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +23,8 @@ class Weight:
     def nbytes(self) -> int: ...
     @property
     def parts(self) -> list[tuple[str, int, np.ndarray]]: ...
+    @property
+    def arrays(self) -> list[np.ndarray]: ...
     float_activations: bool
 
 class BlockTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -14,6 +14,7 @@ import numpy as np
 
 from .arguments import choice, describe, integer
 from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError, StateError
+from .generate.cache import PrefixCache, Reading, split_points
 from .generate.loop import Runner, Stream, TextRules, generate_ids, ops_lock
 from .generate.sampling import (
     MAX_NEW_TOKENS,
@@ -27,6 +28,7 @@ from .generate.sampling import (
 )
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
 from .machine import default_threads
+from .memory import check_context, checkpoint_bytes, default_cache_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,18 +37,22 @@ if TYPE_CHECKING:
     from .chat.prompt import Prompt
     from .chat.template import ChatTemplate
     from .chat.tokenizer import Tokenizer
+    from .generate.cache import Checkpoint
     from .generate.result import GenerationResult
     from .generate.sampling import GenerationOptions
+    from .generate.spill import SpillFolder
     from .model.config import ModelConfig
     from .model.state import State
     from .model.text import TextModel
     from .model.vision import VisionModel
+    from .session import Session
     from .weights.precision import Precision
 
 KV_DTYPES = ("bf16", "f32")
 MEMORY = ("map", "copy")
 DEVICES = ("cpu", "cuda", "reference")
 MAX_THREADS = 1024
+FEATURE_SHARE = 8  # what the vision tower saw may take an eighth of the prefix cache's bytes
 
 
 def op_set(device: str) -> ModuleType:
@@ -86,6 +92,10 @@ def load(
     kv_dtype: str | None = None,
     memory: str = "map",
     verify: bool = True,
+    context: int | None = None,
+    cache_bytes: int | None = None,
+    cache_folder: str | Path | None = None,
+    cache_folder_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Load a checkpoint, or a folder that `deltaic quantize` packed.
@@ -104,11 +114,19 @@ def load(
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
                   pages
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
+    context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
+                  sequence is there is checked before anything is loaded. None: the model's own limit, not checked
+    cache_bytes   memory for the prefix cache, pictures included; 0 turns it off; None: a quarter of the memory that is
+                  free after loading
+    cache_folder  takes the checkpoints that the cache drops and, when the process ends, those it holds; may be used
+                  again by later processes. None: they are gone
+    cache_folder_bytes  disk space for cache_folder; None: a quarter of what is free on its disk
     progress      True or False shows or hides progress bars on stderr; None: shown on a terminal
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
     """
     from .model.config import load_config
+    from .model.state import State
     from .weights.hub import find_model
     from .weights.packed import PACKED_FILE
     from .weights.precision import Precision
@@ -119,36 +137,71 @@ def load(
     choice("memory", memory, MEMORY)
     ops = op_set(device)
     threads = use_threads(ops, threads)
+    for name, value in (("cache_bytes", cache_bytes), ("cache_folder_bytes", cache_folder_bytes)):
+        if value is not None:
+            integer(name, value, 0, 2**62)
+    if cache_folder is not None and not isinstance(cache_folder, (str, Path)):
+        raise ArgumentError(f"cache_folder: expected a str or a path, found {describe(cache_folder)}")
     folder = find_model(path_or_id)
     config = load_config(folder)
+    if context is not None:
+        integer("context", context, 1, config.text.max_position_embeddings)
+
+    def blank_state(fingerprint: str, weight_bytes: int, precision: Precision) -> State:
+        kv = kv_dtype or ("f32" if precision.default == "f32" else "bf16")
+        state = State(config.text, ops, kv, context=context, fingerprint=fingerprint)
+        if context is not None:
+            check_context(weight_bytes, state, context)
+        return state
+
     if (folder / PACKED_FILE).exists():
         explicit = wanted if dtype is not None or vision_dtype is not None else None
-        parts = _map(folder, config, ops, explicit, activations, memory, verify, progress)
+        parts = _map(folder, config, ops, explicit, activations, memory, verify, progress, blank_state)
     else:
-        parts = _pack(folder, config, ops, wanted, progress)
-    text, vision, precision = parts
-    if kv_dtype is None:
-        kv_dtype = "f32" if precision.default == "f32" else "bf16"
-    choices = {"device": device, "precision": precision, "kv_dtype": kv_dtype, "threads": threads}
-    return Model(folder, config, text, vision, ops, **choices)
+        parts = _pack(folder, config, ops, wanted, progress, blank_state)
+    text, vision, precision, blank = parts
+    cache_bytes = default_cache_bytes(blank, context) if cache_bytes is None else cache_bytes
+    spill = None
+    if cache_folder is not None:
+        from .generate.spill import SpillFolder
+
+        spill = SpillFolder(cache_folder, blank, ops, cache_folder_bytes)
+    return Model(
+        folder, config, text, vision, ops, blank, device=device, precision=precision, threads=threads,
+        cache_bytes=cache_bytes, spill=spill,
+    )  # fmt: skip
+
+
+# How the parts of a model reach `load`: what states look like is made, and memory checked, before weights are read.
+BlankState = Callable[[str, int, "Precision"], "State"]
+Parts = tuple["TextModel", "VisionModel | None", "Precision", "State"]
 
 
 def _pack(
-    folder: Path, config: ModelConfig, ops: ModuleType, precision: Precision, progress: bool | None
-) -> tuple[TextModel, VisionModel | None, Precision]:
+    folder: Path,
+    config: ModelConfig,
+    ops: ModuleType,
+    precision: Precision,
+    progress: bool | None,
+    blank_state: BlankState,
+) -> Parts:
     """The parts of a checkpoint, packed in memory."""
     from .model.text import TextModel
     from .model.vision import VisionModel
     from .weights.build import open_source, text_weights, vision_weights
     from .weights.checkpoint import open_checkpoint
+    from .weights.fingerprint import model_fingerprint
 
     with open_checkpoint(folder) as checkpoint:
+        blank = blank_state(
+            model_fingerprint(checkpoint, config, precision), checkpoint_bytes(checkpoint, precision.default), precision
+        )
         source = open_source(checkpoint, config, ops, precision)
         text = TextModel(config.text, text_weights(source, config, progress), ops)
         vision = None
         if config.vision is not None:
             vision = VisionModel(config.vision, vision_weights(source, config, progress), ops)
-    return text, vision, precision
+    return text, vision, precision, blank
 
 
 def _map(
@@ -160,13 +213,15 @@ def _map(
     memory: str,
     verify: bool,
     progress: bool | None,
-) -> tuple[TextModel, VisionModel | None, Precision]:
+    blank_state: BlankState,
+) -> Parts:
     """The parts of a packed folder. Of the vision tower no byte is read before the first picture."""
     from dataclasses import replace
 
     from .model.text import TextModel
     from .model.vision import VisionModel
     from .weights.build import open_source, text_weights, vision_weights
+    from .weights.fingerprint import packed_fingerprint
     from .weights.packed import PackedFile
 
     with PackedFile(folder, memory) as packed:
@@ -176,6 +231,7 @@ def _map(
                 f"dtype: {folder} is packed as {precision} (vision {precision.vision}), asked for is {wanted} (vision "
                 f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
             )
+        blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision)
         packed.prepare(None)
         if verify:
             packed.verify(ops, None, "the text model", progress)
@@ -188,7 +244,7 @@ def _map(
                 packed.verify(ops, ("visual.",), "the vision tower", False)
 
             vision = VisionModel(config.vision, vision_weights(source, config), ops, check if verify else None)
-    return text, vision, precision
+    return text, vision, precision, blank
 
 
 class Model:
@@ -207,20 +263,28 @@ class Model:
         text: TextModel,
         vision: VisionModel | None,
         ops: ModuleType,
+        blank: State,
         *,
         device: str,
         precision: Precision,
-        kv_dtype: str,
         threads: int,
+        cache_bytes: int,
+        spill: SpillFolder | None,
     ) -> None:
+        """blank: a state that is never fed, which says what states of this model look like."""
         self.folder = folder
         self.config = config
         self.device = device
         self.precision = precision
-        self.kv_dtype = kv_dtype
+        self.kv_dtype = blank.kv_dtype
         self.threads = threads
+        features = 0 if vision is None else cache_bytes // FEATURE_SHARE
+        self.cache = PrefixCache(cache_bytes - features, spill=spill)
+        self._blank_state = blank
         self._ops = ops
-        self._runner = Runner(text, vision, ops, threads=threads, image_token_id=config.image_token_id)
+        self._runner = Runner(
+            text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features
+        )
         self._generation_config = read_generation_config(folder)
         self._files_lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None
@@ -271,7 +335,7 @@ class Model:
     @property
     def context_length(self) -> int:
         """Tokens that prompt and answer together may have."""
-        return self.config.text.max_position_embeddings
+        return self._blank_state.context
 
     # ------------------------------------------------------------------------------- prompt and logits
 
@@ -339,12 +403,28 @@ class Model:
         """An empty sequence state, to feed with `forward`."""
         from .model.state import State
 
-        return State(self.config.text, self._ops, kv_dtype=self.kv_dtype)
+        blank = self._blank_state
+        return State(self.config.text, self._ops, blank.kv_dtype, context=blank.context, fingerprint=blank.fingerprint)
+
+    def _own_state(self, state: Any) -> State:
+        """`state`, bound to this model. Raises StateError where it belongs to another."""
+        from .model.state import State
+
+        if not isinstance(state, State):
+            raise StateError(f"state: expected a State from Model.new_state(), found {describe(state)}")
+        if not self._blank_state.fits(state):
+            raise StateError("state: it belongs to a model of another shape; expected one from this Model.new_state()")
+        if state.fingerprint not in ("", self._blank_state.fingerprint):
+            raise StateError(
+                f"state: it belongs to another model ({state.fingerprint[:12]}; this is "
+                f"{self._blank_state.fingerprint[:12]}): other weights, or stored with another dtype"
+            )
+        return state.on(self._ops)
 
     @cached_property
-    def _blank_state(self) -> State:
-        """A state that is never fed: what states of this model look like (its pages are never touched)."""
-        return self.new_state()
+    def _border_id(self) -> int | None:
+        """The token after which a message ends; None without a tokeniser, or one that does not know messages."""
+        return self.tokenizer.id_of("<|im_end|>") if (self.folder / "tokenizer.json").exists() else None
 
     def forward(self, prompt: Any, state: State | None = None) -> np.ndarray:
         """Logits after every token of `prompt` (anything `prepare` takes): float32 [T, vocab].
@@ -352,15 +432,8 @@ class Model:
         With `state` the prompt continues that sequence, and the state is advanced. Raises what `prepare` raises, and
         StateError for a state of another model.
         """
-        from .model.state import State
-
         made = self.prepare(prompt)
-        if state is None:
-            state = self.new_state()
-        if not isinstance(state, State):
-            raise StateError(f"state: expected a State from Model.new_state(), found {describe(state)}")
-        if not self._blank_state.fits(state):
-            raise StateError("state: it belongs to another model or device; expected one from this Model.new_state()")
+        state = self.new_state() if state is None else self._own_state(state)
         total = state.length + len(made.token_ids)
         if total > self.context_length:
             raise ContextLengthError(
@@ -375,8 +448,12 @@ class Model:
                 f"the logits of {shape[0]} tokens need {4e-9 * shape[0] * shape[1]:.1f} GB, which cannot be had; "
                 "feed the prompt in parts, with a state"
             ) from None
-        row = 0
-        for hidden in self._runner.hidden(made, state):
+        row, before = 0, len(state.token_ids)
+        pauses = [len(made.token_ids)]
+        if len(made.token_ids) > 1:
+            whole = np.concatenate([np.array(state.token_ids, np.int64), made.token_ids])
+            pauses = [p - before for p, _ in split_points(whole, self._border_id) if p > before]
+        for hidden in self._runner.hidden(made, state, pauses, prefill=len(made) > 1):
             logits[row : row + len(hidden)] = self._runner.logits(hidden)
             row += len(hidden)
         return logits
@@ -423,8 +500,15 @@ class Model:
         thinking: bool | None,
         tools: Sequence[dict[str, Any]] | None,
         options: GenerationOptions,
+        *,
+        also: Sequence[Checkpoint] | None = None,
+        on_end: Callable[[GenerationResult | None], None] | None = None,
     ) -> Stream:
-        """Check every argument now, compute when the stream is first asked for a piece."""
+        """Check every argument now, compute when the stream is first asked for a piece.
+
+        also: checkpoints of a session, to use beside those of the cache; new ones are then made even if it is off.
+        on_end: see Stream.
+        """
         began = perf_counter()
         check_option_names(options)
         stop = check_stop(options.get("stop"))
@@ -443,15 +527,60 @@ class Model:
         sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
         rules = TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
         end_ids = self.end_ids
+        reading = self._reading(made, also)
         return Stream(
             lambda: generate_ids(
-                self._runner, made, self.new_state(), sampler, end_ids=end_ids, max_new_tokens=max_new_tokens
+                self._runner,
+                made,
+                reading,
+                sampler,
+                blank=self.new_state,
+                end_ids=end_ids,
+                max_new_tokens=max_new_tokens,
             ),
             rules,
             end_ids=end_ids,
+            reading=reading,
+            on_end=on_end,
             prompt_tokens=len(made.token_ids),
             prepare_seconds=perf_counter() - began,
         )
+
+    def _reading(self, prompt: Prompt, also: Sequence[Checkpoint] | None) -> Reading:
+        """How `prompt` goes through the cache."""
+        from .chat.prompt import mrope_positions
+
+        grids = [(image.grid[1] // image.merge_size, image.grid[2] // image.merge_size) for image in prompt.images]
+        image_token_id = self.config.image_token_id
+        try:
+            implied = mrope_positions(prompt.token_ids, grids, image_token_id)
+        except PromptError:  # made by hand, and wrong: reading it will say so
+            implied = None
+        return Reading(
+            self.cache,
+            prompt,
+            border_id=self._border_id,
+            image_token_id=image_token_id,
+            split_invariant=self._ops.SPLIT_INVARIANT,
+            canonical=implied is not None and np.array_equal(implied, prompt.position_ids),
+            also=also or (),
+            keep=also is not None,
+        )
+
+    # ------------------------------------------------------------------------------- conversations
+
+    def session(self, messages: Sequence[Mapping[str, Any]] | None = None, **settings: Any) -> Session:
+        """A conversation that remembers: see `deltaic.session.Session`. messages: what was said before, for example a
+        system message; settings: thinking, tools, and generation options for every turn."""
+        from .session import Session
+
+        return Session(self, messages, **settings)
+
+    def load_session(self, path: str | Path) -> Session:
+        """The conversation in a file of `Session.save`. Raises StateError."""
+        from .session import Session
+
+        return Session.load(self, path)
 
     @cached_property
     def _sampled_ids(self) -> tuple[int, list[int]]:
@@ -506,6 +635,8 @@ class Model:
             "vision": vision is not None,
             "weight_bytes": weight_bytes(self._runner.text.weights) + (weight_bytes(vision.weights) if vision else 0),
             "state_bytes": self._blank_state.nbytes,
+            "cache_bytes": self.cache.budget + self._runner.features.budget,
+            "fingerprint": self._blank_state.fingerprint,
         }
 
 

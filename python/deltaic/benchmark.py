@@ -81,6 +81,7 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
 
 def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, list[float]]:
     """Seconds of prefill, and of each decoded token after the first (sampling included)."""
+    from .generate.cache import PrefixCache, Reading
     from .generate.loop import generate_ids
     from .generate.sampling import Sampler, SamplingParams
 
@@ -98,7 +99,9 @@ def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, lis
     )
     state = model.new_state()
     state.reserve(prompt + new)
-    tokens = generate_ids(model._runner, made, state, sampler, end_ids=(), max_new_tokens=new)
+    # without a cache: what one run has read must not shorten the next
+    reading = Reading(PrefixCache(0), made, border_id=None, image_token_id=None, split_invariant=True)
+    tokens = generate_ids(model._runner, made, reading, sampler, blank=lambda: state, end_ids=(), max_new_tokens=new)
     marks = [perf_counter()]
     for _ in tokens:
         marks.append(perf_counter())
@@ -111,8 +114,8 @@ class Probe:
 
     def __init__(self, model: Model):
         ops: Any = model._ops
-        self._ops = ops if hasattr(ops, "probe_read") else None
-        self._data = np.ones(PROBE_BYTES // 4, np.float32) if self._ops is not None else None
+        self._ops: Any = ops if hasattr(ops, "probe_read") else None
+        self._data = np.ones(PROBE_BYTES, np.uint8) if self._ops is not None else None
         self._bandwidths: list[float] = []
         self._peaks: dict[str, list[float]] = {"f32": [], "int8": []}
 
@@ -129,14 +132,14 @@ class Probe:
                 continue
 
     def _peak(self, kind: str) -> float:
-        portions = 64
+        rounds = 1000
         while True:
             start = perf_counter()
-            operations: float = self._ops.probe_peak(kind, portions)  # type: ignore[union-attr]
+            operations: int = self._ops.probe_peak(kind, rounds)  # type: ignore[union-attr]
             seconds = perf_counter() - start
             if seconds >= _PEAK_SECONDS:
                 return operations / seconds
-            portions = int(portions * min(100, max(2, 1.2 * _PEAK_SECONDS / seconds)))
+            rounds = int(rounds * min(100, max(2, 1.2 * _PEAK_SECONDS / seconds)))
 
     @property
     def bandwidth(self) -> float | None:
@@ -171,7 +174,7 @@ def traffic_per_token(model: Model, context: int) -> dict[str, int]:
     def read(item: Any) -> float:
         if isinstance(item, (list, tuple)):
             return sum(map(read, item))
-        if hasattr(item, "nbytes"):
+        if hasattr(item, "nbytes"):  # an array or a packed matrix
             return float(item.nbytes)
         parts = {field.name: getattr(item, field.name) for field in fields(item)}
         routed = ("gate_up", "down") if "router" in parts else ()

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import ArgumentError, DeltaicError, ImageError, PromptError
+from .errors import ArgumentError, DeltaicError, ImageError, PromptError, StateError
 
 if TYPE_CHECKING:
     from .api import Model
     from .generate.loop import Stream
     from .generate.result import GenerationResult
+    from .session import Session
 
 MINIATURE = Path(__file__).parent / "miniature"
 DEMO_QUESTION = "Describe the picture."
@@ -43,12 +44,14 @@ examples:
     "chat": """\
 in the conversation:
   /image FILE   show a picture with the next message
+  /undo         take back the last question and its answer
   /reset        forget the conversation
   /exit         leave (as does Ctrl-D); Ctrl-C stops an answer
 
 examples:
   deltaic chat Qwen/Qwen3.5-0.8B
   deltaic chat Qwen/Qwen3.5-4B --no-thinking --threads 4
+  deltaic chat Qwen/Qwen3.5-4B --session trip.chat      go on tomorrow where it stopped, without reading again
 """,
     "demo": """\
 examples:
@@ -123,6 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = command("chat", "hold a conversation")
     chat.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a Hugging Face hub id")
+    chat.add_argument(
+        "--session", metavar="FILE", help="continue the conversation in this file, and save it there at the end"
+    )
     _add_thinking(chat)
     _add_sampling(chat)
     _add_machine(chat)
@@ -193,6 +199,15 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="with int8 and int4 weights: int8 (default, fast), or float32 (unrounded)",
     )
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with; default: physical cores")
+    group.add_argument(
+        "--context", type=int, metavar="N", help="room for N tokens, checked up front; default: the model's limit"
+    )
+    group.add_argument(
+        "--cache-bytes",
+        metavar="SIZE",
+        help="memory for what was read before, such as 500M or 4G; 0 = off; default: a quarter of what is free",
+    )
+    group.add_argument("--cache-folder", metavar="DIR", help="keep what was read before here, for later runs too")
     group.add_argument("--device", default="cpu", help="cpu (default), or reference: plain numpy, slow")
 
 
@@ -254,6 +269,9 @@ def _load(path_or_id: str, args: argparse.Namespace) -> Model:
         activations=args.activations,
         device=args.device,
         threads=args.threads,
+        context=args.context,
+        cache_bytes=_size("--cache-bytes", args.cache_bytes),
+        cache_folder=args.cache_folder,
     )
 
 
@@ -273,6 +291,16 @@ def _dtype(text: str) -> str | dict[str, str]:
             raise ArgumentError(f"--dtype: expected DTYPE or PATTERN=DTYPE between commas, found {pair!r}")
         rules[pattern.strip()] = name.strip()
     return rules
+
+
+def _size(name: str, text: str | None) -> int | None:
+    """Bytes of a size such as "500M" (powers of 1024); None for None."""
+    if text is None:
+        return None
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in tuple("KMGT") else (text, "")
+    if not digits.isdecimal() or len(digits) > 15:
+        raise ArgumentError(f"{name}: expected a size such as 0, 500M or 4G, found {text[:40]!r}")
+    return int(digits) * 1024 ** (" KMGT".index(unit) if unit else 0)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -339,7 +367,9 @@ def _write(stream: Stream) -> GenerationResult:
 
 def _figures(result: GenerationResult) -> str:
     return (
-        f"{result.prompt_tokens} prompt tokens, {result.completion_tokens} new tokens, "
+        f"{result.prompt_tokens} prompt tokens"
+        + (f" ({result.cached_tokens} from the cache)" if result.cached_tokens else "")
+        + f", {result.completion_tokens} new tokens, "
         f"first token after {result.time_to_first_token:.2f} s, {result.tokens_per_second:.1f} tokens/s"
         + (", stopped at max_new_tokens" if result.finish_reason == "length" else "")
     )
@@ -376,6 +406,8 @@ def _result_facts(result: GenerationResult) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "stop_string": result.stop_string,
         "prompt_tokens": result.prompt_tokens,
+        "cached_tokens": result.cached_tokens,
+        "cache_miss_reason": result.cache_miss_reason,
         "completion_tokens": result.completion_tokens,
         "time_to_first_token": round(result.time_to_first_token, 4),
         "tokens_per_second": round(result.tokens_per_second, 2),
@@ -385,13 +417,32 @@ def _result_facts(result: GenerationResult) -> dict[str, Any]:
 
 def _chat(args: argparse.Namespace) -> int:
     options = _options(args)
+    if args.thinking is not None:
+        options["thinking"] = args.thinking
+    path = None if args.session is None else _session_file(args.session)
     model = _load(args.model, args)
+    session = model.session(**options)
+    if path is not None and path.exists():
+        session = model.load_session(path)
+        session.settings.update(options)
+        _say(_dim(f"{path}: {_turns(session)} turns"))
+    before = list(session.messages)
+    try:
+        _converse(session)
+    finally:
+        if path is not None and session.messages != before:
+            session.save(path)
+    return 0
+
+
+def _converse(session: Session) -> None:
+    """Talk until the input ends."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # not on every platform; input() works without
             import readline  # noqa: F401  (line editing and history for input())
-        _say(_dim("/image FILE shows a picture, /reset starts again, /exit or Ctrl-D ends, Ctrl-C stops an answer"))
-    messages: list[dict[str, Any]] = []
+        _say(_dim("/image FILE shows a picture, /undo takes a turn back, /reset starts again, /exit or Ctrl-D ends"))
+        _say(_dim("Ctrl-C stops an answer"))
     images: list[Path] = []
     while True:
         try:
@@ -399,7 +450,7 @@ def _chat(args: argparse.Namespace) -> int:
         except EOFError:
             if interactive:
                 _say("")
-            return 0
+            return
         except KeyboardInterrupt:
             _say("\n" + _dim("Ctrl-D or /exit ends the conversation"))
             continue
@@ -407,10 +458,17 @@ def _chat(args: argparse.Namespace) -> int:
             _say("deltaic: the line is not valid UTF-8 text")
             continue
         if line == "/exit":
-            return 0
+            return
         if line == "/reset":
-            messages, images = [], []
+            session.messages.clear()
+            images = []
             _say(_dim("a new conversation"))
+        elif line == "/undo":
+            try:
+                session.undo()
+                _say(_dim(f"taken back; {_turns(session)} turns"))
+            except ArgumentError:
+                _say("deltaic: there is nothing to take back")
         elif line.startswith("/image"):
             try:
                 images.append(_image_file(line.removeprefix("/image").strip()))
@@ -418,33 +476,40 @@ def _chat(args: argparse.Namespace) -> int:
             except ImageError as error:
                 _say(f"deltaic: {_one_line(error)}")
         elif line.startswith("/"):
-            _say(f"deltaic: {line.split()[0]}: unknown; there are /image FILE, /reset and /exit")
+            _say(f"deltaic: {line.split()[0]}: unknown; there are /image FILE, /undo, /reset and /exit")
         elif line:
-            answer = _answer(model, [*messages, _user_message(line, images)], args, options)
-            if answer is not None:  # after an error the conversation stands where it stood
-                messages += [_user_message(line, images), {"role": "assistant", "content": answer}]
+            _answer(session, line, images)
             images = []
 
 
-def _answer(
-    model: Model, messages: list[dict[str, Any]], args: argparse.Namespace, options: dict[str, Any]
-) -> str | None:
-    """One turn of a conversation: the answer, cut where Ctrl-C stopped it; None where the turn was refused."""
+def _answer(session: Session, text: str, images: list[Path]) -> None:
+    """One turn: after an error the conversation stands where it stood; Ctrl-C keeps the answer up to there."""
     stream = None
     try:
-        stream = model.stream(messages, thinking=args.thinking, **options)
+        stream = session.stream(text, images=images)
         result = _write(stream)
     except DeltaicError as error:
         _say(f"deltaic: {_one_line(error)}")
-        return None
+        return
     except KeyboardInterrupt:
         _say("")
         if stream is None:
-            return None
+            return
         stream.close()
         result = stream.result
     _say(_dim(_figures(result)))
-    return result.text
+
+
+def _turns(session: Session) -> int:
+    return sum(message.get("role") == "user" for message in session.messages)
+
+
+def _session_file(name: str) -> Path:
+    """A file that can be written at the end: said now, not after a long conversation."""
+    path = Path(name)
+    if not path.parent.is_dir() or path.is_dir():
+        raise StateError(f"--session: {name} cannot be a file there; expected a file name in a folder that exists")
+    return path
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -86,3 +86,21 @@ def resident_bytes(status: Path = _STATUS) -> dict[str, int] | None:
     if set(found) != {"VmRSS", "RssAnon", "VmHWM"}:
         return None
     return {"now": found["VmRSS"], "private": found["RssAnon"], "peak": found["VmHWM"]}
+
+
+def available_bytes(
+    root: Path = _CGROUP_ROOT, membership: Path = _MEMBERSHIP, meminfo: Path = Path("/proc/meminfo")
+) -> int | None:
+    """Memory that is free for this process now: the machine's, or what a control group's limit leaves of it where that
+    is less. Files in the page cache count as free. None where the system does not tell (Linux does)."""
+    found = []
+    for line in (_read(meminfo) or "").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable" and rest.split()[:1] and rest.split()[0].isdigit():
+            found.append(int(rest.split()[0]) * 1024)
+    for group in _own_groups(root, membership):
+        limit, used, facts = _read(group / "memory.max"), _read(group / "memory.current"), _read(group / "memory.stat")
+        if limit is not None and used is not None and limit.isdigit() and used.isdigit():
+            cached = [line.split()[1] for line in (facts or "").splitlines() if line.startswith("inactive_file ")]
+            found.append(max(0, int(limit) - int(used) + int(cached[0] if cached else 0)))
+    return min(found, default=None)

@@ -467,7 +467,7 @@ def test_peak_memory_is_far_below_the_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     size = (source / "model.safetensors").stat().st_size
     assert size > 200e6
-    assert float(done.stdout) < 0.25 * size, f"{float(done.stdout) / 1e6:.0f} MB for {size / 1e6:.0f} MB"
+    assert float(done.stdout) < 0.3 * size, f"{float(done.stdout) / 1e6:.0f} MB for {size / 1e6:.0f} MB"
 
 
 def test_progress_bars(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

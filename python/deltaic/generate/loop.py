@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PromptError, StateError
+from .cache import FeatureCache, image_places
 from .result import FinishReason, GenerationResult, StreamPiece, TokenLogprobs
 from .stop import ReasoningSplit, StopStrings
 
 if TYPE_CHECKING:
+    from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
     from ..chat.tokenizer import DetokenizeStream
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
+    from .cache import Reading
     from .sampling import Sampler
-
-PREFILL_TOKENS = 512  # rows per forward call of a prompt: bounds the memory for activations
 
 # one lock per op set: its thread pool and thread count belong to the process, not to a model
 _OPS_LOCKS: dict[str, Any] = {}
@@ -45,11 +46,20 @@ class Runner:
     """
 
     def __init__(
-        self, text: TextModel, vision: VisionModel | None, ops: Any, *, threads: int, image_token_id: int | None
+        self,
+        text: TextModel,
+        vision: VisionModel | None,
+        ops: Any,
+        *,
+        threads: int,
+        image_token_id: int | None,
+        feature_bytes: int = 0,
     ) -> None:
+        """feature_bytes: how much memory the features of pictures seen before may take."""
         self.text = text
         self.vision = vision
         self.ops = ops
+        self.features = FeatureCache(feature_bytes)
         self._threads = threads
         self._image_token_id = image_token_id
         self._lock = ops_lock(ops)
@@ -59,65 +69,78 @@ class Runner:
         if self.ops.num_threads() != self._threads:
             self.ops.set_num_threads(self._threads)
 
-    def features(self, prompt: Prompt) -> np.ndarray | None:
-        """What the vision tower sees in the prompt's pictures: float32 [placeholders, H] in placeholder order."""
+    def places(self, prompt: Prompt, offset: int = 0) -> list[tuple[int, int, str]]:
+        """(index of the first placeholder + offset, tokens, digest) of each picture. Raises PromptError if the model
+        cannot see, or if placeholders and pictures do not match."""
         if not prompt.images:
-            return None
+            return []
         if self.vision is None:
             raise PromptError(
                 "the prompt holds a picture, but this checkpoint has no vision tower; ask without pictures"
             )
-        with self._lock:
-            self._set_threads()
-            features = self.vision.forward(prompt.images)
         placeholders = int(np.count_nonzero(prompt.token_ids == self._image_token_id))
-        if placeholders != len(features):
+        needed = sum(image.num_tokens for image in prompt.images)
+        if placeholders != needed:
             raise PromptError(
                 f"the prompt has {placeholders} image placeholder tokens, its {len(prompt.images)} pictures need "
-                f"{len(features)}; build prompts with Model.prepare"
+                f"{needed}; build prompts with Model.prepare"
             )
+        return image_places(prompt, self._image_token_id, offset)
+
+    def see(self, image: ImageInput) -> np.ndarray:
+        """What the vision tower sees in a picture: float32 [tokens, H]. Each picture is encoded by itself, so that its
+        features do not depend on which others are in the prompt or in the cache."""
+        assert self.vision is not None  # places() has refused pictures
+        features = self.features.get(image.digest)
+        if features is None:
+            with self._lock:
+                self._set_threads()
+                features = self.vision.forward([image])
+            self.features.put(image.digest, features)
         return features
 
-    def hidden(self, prompt: Prompt, state: State) -> Iterator[np.ndarray]:
-        """Feed the prompt to `state` and yield the hidden rows [t, H] (before the final norm) of each chunk.
+    def hidden(
+        self, prompt: Prompt, state: State, pauses: Sequence[int], *, skip: int = 0, prefill: bool = True
+    ) -> Iterator[np.ndarray]:
+        """Feed the prompt to `state` and yield the hidden rows [t, H] (before the final norm) up to each of `pauses`:
+        rising numbers of tokens of the prompt, the last one its length.
 
-        Chunks end at multiples of PREFILL_TOKENS counted from the start of the sequence, so that the split depends on
-        the tokens alone. Positions go on where the state stands (spec 9.2). Pictures are encoded before the first
-        chunk.
+        skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
+        it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
         """
-        ids, total = prompt.token_ids, len(prompt.token_ids)
-        features = self.features(prompt)
-        shift = state.length + state.rope_delta - int(prompt.position_ids[0, 0])
+        ids = prompt.token_ids
+        offset = state.length - skip
+        shift = 0 if skip else state.length + state.rope_delta - int(prompt.position_ids[0, 0])
         positions = prompt.position_ids + shift
-        start = feature = 0
-        while start < total:
-            end = min(total, start + PREFILL_TOKENS - state.length % PREFILL_TOKENS)
+        places = self.places(prompt, offset)
+        features: dict[int, np.ndarray] = {}
+        start = skip
+        for end in pauses:
+            for i, (first, count, _) in enumerate(places):
+                if i not in features and first - offset < end and first - offset + count > start:
+                    features[i] = self.see(prompt.images[i])
             chunk = ids[start:end]
             with self._lock:
                 self._set_threads()
                 x = self.text.embed(chunk)
-                if features is not None:
-                    rows = np.flatnonzero(chunk == self._image_token_id)
-                    x[rows] = features[feature : feature + len(rows)]
-                    feature += len(rows)
-                hidden = self._advance(state, x, positions[start:end], chunk.tolist())
+                for i, seen in features.items():
+                    first = places[i][0] - offset
+                    low, high = max(first, start), min(first + len(seen), end)
+                    x[low - start : high - start] = seen[low - first : high - first]
+                hidden = self._advance(state, x, positions[start:end], chunk.tolist(), prefill)
                 state.rope_delta = int(positions[:end].max()) + 1 - state.length
+                state.images += [place for place in places if start <= place[0] - offset < end]
+            features = {i: seen for i, seen in features.items() if places[i][0] - offset + len(seen) > end}
             yield hidden
             start = end
 
-    def prefill(self, prompt: Prompt, state: State) -> np.ndarray:
-        """Feed the prompt; logits [vocab] after its last token."""
-        for hidden in self.hidden(prompt, state):
-            last = hidden[-1:]
-        return self.logits(last)[0]
-
     def step(self, token: int, state: State) -> np.ndarray:
-        """Feed one token; logits [vocab] after it."""
+        """Feed one token; hidden row [1, H] (before the final norm)."""
         with self._lock:
             self._set_threads()
             x = self.text.embed(np.array([token], np.int64))
             positions = np.full((1, 3), state.length + state.rope_delta, np.int64)
-            return self.text.logits(self._advance(state, x, positions, [token]))[0]
+            return self._advance(state, x, positions, [token], prefill=False)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [n, vocab] of hidden rows [n, H]."""
@@ -125,8 +148,8 @@ class Runner:
             self._set_threads()
             return self.text.logits(hidden)
 
-    def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int]) -> np.ndarray:
-        hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64))
+    def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int], prefill: bool) -> np.ndarray:
+        hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64), prefill=prefill)
         state.token_ids.extend(ids)
         return hidden
 
@@ -134,21 +157,41 @@ class Runner:
 def generate_ids(
     runner: Runner,
     prompt: Prompt,
-    state: State,
+    reading: Reading,
     sampler: Sampler,
     *,
+    blank: Callable[[], State],
     end_ids: Collection[int],
     max_new_tokens: int,
 ) -> Iterator[tuple[int, TokenLogprobs | None]]:
-    """Prefill, then yield tokens up to and including an end token, at most `max_new_tokens`. The model runs only when
-    the next token is asked for; the last token yielded has not been fed to the state."""
-    logits = runner.prefill(prompt, state)
-    for produced in range(1, max_new_tokens + 1):
-        token, logprobs = sampler.next(logits)
-        yield token, logprobs
-        if token in end_ids or produced == max_new_tokens:
-            return
-        logits = runner.step(token, state)
+    """Read what the cache does not hold of the prompt, then yield tokens up to and including an end token, at most
+    `max_new_tokens`. The model runs only when the next token is asked for; the last token yielded has not been fed to
+    the state. Leaves checkpoints at the pauses of the reading and where the generation ends or is closed.
+
+    blank: makes the state for a prompt of which the cache holds nothing.
+    """
+    runner.places(prompt)  # refuses a prompt made by hand before anything is computed
+    state, found = reading.begin(blank)
+    hidden = None if found is None else found.hidden
+    pauses = reading.pauses()
+    for rows, (_, keep) in zip(
+        runner.hidden(prompt, state, [p for p, _ in pauses], skip=reading.cached_tokens), pauses, strict=True
+    ):
+        hidden = rows[-1:]
+        if keep:
+            reading.mark(state, hidden)
+    assert hidden is not None  # a prompt has at least one token
+    try:
+        for produced in range(1, max_new_tokens + 1):
+            token, logprobs = sampler.next(runner.logits(hidden)[0])
+            yield token, logprobs
+            if token in end_ids or produced == max_new_tokens:
+                break
+            hidden = runner.step(token, state)
+    except GeneratorExit:
+        reading.end(state, hidden)
+        raise
+    reading.end(state, hidden)
 
 
 @dataclass(slots=True)
@@ -190,10 +233,16 @@ class Stream:
         rules: TextRules,
         *,
         end_ids: Collection[int],
+        reading: Reading,
         prompt_tokens: int,
         prepare_seconds: float,
+        on_end: Callable[[GenerationResult | None], None] | None = None,
     ) -> None:
+        """on_end: called once, when the generation ends: with the result, or None after an error or before a start."""
         self._rules = rules
+        self.reading = reading
+        self._on_end = on_end
+        self.ended = False
         self._end_ids = end_ids
         self._prompt_tokens = prompt_tokens
         self._prepare_seconds = prepare_seconds
@@ -230,6 +279,7 @@ class Stream:
         # ValueError: it is running, in another thread or further up in this one; it then stops before the next token
         with contextlib.suppress(ValueError):
             self._pieces.close()
+            self._end(None)  # of a stream that was never started
 
     def finish(self) -> GenerationResult:
         """Run to the end and return the result."""
@@ -248,13 +298,34 @@ class Stream:
             finish_reason=self._finish_reason,
             stop_string=self._rules.stop.found,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self.reading.cached_tokens,
+            cache_miss_reason=self.reading.miss_reason,
             completion_tokens=len(self._ids),
             time_to_first_token=self._first_token_seconds,
             tokens_per_second=decoded / self._decode_seconds if decoded > 0 and self._decode_seconds > 0 else 0.0,
             logprobs=list(self._logprobs) if self._logprobs else None,
         )
 
+    def _end(self, result: GenerationResult | None) -> None:
+        if not self.ended:
+            self.ended = True
+            if self._on_end is not None:
+                self._on_end(result)
+
     def _run(
+        self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]
+    ) -> Generator[StreamPiece, None, None]:
+        try:
+            yield from self._generate(tokens)
+        except (GeneratorExit, KeyboardInterrupt):
+            self._end(self.result)
+            raise
+        except BaseException:
+            self._end(None)
+            raise
+        self._end(self.result)
+
+    def _generate(
         self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]
     ) -> Generator[StreamPiece, None, None]:
         mark = perf_counter()

@@ -42,7 +42,11 @@ class GenerationResult:
     finish_reason        "stop" (end token or stop string), "length" (max_new_tokens), "cancelled" (closed or
                          interrupted)
     stop_string          the stop string that ended it, None otherwise
-    prompt_tokens, completion_tokens
+    prompt_tokens        tokens of the prompt, of which
+    cached_tokens        came from the cache; only the others were read
+    cache_miss_reason    why tokens that had been read before were read again, or why nothing was found; None where
+                         only what is new was read
+    completion_tokens    generated tokens
     time_to_first_token  seconds from the call to the first token: prompt preparation, pictures and prefill
     tokens_per_second    decoding speed after the first token, 0.0 with fewer than two tokens; a consumer's own time
                          between two pieces does not count
@@ -59,3 +63,5 @@ class GenerationResult:
     time_to_first_token: float
     tokens_per_second: float
     logprobs: list[TokenLogprobs] | None = None
+    cached_tokens: int = 0
+    cache_miss_reason: str | None = None

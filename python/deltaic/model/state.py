@@ -1,8 +1,10 @@
 """What does one sequence remember? Convolution tails and matrices of the delta layers, K/V blocks of the attention
-layers, and how many tokens it has consumed."""
+layers, and what it has consumed. A state is a value: it can be forked, saved and loaded."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,14 +28,30 @@ class State:
     length      tokens consumed: the cache index of the next one
     rope_delta  added to `length` it is the rotary position of the next text token (<= 0; not 0 only after pictures)
     token_ids   the tokens consumed, kept by whoever feeds them
+    images      the pictures consumed, kept by whoever feeds them: (index of its first token, tokens, digest)
+    fingerprint of the model that it belongs to, "" where unknown
     intact      False while a forward pass is writing; if the pass is interrupted it stays False, the state unusable
+
+    A fork shares everything with its origin: full K/V blocks for ever, the last block and the arrays until one of the
+    two is written. Whoever writes calls `reserve` first, which makes the state's own copies. Shared `conv` and `delta`
+    are read-only arrays, so that forgetting it is an error.
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "conv", "delta", "intact", "kv", "kv_dtype", "length", "rope_delta", "token_ids",
+        "_block", "_max_tokens", "_shared_blocks", "conv", "delta", "fingerprint", "images", "intact", "kv", "kv_dtype",
+        "length", "rope_delta", "token_ids",
     )  # fmt: skip
 
-    def __init__(self, config: TextConfig, ops: ModuleType, kv_dtype: str = "f32"):
+    def __init__(
+        self,
+        config: TextConfig,
+        ops: ModuleType,
+        kv_dtype: str = "f32",
+        *,
+        context: int | None = None,
+        fingerprint: str = "",
+    ):
+        """context: tokens it may hold at most; None: the model's max_position_embeddings."""
         if kv_dtype not in KV_DTYPES:
             raise ArgumentError(f"State: kv_dtype is {kv_dtype!r}, expected one of {sorted(KV_DTYPES)}")
         c = config
@@ -46,40 +64,128 @@ class State:
         self.length = 0
         self.rope_delta = 0
         self.token_ids: list[int] = []
+        self.images: list[tuple[int, int, str]] = []
+        self.fingerprint = fingerprint
         self.intact = True
+        self._shared_blocks = 0  # blocks before this one may belong to other states too
         self._block = (c.num_attention_layers, 2, c.num_key_value_heads, BLOCK_TOKENS, c.head_dim)
-        self._max_tokens = c.max_position_embeddings
+        self._max_tokens = c.max_position_embeddings if context is None else context
 
     def fits(self, other: State) -> bool:
-        """Whether `other` is a state of an equally shaped model on the same op set (kv_dtype, contents may differ)."""
+        """Whether `other` is a state of an equally shaped model (op set, kv_dtype and contents may differ)."""
         return (
-            type(self.kv) is type(other.kv)
-            and self._block == other._block
+            self._block == other._block
             and self.conv.shape == other.conv.shape
             and self.delta.shape == other.delta.shape
         )
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in all, counted from the start of the sequence; never shrinks, never copies.
+        """Make room for `tokens` tokens in all, counted from the start of the sequence, and make everything that will
+        be written this state's own. Never shrinks; copies only what is shared with a fork.
 
-        Raises ContextLengthError beyond the model's max_position_embeddings, StateError if memory runs out.
+        Raises ContextLengthError beyond the model's context, StateError if memory runs out.
         """
         if tokens > self._max_tokens:
             raise ContextLengthError(
                 f"the sequence would hold {tokens} tokens, the model's context holds {self._max_tokens}; "
                 "shorten the prompt or ask for fewer new tokens"
             )
-        while len(self.kv) * BLOCK_TOKENS < tokens:
-            try:
-                block = np.zeros(self._block, KV_DTYPES[self.kv_dtype])
-            except (MemoryError, ValueError):  # numpy raises the latter beyond the address space
-                raise StateError(
-                    f"no memory for the K/V of {tokens} tokens: the sequence holds {self.nbytes / 2**20:.0f} MiB "
-                    f"for {len(self.kv) * BLOCK_TOKENS}; shorten the prompt or use kv_dtype 'bf16'"
-                ) from None
-            self.kv.append(block)
+        try:
+            if tokens > self.length:
+                self._own()
+            while len(self.kv) * BLOCK_TOKENS < tokens:
+                self.kv.append(np.zeros(self._block, KV_DTYPES[self.kv_dtype]))
+        except (MemoryError, ValueError):  # numpy raises the latter beyond the address space
+            raise StateError(
+                f"no memory for the K/V of {tokens} tokens: the sequence holds {self.nbytes / 2**20:.0f} MiB "
+                f"for {len(self.kv) * BLOCK_TOKENS}; shorten the prompt or use kv_dtype 'bf16'"
+            ) from None
+
+    def _own(self) -> None:
+        """Copy what is shared and about to be written: the arrays, and blocks from that of the next token on."""
+        if not self.delta.flags.writeable:
+            conv, delta = self.conv.copy(), self.delta.copy()
+            self.conv, self.delta = conv, delta
+        first = self.length // BLOCK_TOKENS
+        if first < self._shared_blocks:
+            blocks = self.kv.blocks
+            for i in range(first, self._shared_blocks):
+                self.kv.replace(i, blocks[i].copy())
+            self._shared_blocks = first
+
+    def fork(self) -> State:
+        """A second state that goes on from here; either may be fed without any effect on the other.
+
+        Takes microseconds and no memory: the first write of either copies `conv`, `delta` and the last K/V block.
+        Raises StateError if the state is half-written.
+        """
+        self._check_intact("fork")
+        used = -(-self.length // BLOCK_TOKENS)
+        self.conv.flags.writeable = self.delta.flags.writeable = False
+        self._shared_blocks = max(self._shared_blocks, used)
+        twin = object.__new__(State)
+        for name in State.__slots__:
+            setattr(twin, name, getattr(self, name))
+        twin.token_ids, twin.images = list(self.token_ids), list(self.images)
+        twin.kv = type(self.kv)()
+        for block in self.kv.blocks[:used]:
+            twin.kv.append(block)
+        twin._shared_blocks = used
+        return twin
+
+    def on(self, ops: ModuleType) -> State:
+        """This state, with the K/V blocks in a table of the op set `ops`; blocks are not copied."""
+        if type(self.kv) is not ops.BlockTable:
+            table = ops.BlockTable()
+            for block in self.kv.blocks:
+                table.append(block)
+            self.kv = table
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file (safetensors format, see `state_file`). A file that is there is replaced only when
+        the new one is complete. Raises StateError if the state is half-written or the file cannot be written."""
+        from .state_file import save_state
+
+        save_state(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], ops: ModuleType | None = None) -> State:
+        """Read a state from a file of `save`. It is bound to its model when it is first used with one, which refuses
+        it if it belongs to another. ops: the op set for its K/V table; None: the CPU's where it is built.
+
+        Raises StateError if the file is missing, truncated, altered, or not a file of `save`.
+        """
+        from .state_file import load_state
+
+        return load_state(path, ops)[0]
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes that a state like this one, not shared with any, takes with `tokens` tokens."""
+        block = int(np.prod(self._block)) * np.dtype(KV_DTYPES[self.kv_dtype]).itemsize
+        return self.conv.nbytes + self.delta.nbytes + -(-tokens // BLOCK_TOKENS) * block
+
+    @property
+    def context(self) -> int:
+        """Tokens that it may hold at most."""
+        return self._max_tokens
+
+    def buffers(self) -> Iterator[npt.NDArray[Any]]:
+        """The arrays that hold the memory: conv, delta and the K/V blocks. Shared ones are the same objects."""
+        yield self.conv
+        yield self.delta
+        yield from self.kv.blocks
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, reserved blocks included."""
-        return self.conv.nbytes + self.delta.nbytes + sum(block.nbytes for block in self.kv.blocks)
+        """Bytes held, reserved blocks and what is shared with forks included; see `total_nbytes` for several states."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def _check_intact(self, action: str) -> None:
+        if not self.intact:
+            raise StateError(f"{action}: the state was left half-written by an interrupted call; start a new one")
+
+
+def total_nbytes(states: Iterable[State]) -> int:
+    """Bytes held by several states together; what they share counts once."""
+    return sum({id(buffer): buffer.nbytes for state in states for buffer in state.buffers()}.values())

@@ -29,6 +29,7 @@ class Batch:
     starts: Ints  # [B] tokens already consumed by each sequence
     cos: Array  # [T, R/2]
     sin: Array  # [T, R/2]
+    prefill: bool
 
 
 class TextModel:
@@ -45,15 +46,19 @@ class TextModel:
             raise ArgumentError(f"token ids span {ids.min()}..{ids.max()}, expected 0..{self.config.vocab_size - 1}")
         return self.ops.embed(ids, self.weights.embed)
 
-    def forward(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints) -> Array:
+    def forward(
+        self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, *, prefill: bool = False
+    ) -> Array:
         """Consume T tokens of B sequences and advance their states.
 
         x [T, H]; positions int64 [T, 3] (temporal, height, width); states: B different ones; cu_seqlens int64 [B+1].
+        prefill: the rows are read, not generated; on an op set that is SPLIT_INVARIANT, what they get then does not
+        depend on where a prompt is cut.
         Returns the residual stream [T, H] after the last layer, before the final norm (`logits` applies it).
         Raises ArgumentError or StateError if these do not fit together, ContextLengthError if a sequence outgrows the
         context; the states are then as they were.
         """
-        batch = self._batch(x, positions, states, cu_seqlens)
+        batch = self._batch(x, positions, states, cu_seqlens, prefill)
         for state in states:
             state.intact = False
         delta_layer = attention_layer = 0
@@ -110,6 +115,7 @@ class TextModel:
             cu_seqlens=batch.cu_seqlens,
             starts=batch.starts,
             tables=[state.kv for state in batch.states],
+            prefill=batch.prefill,
         )
         return ops.linear(y, m.o_proj, residual=x)
 
@@ -131,7 +137,7 @@ class TextModel:
             residual=x,
         )
 
-    def _batch(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints) -> Batch:
+    def _batch(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, prefill: bool) -> Batch:
         """Check that the arguments of `forward` fit together, and make room in the states."""
         T, counts = x.shape[0], np.diff(cu_seqlens)
         if x.shape != (T, self.config.hidden_size) or positions.shape != (T, 3):
@@ -150,7 +156,7 @@ class TextModel:
                 raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
             state.reserve(state.length + n)
         cos, sin = self.rope(positions)
-        return Batch(states, cu_seqlens, np.array([state.length for state in states], np.int64), cos, sin)
+        return Batch(states, cu_seqlens, np.array([state.length for state in states], np.int64), cos, sin, prefill)
 
 
 def _short(values: Any) -> str:

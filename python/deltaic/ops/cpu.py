@@ -13,6 +13,7 @@ import numpy as np
 
 from deltaic import _core
 from deltaic._core import BlockTable, Weight
+from deltaic.errors import ArgumentError
 
 __all__ = [
     "BlockTable",
@@ -45,6 +46,7 @@ Array = np.ndarray
 FORMATS: tuple[str, ...] = _core.formats
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
 BLOCK_ROWS = 16
+SPLIT_INVARIANT = True  # the rows of a prompt get the same bits wherever its reading is interrupted (with prefill=True)
 
 
 def isa() -> str:
@@ -128,17 +130,19 @@ def checksum(data: Array, first: int = 0) -> int:
 
 
 def probe_read(data: Array) -> None:
-    """Reads float32 [n] once, on all threads: time it to learn the bandwidth of memory."""
-    _core.probe_read(data, np.empty(1, np.float32))
+    """Reads bytes [n] once, on all threads: time it to learn the bandwidth of memory."""
+    _core.probe_read(data, np.empty(1, np.int64))
 
 
-def probe_peak(kind: str, portions: int) -> float:
+def probe_peak(kind: str, rounds: int) -> int:
     """Multiplies and adds in registers, on all threads; returns how many operations that were. kind: "f32" or "int8"
-    (ContractError where the instruction set has no int8 dot product). Time it to learn the peak."""
-    operations = np.empty(1, np.float32)
-    probe = {"f32": _core.probe_fma, "int8": _core.probe_int8}[kind]
-    probe(np.empty(portions, np.float32), operations)
-    return float(operations[0])
+    (a ContractError where the instruction set has no int8 dot product). Time it to learn the peak."""
+    kinds = ("f32", "int8")
+    if kind not in kinds:
+        raise ArgumentError(f"probe_peak: kind is {kind!r}, expected one of {', '.join(kinds)}")
+    operations = np.empty(1, np.int64)
+    _core.probe_peak(kinds.index(kind), rounds, operations)
+    return int(operations[0])
 
 
 def embed(ids: Array, table: Weight) -> Array:
@@ -194,10 +198,11 @@ def gated_attention(
     cu_seqlens: Array,
     starts: Array,
     tables: list[BlockTable],
+    prefill: bool = False,
 ) -> Array:
     y = np.empty((proj.shape[0], num_heads * q_norm.shape[0]), np.float32)
     _core.gated_attention(
-        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, y
+        proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, int(prefill), y
     )
     return y
 

@@ -30,6 +30,7 @@ from .layout import merge_order
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 
+SPLIT_INVARIANT = False  # numpy's matrix products add in another order for another number of rows
 L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
 FORMATS = ("f32", "bf16", "int8", "int4")
 checksum = quantise.checksum
@@ -453,6 +454,7 @@ def gated_attention(
     cu_seqlens: Ints,
     starts: Ints,
     tables: Sequence[BlockTable],
+    prefill: bool = False,
 ) -> Array:
     """Everything of a full-attention layer between its input and its output projection, for B ragged sequences.
 
@@ -465,6 +467,8 @@ def gated_attention(
         o = causal_attention(q, stored k, stored v)  ;  y = o * sigmoid(gate)
 
     K and V are used as stored (rounded to the blocks' dtype), so a prompt in one call equals the same prompt in many.
+    prefill: the rows are a prompt's; an op set with other code for few rows must then add in the order that it uses for
+    many. (Here there is one order.)
     Source: Qwen3.5, Qwen3_5Attention.
     """
     T, D = proj.shape[0], q_norm.shape[0]

@@ -115,6 +115,11 @@ class PackedFile:
         """Which checkpoint this was packed from: see weights/quantize.py."""
         return self._file.metadata["source"]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the header, which holds a checksum of every tensor."""
+        return self._file.metadata["digest"]
+
     def part_bytes(self, prefixes: tuple[str, ...] | None) -> int:
         """Bytes of the decoder (None), or of the part under `prefixes`."""
         return sum(tensor.nbytes for tensor in self._part(prefixes))
@@ -337,7 +342,7 @@ class PackedWriter:
 
     def write(self, data: np.ndarray[Any, Any]) -> None:
         """Append bytes to the tensor that was begun."""
-        self._out.write(memoryview(data).cast("B"))
+        self._out.write(data.reshape(-1).view(np.uint8).data)
         self._position += data.nbytes
 
     def end(self, dtype: str = "U8") -> None:

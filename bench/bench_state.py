@@ -1,0 +1,319 @@
+"""What do states as values bring, and what do they cost? Turn 10 of a conversation, files, forks, the cache under load.
+
+    python bench/make_checkpoint.py 0.8B /tmp/random-0.8B
+    python bench/bench_state.py /tmp/random-0.8B --dtype bf16                      # everything, a minute of load
+    python bench/bench_state.py /tmp/random-0.8B load --minutes 10 --json
+    python bench/bench_state.py /tmp/random-0.8B file --file-tokens 32768 --folder /mnt/disk
+
+turns  time to first token of turn 10 of a conversation, with a cold cache and with the one that turns 1 to 9 left
+file   rates of saving and loading a long state, beside those of writing (with fsync) and reading as many plain bytes
+fork   seconds for a fork, and for the first write after it
+load   the cache's bytes and the process's memory while random prompts come in that share beginnings
+
+Prints figures (or one JSON object) and writes a plot of each part that was run to bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import deltaic
+import numpy as np
+from deltaic.model.state import State
+
+PARTS = ("turns", "file", "fork", "load")
+RESULTS = Path(__file__).parent / "results"
+MIB = 2.0**20
+WORDS = ("the", "cat", "dog", "mat", "sun", "sat", "ran", "on", "under", "over", "and", "or", "red", "is", "was")
+
+
+def words(model: deltaic.Model, tokens: int, rng: np.random.Generator) -> str:
+    """Text of about `tokens` tokens."""
+    sample = " ".join(rng.choice(WORDS, 400))
+    per_word = len(model.tokenizer.encode(sample)) / 400
+    return " ".join(rng.choice(WORDS, max(1, round(tokens / per_word))))
+
+
+# ------------------------------------------------------------------------------- turns
+
+
+def bench_turns(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Ten turns of args.tokens in all: nine long questions and answers, and a short last question."""
+    rng = np.random.default_rng(0)
+    options = {"temperature": 0.0, "max_new_tokens": args.answer_tokens, "thinking": False}
+    question = args.tokens // 9 - args.answer_tokens
+    messages: list[dict[str, Any]] = []
+    warm = []
+    for turn in range(10):
+        text = words(model, question if turn < 9 else 30, rng)
+        messages.append({"role": "user", "content": text})
+        result = model.chat(messages, **options)
+        warm.append(result)
+        messages.append({"role": "assistant", "content": words(model, args.answer_tokens, rng)})
+    model.cache.clear()
+    cold = model.chat(messages[:-1], **options)
+    assert cold.token_ids == result.token_ids, "a cached turn gave other tokens than a cold one"
+    return {
+        "prompt_tokens": [r.prompt_tokens for r in warm],
+        "cached_tokens": [r.cached_tokens for r in warm],
+        "first_token_seconds": [r.time_to_first_token for r in warm],
+        "cold_first_token_seconds": cold.time_to_first_token,
+        "share_of_cold": result.time_to_first_token / cold.time_to_first_token,
+    }
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def long_state(model: deltaic.Model, tokens: int) -> State:
+    """A state of `tokens` tokens with random contents, as no prompt that long needs to be read for it."""
+    rng = np.random.default_rng(0)
+    blank = model.new_state()
+    state = State(model.config.text, model._ops, blank.kv_dtype, fingerprint=blank.fingerprint)
+    state.reserve(tokens)
+    state.delta[:] = rng.standard_normal(state.delta.shape, np.float32)
+    noise = np.frombuffer(rng.bytes(state.kv.blocks[0].nbytes), state.kv.blocks[0].dtype)
+    for i, block in enumerate(state.kv.blocks):
+        block[:] = np.roll(noise, i).reshape(block.shape)  # no two alike, in case the disk compresses
+    state.length, state.token_ids = tokens, rng.integers(0, 1000, tokens).tolist()
+    return state
+
+
+def drop_from_page_cache(path: Path) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_plain(path: Path, pieces: list[memoryview]) -> float:
+    began = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            while piece:
+                piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return time.perf_counter() - began
+
+
+def read_plain(path: Path, piece_bytes: int) -> float:
+    drop_from_page_cache(path)
+    began = time.perf_counter()
+    piece = bytearray(piece_bytes)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(piece):
+            pass
+    return time.perf_counter() - began
+
+
+def bench_file(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Best of several rounds, ours and plain in turn: disks and neighbours vary."""
+    state = long_state(model, args.file_tokens)
+    pieces = [memoryview(block.reshape(-1).view(np.uint8)) for block in state.kv.blocks]
+    times: dict[str, list[float]] = {"save": [], "load": [], "write": [], "read": []}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        ours, plain = Path(folder) / "state", Path(folder) / "plain"
+        for _ in range(args.rounds):
+            times["write"].append(write_plain(plain, pieces))
+            began = time.perf_counter()
+            state.save(ours)
+            times["save"].append(time.perf_counter() - began)
+            times["read"].append(read_plain(plain, len(pieces[0])))
+            drop_from_page_cache(ours)
+            began = time.perf_counter()
+            loaded = State.load(ours, model._ops)
+            times["load"].append(time.perf_counter() - began)
+            assert np.array_equal(loaded.delta, state.delta)
+            del loaded
+        nbytes, plain_bytes = ours.stat().st_size, plain.stat().st_size
+    rates = {
+        name: (plain_bytes if name in ("write", "read") else nbytes) / min(seconds) for name, seconds in times.items()
+    }
+    return {
+        "tokens": args.file_tokens,
+        "bytes": nbytes,
+        "bytes_per_second": rates,
+        "save_share": rates["save"] / rates["write"],
+        "load_share": rates["load"] / rates["read"],
+    }
+
+
+# ------------------------------------------------------------------------------- forks
+
+
+def bench_fork(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """A fork shares; its first write copies the matrices and one block."""
+    state = long_state(model, args.file_tokens)
+    fork, write = [], []
+    for _ in range(20):
+        began = time.perf_counter()
+        twin = state.fork()
+        fork.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        twin.reserve(twin.length + 1)
+        write.append(time.perf_counter() - began)
+    arrays = state.conv.nbytes + state.delta.nbytes
+    return {
+        "tokens": args.file_tokens,
+        "state_bytes": state.nbytes,
+        "fork_seconds": min(fork),
+        "first_write_seconds": min(write),
+        "first_write_bytes": arrays + state.kv.blocks[0].nbytes,
+    }
+
+
+# ------------------------------------------------------------------------------- the cache under load
+
+
+def resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bench_load(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Random prompts that begin like others, until the time is over. The budget is small, so that much is dropped."""
+    rng = np.random.default_rng(int.from_bytes(secrets.token_bytes(4), "little"))
+    one = model.new_state().bytes_for(args.load_tokens)
+    model.cache.clear()
+    model.cache.budget = args.budget_checkpoints * one
+    heads = [words(model, args.load_tokens // 2, rng) for _ in range(4)]
+    samples, prompts, cached, total = [], 0, 0, 0
+    ends = time.monotonic() + 60 * args.minutes
+    while time.monotonic() < ends:
+        tail = words(model, int(rng.integers(1, args.load_tokens // 2)), rng)
+        result = model.chat(f"{heads[rng.integers(len(heads))]} {tail}", temperature=0.0, max_new_tokens=4)
+        prompts, cached, total = prompts + 1, cached + result.cached_tokens, total + result.prompt_tokens
+        samples.append((60 * args.minutes - ends + time.monotonic(), model.cache.nbytes, resident_bytes()))
+    half = [r for _, _, r in samples[len(samples) // 2 :]]
+    model.cache.clear()
+    gc.collect()
+    return {
+        "minutes": args.minutes,
+        "prompts": prompts,
+        "cached_share": cached / max(1, total),
+        "budget": model.cache.budget,
+        "largest": max(n for _, n, _ in samples),
+        "checkpoint_bytes": one,
+        "resident_growth_in_second_half": half[-1] - half[0],
+        "resident_after_clearing": resident_bytes(),
+        "samples": samples[:: max(1, len(samples) // 500)],
+    }
+
+
+# ------------------------------------------------------------------------------- what is shown
+
+
+def describe(part: str, f: dict[str, Any]) -> str:
+    if part == "turns":
+        return (
+            f"turns  turn 10 of {f['prompt_tokens'][-1]} tokens: first token after "
+            f"{f['first_token_seconds'][-1]:.2f} s ({f['cached_tokens'][-1]} cached), cold "
+            f"{f['cold_first_token_seconds']:.2f} s: {100 * f['share_of_cold']:.1f} %"
+        )
+    if part == "file":
+        r = f["bytes_per_second"]
+        return (
+            f"file   {f['tokens']} tokens, {f['bytes'] / MIB:.0f} MiB: save {r['save'] / 1e6:.0f} MB/s "
+            f"({100 * f['save_share']:.0f} % of plain writing), load {r['load'] / 1e6:.0f} MB/s "
+            f"({100 * f['load_share']:.0f} % of plain reading)"
+        )
+    if part == "fork":
+        return (
+            f"fork   {f['tokens']} tokens, {f['state_bytes'] / MIB:.0f} MiB: fork {1e3 * f['fork_seconds']:.2f} ms, "
+            f"first write {1e3 * f['first_write_seconds']:.2f} ms for {f['first_write_bytes'] / MIB:.1f} MiB"
+        )
+    return (
+        f"load   {f['minutes']:g} min, {f['prompts']} prompts, {100 * f['cached_share']:.0f} % of tokens cached: "
+        f"at most {f['largest'] / MIB:.0f} of {f['budget'] / MIB:.0f} MiB; process grew by "
+        f"{f['resident_growth_in_second_half'] / MIB:.1f} MiB in the second half"
+    )
+
+
+def plot(part: str, f: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    if part == "turns":
+        turns = range(1, 11)
+        axis.bar(turns, f["prompt_tokens"], color="lightgrey", label="tokens of the prompt")
+        axis.bar(turns, f["cached_tokens"], color="tab:blue", label="from the cache")
+        axis.set(xlabel="turn", ylabel="tokens", title="A conversation of ten turns")
+        seconds = axis.twinx()
+        seconds.plot(turns, f["first_token_seconds"], "o-", color="tab:orange", label="first token")
+        seconds.plot([10], [f["cold_first_token_seconds"]], "x", color="tab:red", label="first token, cold")
+        seconds.set_ylabel("seconds")
+        seconds.legend(loc="upper center")
+        axis.legend(loc="upper left")
+    elif part == "file":
+        rates = {name: rate / 1e6 for name, rate in f["bytes_per_second"].items()}
+        labels = {"write": "plain write", "save": "State.save", "read": "plain read", "load": "State.load"}
+        axis.bar(list(labels.values()), [rates[name] for name in labels])
+        axis.set(ylabel="MB/s", title=f"State of {f['tokens']} tokens, {f['bytes'] / MIB:.0f} MiB")
+    elif part == "fork":
+        axis.bar(["fork", "first write"], [1e3 * f["fork_seconds"], 1e3 * f["first_write_seconds"]])
+        axis.set(ylabel="ms", title=f"State of {f['tokens']} tokens, {f['state_bytes'] / MIB:.0f} MiB")
+    else:
+        seconds, cache, resident = zip(*f["samples"], strict=True)
+        axis.plot(seconds, [n / MIB for n in cache], label="cache")
+        axis.plot(seconds, [n / MIB for n in resident], label="process")
+        axis.axhline(f["budget"] / MIB, linestyle=":", color="grey", label="budget")
+        axis.set(xlabel="seconds", ylabel="MiB", title="Random prompts", ylim=(0, None))
+        axis.legend()
+    figure.tight_layout()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"state_{part}.png", dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--tokens", type=int, default=8000, help="turns: tokens of the conversation")
+    parser.add_argument("--answer-tokens", type=int, default=64, help="turns: tokens of an answer")
+    parser.add_argument("--file-tokens", type=int, default=32768, help="file, fork: tokens of the state")
+    parser.add_argument("--folder", help="file: where to write; default: the system's folder for temporary files")
+    parser.add_argument("--rounds", type=int, default=5, help="file: how often; the best counts")
+    parser.add_argument("--minutes", type=float, default=1.0, help="load: how long")
+    parser.add_argument("--load-tokens", type=int, default=256, help="load: tokens of a prompt at most")
+    parser.add_argument("--budget-checkpoints", type=int, default=8, help="load: the budget in checkpoints of a prompt")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--no-plots", action="store_true")
+    args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]}; there are {', '.join(PARTS)}")
+    model = deltaic.load(args.model, dtype=args.dtype, device=args.device, threads=args.threads)
+    benches = {"turns": bench_turns, "file": bench_file, "fork": bench_fork, "load": bench_load}
+    figures: dict[str, Any] = {}
+    for part in args.parts or PARTS:
+        figures[part] = benches[part](model, args)
+        if not args.json:
+            print(describe(part, figures[part]), flush=True)
+        if not args.no_plots:
+            plot(part, figures[part])
+    if args.json:
+        facts = {"model": str(args.model), "isa": model.info()["isa"], "threads": model.threads, "dtype": args.dtype}
+        json.dump({**facts, **figures}, sys.stdout)
+        print()
+
+
+if __name__ == "__main__":
+    main()
