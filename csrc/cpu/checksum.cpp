@@ -35,7 +35,8 @@ uint64_t chunk_sum(const uint8_t* data, int64_t bytes, uint64_t number) {
 
 }  // namespace
 
-void checksum(View data, View sum) {
+// `first`: the number of the first chunk of `data`.
+void checksum(View data, int64_t first, View sum) {
     const int64_t bytes = data.shape[0], chunks = ceil_div(bytes, kChunk);
     if (bytes % kLine != 0) fail("checksum", "data is not a multiple of 64 bytes");
     uint64_t* totals = static_cast<uint64_t*>(scratch(static_cast<size_t>(thread_count()) * kLine));
@@ -43,7 +44,7 @@ void checksum(View data, View sum) {
     parallel_for(chunks, 16, [&](int64_t begin, int64_t end, int thread) {
         uint64_t total = 0;
         for (int64_t c = begin; c < end; ++c)
-            total += chunk_sum(data.u8() + c * kChunk, min64(kChunk, bytes - c * kChunk), static_cast<uint64_t>(c));
+            total += chunk_sum(data.u8() + c * kChunk, min64(kChunk, bytes - c * kChunk), static_cast<uint64_t>(first + c));
         totals[thread * 8] += total;
     });
     uint64_t total = 0;

@@ -160,6 +160,10 @@ def test_checksum_is_the_same_everywhere(cpu, rng, lines):
     data = rng.integers(0, 256, 64 * lines, dtype=np.uint8)
     data.flags.writeable = False
     assert cpu.checksum(data) == quantise.checksum(data) == reference.checksum(data)
+    middle = lines // 2048 * quantise.CHECKSUM_BYTES
+    pieces = [(data[:middle], 0), (data[middle:], middle // quantise.CHECKSUM_BYTES)]
+    for checksum in (cpu.checksum, quantise.checksum):
+        assert sum(checksum(piece, first) for piece, first in pieces) % 2**64 == cpu.checksum(data)
 
 
 def test_checksum_sees_every_change(rng):

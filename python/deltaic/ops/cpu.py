@@ -122,10 +122,10 @@ def from_packed(parts: Sequence[tuple[str, int, Array]], count: int, columns: in
     return Weight(list(parts), count, columns, glu)
 
 
-def checksum(data: Array) -> int:
+def checksum(data: Array, first: int = 0) -> int:
     """The 64-bit checksum of bytes [n], n a multiple of 64, at the speed of memory (definition: ops/quantise.py)."""
     result = np.empty(1, np.int64)
-    _core.checksum(data, result)
+    _core.checksum(data, first, result)
     return int(result.view(np.uint64)[0])
 
 

@@ -180,23 +180,27 @@ def _read_int4(blocks: Bytes, columns: int) -> Floats:
 # ------------------------------------------------------------------------------------------------------------- checksum
 
 CHECKSUM_LINES = 1024  # lines of 64 bytes in one chunk
+CHECKSUM_BYTES = 64 * CHECKSUM_LINES
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
-def checksum(data: Bytes) -> int:
+def checksum(data: Bytes, first: int = 0) -> int:
     """A 64-bit sum of bytes [n] (n a multiple of 64) that sees any flipped bit and any moved or zeroed line.
 
     The bytes are lines of eight little-endian 64-bit words; a chunk is 1024 lines, the last one may be shorter. In each
     chunk a[i] = sum of word i of its lines, b[i] = sum of a[i] after each line (as Fletcher's checksum). All 16 sums,
     and the chunk's number, are mixed by splitmix64; the checksum is the sum over the chunks. All modulo 2^64.
+
+    first: number of the first chunk. Checksums of pieces of whole chunks, each told where it begins, add up (modulo
+    2^64) to that of the whole.
     """
     if data.ndim != 1 or data.dtype != np.uint8 or data.size % 64:
         raise ArgumentError(f"checksum: data is {data.dtype}{data.shape}, expected uint8 [n], n a multiple of 64")
     words = data.view("<u8").reshape(-1, 8)
     total = np.uint64(0)
     with np.errstate(over="ignore"):
-        for number, first in enumerate(range(0, len(words), CHECKSUM_LINES)):
-            chunk = words[first : first + CHECKSUM_LINES]
+        for number, line in enumerate(range(0, len(words), CHECKSUM_LINES), first):
+            chunk = words[line : line + CHECKSUM_LINES]
             weights = np.arange(len(chunk), 0, -1, dtype=np.uint64)
             state = np.uint64(number)
             sums = np.stack([chunk.sum(axis=0), (chunk * weights[:, None]).sum(axis=0)])

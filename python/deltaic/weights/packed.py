@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import ArgumentError, CheckpointError
 from ..model.config import ModelConfig
 from ..model.weights import Array, Weight
-from ..ops.quantise import ROWS, block_bytes
+from ..ops.quantise import CHECKSUM_BYTES, ROWS, block_bytes
 from .checkpoint import CheckpointFile, Tensor
 from .names import PATCH, TensorSpec, expected_tensors
 from .packer import in_part
@@ -35,6 +35,7 @@ ALIGNMENT = 64
 
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype(np.float32)}
 _HUGE_PAGE = 2 << 20
+_PIECE_BYTES = 128 * CHECKSUM_BYTES  # that are read at a time to be checked
 _METADATA = {"format_version", "layout", "precision", "matrices", "checksums", "source", "digest"}
 LAYOUT = "blocks of 16 rows"
 
@@ -370,13 +371,14 @@ class PackedWriter:
         """Checksum what was written, write the header, and wait until all is on the disk."""
         self._out.flush()
         checksums = {}
-        with self._path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as written:
+        with self._path.open("rb") as written:
             for name, tensor in self._tensors.items():
-                data = np.frombuffer(written, np.uint8, tensor.nbytes, self._data_start + tensor.begin)
-                checksums[name] = f"{ops.checksum(data):016x}"
-                del data  # the mapping cannot be closed while an array views it
-                if hasattr(mmap, "MADV_DONTNEED"):
-                    written.madvise(mmap.MADV_DONTNEED)
+                written.seek(self._data_start + tensor.begin)
+                total = 0
+                for start in range(0, tensor.nbytes, _PIECE_BYTES):
+                    piece = np.fromfile(written, np.uint8, min(_PIECE_BYTES, tensor.nbytes - start))
+                    total += ops.checksum(piece, start // CHECKSUM_BYTES)
+                checksums[name] = f"{total % (1 << 64):016x}"
         metadata = {
             "format_version": FORMAT_VERSION,
             "layout": LAYOUT,
