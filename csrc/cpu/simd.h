@@ -107,7 +107,6 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
         a[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
     }
 }
-DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
@@ -168,7 +167,6 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
         a[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
     }
 }
-DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
 constexpr int kWidth = 4;
@@ -213,7 +211,6 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     a[2] = vcombine_f32(vget_high_f32(t0), vget_high_f32(t2));
     a[3] = vcombine_f32(vget_high_f32(t1), vget_high_f32(t3));
 }
-DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 // ---------------------------------------------------------------------------------------------------------------------------
 #else  // portable: compiler vectors of four, which every target has or imitates
 constexpr int kWidth = 4;
@@ -263,9 +260,12 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     const vec b[4] = {a[0], a[1], a[2], a[3]};
     for (int i = 0; i < 4; ++i) a[i] = vec{b[0][i], b[1][i], b[2][i], b[3][i]};
 }
-DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 #endif
 // ---------------------------------------------------------------------------------------------------------------------------
+
+// Calls the cache line at p from memory, into the nearest cache or into the second level only.
+DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+DELTAIC_INLINE void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 constexpr int kParts = 16 / kWidth;
 
