@@ -2,13 +2,13 @@
 
     python bench/bench_ops.py [words of rows] [--threads N] [--seconds S]
 
-Prints, per operator and shape, the best time of many calls, the bytes that must be read from memory and the floating-point
-operations per second, and both as a share of the machine's peaks, measured in the same run on the same threads: reading a
-buffer far larger than the caches in order, and multiply-adds out of registers. A row is limited by whichever share is near 1;
-data that stays in a cache between calls can exceed the reading peak.
+Prints, per operator and shape, the best time of many calls, the bytes that must be read from memory and the floating-
+point operations per second, and both as a share of the machine's peaks, measured in the same run on the same threads:
+reading a buffer far larger than the caches in order, and multiply-adds out of registers. A row is limited by
+whichever share is near 1; data that stays in a cache between calls can exceed the reading peak.
 
-To add a row, append to `rows`: operator, shape in words, bytes, flops, and a function that builds the arguments and returns a
-call without arguments. Only rows that are asked for are built.
+To add a row, append to `rows`: operator, shape in words, bytes, flops, and a function that builds the arguments and
+returns a call without arguments. Only rows that are asked for are built.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def best_time(call: Call, seconds: float) -> float:
 def peaks(seconds: float) -> tuple[float, float]:
     """Bytes per second of reading in order, and flops per second out of registers."""
     # Short calls: the best of many finds a moment when nothing else runs. Each part was last read a whole buffer ago.
-    parts, sums = np.ones((32, 1 << 21), np.float32), np.empty(1, np.float32)
-    turns = cycle(parts)
-    read = parts[0].nbytes / best_time(lambda: _core.probe_read(next(turns), sums), seconds)
-    results, flops = np.empty(8 * ops.num_threads(), np.float32), np.empty(1, np.float32)
-    duration = best_time(lambda: _core.probe_fma(results, flops), seconds)
-    return read, float(flops[0]) / duration
+    parts = np.ones((32, 8 << 20), np.uint8)
+    turns, done = cycle(parts), []
+    read = parts[0].nbytes / best_time(lambda: ops.probe_read(next(turns)), seconds)
+    duration = best_time(lambda: done.append(ops.probe_peak("f32", 1 << 14)), seconds)
+    return read, done[0] / duration
+
 
 
 def normal(*shape: int, scale: float = 1.0) -> np.ndarray:

@@ -355,9 +355,12 @@ for _lengths in [(4,), (60,), (65,), (12, 0, 35, 1), (130, 17)]:
 
 
 def sample(rng: Rng, V: int, limit: int, spread: float = 3.0, **changes: Any) -> dict[str, Any]:
-    output, prompt = (rng.permutation(V)[:20].astype(np.int64) for _ in range(2))
+    logits = normal(rng, V, scale=spread)
+    likely = np.argsort(-logits[:limit]).astype(np.int64)[:20]  # penalties that hit these change the choice
+    output = np.unique(np.concatenate([likely[:10], rng.integers(0, V, 10)]))
+    prompt = np.unique(np.concatenate([likely[5:], rng.integers(0, V, 10)]))
     return {
-        "logits": normal(rng, V, scale=spread),
+        "logits": logits,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
@@ -366,7 +369,7 @@ def sample(rng: Rng, V: int, limit: int, spread: float = 3.0, **changes: Any) ->
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "output_ids": output,
-        "output_counts": rng.integers(1, 5, 20),
+        "output_counts": rng.integers(1, 5, len(output)),
         "prompt_ids": prompt,
         "limit": limit,
         "uniform": float(rng.random()),
@@ -390,8 +393,14 @@ _SETTINGS = {
     "family": {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "presence_penalty": 1.5},
     "everything": {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.02, "presence_penalty": 0.5,
                    "frequency_penalty": 0.2, "repetition_penalty": 1.1},
-    "uniform-0": {"uniform": 0.0},
-    "uniform-1": {"uniform": float(np.nextafter(1, 0))},
+    "presence": {"temperature": 0.0, "presence_penalty": 3.0},
+    "frequency": {"temperature": 0.0, "frequency_penalty": 2.0},
+    "repetition": {"temperature": 0.0, "repetition_penalty": 1.5},
+    "first": {"uniform": 0.0},
+    "last": {"uniform": 0.99999},  # the last candidate that the filters keep, but for the unfiltered ones
+    "last-top_k": {"uniform": 0.99999, "temperature": 5.0, "top_k": 7},
+    "last-top_p": {"uniform": 0.99999, "temperature": 0.5, "top_p": 0.6},
+    "last-min_p": {"uniform": 0.99999, "temperature": 0.5, "min_p": 0.05},
 }  # fmt: skip
 for _V, _limit in [(20, 1), (37, 30), (5003, 4999), (100_000, 99_000)]:
     for _name, _changes in _SETTINGS.items():

@@ -19,7 +19,7 @@ namespace py = pybind11;
 namespace deltaic {
 namespace {
 
-const char* const kFormats[] = {"f32", "bf16"};  // order of enum Format
+const char* const kFormats[] = {"f32", "bf16", "int8", "int4"};  // order of enum Format
 
 struct PyWeight {
     Weight weight;
@@ -233,7 +233,7 @@ const Isa* choose_isa() {
 PYBIND11_MODULE(_core, m) {
     using namespace deltaic;
     m.doc() = "Compiled operators of deltaic. Use deltaic.ops.cpu.";
-    static py::exception<Error> error(m, "ContractError", PyExc_ValueError);
+    static py::exception<Error> error(m, "ContractError", py::module_::import("deltaic.errors").attr("ArgumentError"));
     py::register_exception_translator([](std::exception_ptr p) {
         try {
             if (p) std::rethrow_exception(p);
@@ -250,7 +250,7 @@ PYBIND11_MODULE(_core, m) {
     for (int i = 0; i < count; ++i)
         if (list[i].usable) usable.append(list[i].name);
     m.attr("usable_isas") = py::tuple(usable);
-    m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1]);
+    m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1], kFormats[2], kFormats[3]);
 
     m.def("thread_count", &thread_count);
     m.def(
@@ -275,8 +275,20 @@ PYBIND11_MODULE(_core, m) {
                                })
         .def_property_readonly("dtype",
                                [](const PyWeight& self) { return kFormats[static_cast<int>(self.weight.segment[0].format)]; })
+        .def_property(
+            "float_activations", [](const PyWeight& self) { return self.weight.float_activations; },
+            [](PyWeight& self, bool value) { self.weight.float_activations = value; })
         .def_property_readonly("glu", [](const PyWeight& self) { return self.weight.glu; })
-        .def_property_readonly("arrays", [](const PyWeight& self) { return self.arrays; })
+        .def_property_readonly("parts",  // as the constructor takes them
+                               [](const PyWeight& self) {
+                                   py::list parts;
+                                   for (int i = 0; i < self.weight.segments; ++i) {
+                                       const Segment& g = self.weight.segment[i];
+                                       parts.append(py::make_tuple(kFormats[static_cast<int>(g.format)],
+                                                                   self.weight.glu ? g.rows / 2 : g.rows, self.arrays[i]));
+                                   }
+                                   return parts;
+                               })
         .def_property_readonly("nbytes", [](const PyWeight& self) {
             int64_t bytes = 0;
             for (const auto& a : self.arrays) bytes += a.nbytes();

@@ -35,7 +35,7 @@ bool is_plain_name(const std::string& s) { return is_name(s) && s.find_first_of(
 
 std::string show(const char* dtype, const int64_t* dims, int ndim) {
     std::string s = std::string(dtype) + "[";
-    for (int i = 0; i < ndim; ++i) s += (i ? "," : "") + std::to_string(dims[i]);
+    for (int i = 0; i < ndim; ++i) s.append(i ? "," : "").append(std::to_string(dims[i]));
     return s + "]";
 }
 
@@ -104,7 +104,7 @@ void Sizes::mismatch(const Argument& argument, const std::string& shown) const {
         const std::string& dim = argument.dims[i];
         expected += (i ? "," : "") + dim;
         const int64_t value = dim == "_" ? -1 : evaluate(dim);
-        if (value >= 0 && is_name(dim)) expected += "=" + std::to_string(value);
+        if (value >= 0 && is_name(dim)) expected.append("=").append(std::to_string(value));
     }
     throw Error(contract_.op + ": " + argument.name + " is " + shown + ", expected " + expected + "]");
 }

@@ -35,15 +35,28 @@ struct Views {
 // same column of 16 rows and a dot product needs no horizontal sum. Layout of one block, K columns:
 //   f32   [K][16] float
 //   bf16  [K/2][16][2] bfloat16 bits: two neighbouring columns of a row are one 32-bit lane
-enum class Format : int32_t { f32, bf16 };
+//   int8  n = ceil(K/128) runs of 128 columns: q [n][32][16][4] uint8 (value + 128; four neighbouring columns are one lane),
+//         then d [n][16] half.  w = d * value, value in -127..127.  8.125 bits per weight.
+//   int4  q [n][8][2][16][4] uint8: each run is 8 groups of 16 columns, each group 2 lines of 64 bytes whose low nibbles hold
+//         four columns and whose high nibbles the next four (value + 8); then s [n][4][16] uint8: two 4-bit scales - 1 per
+//         byte, groups 2i (low) and 2i+1 (high); then d [n][16] half.  w = d * s * value, s in 1..16, value in -8..7.
+//         4.375 bits per weight. s * value fits a signed byte, so a run of 128 columns is one exact integer dot product.
+enum class Format : int32_t { f32, bf16, int8, int4 };
 
 constexpr int64_t kBlockRows = 16;
+constexpr int64_t kRun = 128;   // columns that share d, and for which activations share one scale
+constexpr int64_t kGroup = 16;  // columns that share s
 
 DELTAIC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Bytes of one block of 16 rows.
 DELTAIC_INLINE int64_t block_bytes(Format format, int64_t columns) {
-    return format == Format::f32 ? columns * 64 : ceil_div(columns, 2) * 64;
+    switch (format) {
+        case Format::f32: return columns * 64;
+        case Format::bf16: return ceil_div(columns, 2) * 64;
+        case Format::int8: return ceil_div(columns, kRun) * (2048 + 32);
+        default: return ceil_div(columns, kRun) * (1024 + 64 + 32);
+    }
 }
 
 // Rows that share one format. A `glu` segment of `rows` outputs holds 2 * ceil(rows / 16) blocks: gate, up, gate, up...
@@ -59,6 +72,7 @@ struct Weight {
     static constexpr int kMaxSegments = 8;
     int64_t count = 1, rows = 0, columns = 0;  // rows: sum over segments
     bool glu = false;
+    bool float_activations = false;  // int8 and int4: multiply with unrounded activations (slower)
     int segments = 0;
     Segment segment[kMaxSegments];
 

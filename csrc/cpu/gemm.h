@@ -3,6 +3,7 @@
 // others it is computed with.
 #pragma once
 
+#include "cpu/quant.h"
 #include "cpu/simd.h"
 
 namespace deltaic {
@@ -30,7 +31,7 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
         f32x16 first[NB], second[NB];
         for (int b = 0; b < NB; ++b) {
             const uint8_t* p = w + b * block_stride + k * 32;
-            if (NT == 1) prefetch(p + 2048);
+            if (NT == 1) prefetch_far(p + NB * block_stride);  // the same place in the next blocks
             first[b] = load_pair_first(p);
             second[b] = load_pair_second(p);
         }
@@ -47,64 +48,72 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
     }
 }
 
-template <int NB, int NT, class Emit>
-DELTAIC_INLINE void multiply_tile(Format format, const uint8_t* w, int64_t block_stride, const float* x, int64_t x_stride, int64_t K,
-                                  int64_t first_token, const Emit& emit) {
-    f32x16 acc[NB][NT];
-    for (int b = 0; b < NB; ++b)
-        for (int t = 0; t < NT; ++t) acc[b][t] = zero();
-    const float* xt = x + first_token * x_stride;
-    if (format == Format::f32) {
-        tile_f32<NB, NT>(reinterpret_cast<const float*>(w), block_stride / 4, 16, xt, x_stride, K, acc);
-    } else {
-        tile_bf16<NB, NT>(w, block_stride, xt, x_stride, K, acc);
-    }
-    for (int t = 0; t < NT; ++t) emit(first_token + t, acc[0][t], NB == 2 ? acc[NB - 1][t] : zero());
+// Products of `blocks` (1 or 2) neighbouring blocks of 16 rows, `stride` bytes apart, with every row of `a`: out [T][32], the 16
+// sums of the first block and then those of the second. Compiled once: the callers differ only in what they do with the sums.
+void multiply_blocks(Format format, int blocks, const uint8_t* w, int64_t stride, const Activations& a, float* out);
+
+// From this many tokens on it pays to expand int4 blocks to int8 once per panel.
+constexpr int64_t kExpandTokens = 8;
+
+// How the blocks of a segment are read: as they lie in memory, or expanded into scratch memory first.
+DELTAIC_INLINE Format working_format(const Weight& w, Format stored, int64_t T) {
+    if (stored != Format::int8 && stored != Format::int4) return stored;
+    if (w.float_activations) return Format::f32;
+    return stored == Format::int4 && T >= kExpandTokens && kBias != 0 ? Format::int8 : stored;
 }
 
-// Products of one block (NB = 1) or two neighbouring blocks (NB = 2) of 16 rows with tokens [begin, end):
-// emit(token, sums of block 0, sums of block 1).
-template <int NB, class Emit>
-DELTAIC_INLINE void multiply_blocks(Format format, const uint8_t* w, int64_t K, const float* x, int64_t x_stride, int64_t begin,
-                                    int64_t end, const Emit& emit) {
-    const int64_t stride = block_bytes(format, K);
-    int64_t t = begin;
-    if constexpr (kTileTokens >= 12) {
-        for (; t + 12 <= end; t += 12) multiply_tile<NB, 12>(format, w, stride, x, x_stride, K, t, emit);
-        for (; t + 6 <= end; t += 6) multiply_tile<NB, 6>(format, w, stride, x, x_stride, K, t, emit);
+// Scratch bytes that one thread needs to expand a pair of blocks.
+DELTAIC_INLINE int64_t expand_bytes(const Weight& w, int64_t T) {
+    int64_t bytes = 0;
+    for (int s = 0; s < w.segments; ++s) {
+        const Format format = working_format(w, w.segment[s].format, T);
+        if (format != w.segment[s].format) bytes = max64(bytes, 2 * block_bytes(format, w.columns));
     }
-    if constexpr (kTileTokens >= 2) {
-        for (; t + 2 <= end; t += 2) multiply_tile<NB, 2>(format, w, stride, x, x_stride, K, t, emit);
-    }
-    for (; t < end; ++t) multiply_tile<NB, 1>(format, w, stride, x, x_stride, K, t, emit);
+    return bytes;
 }
+
+// One block of format `stored` as one of format `working`.
+void expand_block(Format stored, Format working, const uint8_t* w, int64_t K, uint8_t* out);
 
 // Tokens whose activations stay in the second-level cache while many row blocks pass over them.
-DELTAIC_INLINE int64_t panel_tokens(int64_t K) { return max64(24, (int64_t{1} << 17) / max64(K, 1) / 12 * 12); }
+DELTAIC_INLINE int64_t panel_tokens(Format format, int64_t K) {
+    const int64_t bytes = (format == Format::int8 || format == Format::int4 ? 1 : 4) * max64(K, 1);
+    return max64(24, (int64_t{1} << 19) / bytes / 12 * 12);
+}
 
-// Multiplies blocks of one expert of a matrix with T tokens, over pairs of blocks [first_pair, last_pair) counted through all
-// segments: emit(segment, pair within the segment, token, sums of the even block, sums of the odd block).
+constexpr int64_t kSumTokens = 48;  // rows of sums that wait in the first-level cache for the caller
+
+// Multiplies blocks of one expert of a matrix with all rows of `a`, over pairs of blocks [first_pair, last_pair) counted through
+// all segments: emit(segment, pair within the segment, token, sums of the even block, sums of the odd block). `expanded` has
+// expand_bytes(w, a.T) bytes that belong to this thread.
 template <class Emit>
-DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t first_pair, int64_t last_pair, const float* x, int64_t T,
-                                   const Emit& emit) {
-    const int64_t K = w.columns, panel = panel_tokens(K);
-    for (int64_t begin = 0; begin < T; begin += panel) {
-        const int64_t end = min64(begin + panel, T);
-        int64_t before = 0;
-        for (int s = 0; s < w.segments; ++s) {
-            const Segment& g = w.segment[s];
-            const int64_t pairs = ceil_div(g.blocks, 2);
+DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t first_pair, int64_t last_pair, const Activations& a,
+                                   uint8_t* expanded, const Emit& emit) {
+    int64_t before = 0;
+    for (int s = 0; s < w.segments; ++s) {
+        const Segment& g = w.segment[s];
+        const int64_t pairs = ceil_div(g.blocks, 2);
+        const Format format = working_format(w, g.format, a.T);
+        const int64_t stride = block_bytes(format, a.K), panel = panel_tokens(format, a.K);
+        for (int64_t begin = 0; begin < a.T; begin += panel) {
+            const int64_t end = min64(begin + panel, a.T);
             for (int64_t p = max64(first_pair - before, 0); p < min64(last_pair - before, pairs); ++p) {
                 const uint8_t* block = w.block(s, expert, 2 * p);
-                const auto forward = [&](int64_t t, f32x16 even, f32x16 odd) { emit(s, p, t, even, odd); };
-                if (2 * p + 1 < g.blocks) {
-                    multiply_blocks<2>(g.format, block, K, x, K, begin, end, forward);
-                } else {
-                    multiply_blocks<1>(g.format, block, K, x, K, begin, end, forward);
+                const bool both = 2 * p + 1 < g.blocks;
+                if (format != g.format) {
+                    for (int b = 0; b <= (both ? 1 : 0); ++b)
+                        expand_block(g.format, format, w.block(s, expert, 2 * p + b), a.K, expanded + b * stride);
+                    block = expanded;
+                }
+                alignas(64) float sums[kSumTokens * 32];
+                for (int64_t t = begin; t < end; t += kSumTokens) {
+                    const int64_t count = min64(kSumTokens, end - t);
+                    multiply_blocks(format, both ? 2 : 1, block, stride, a.rows(t, count), sums);
+                    for (int64_t i = 0; i < count; ++i) emit(s, p, t + i, load(sums + i * 32), load(sums + i * 32 + 16));
                 }
             }
-            before += pairs;
         }
+        before += pairs;
     }
 }
 
@@ -134,8 +143,14 @@ DELTAIC_INLINE void rms_norm_row(const float* x, const float* weight, int64_t D,
     }
 }
 
-// Rows of `x` after the optional norm, in scratch memory; x itself where there is no norm.
-const float* normalised(View x, View norm, float eps);
+DELTAIC_INLINE bool wants_integers(const Weight& w) {
+    for (int s = 0; s < w.segments; ++s)
+        if (!w.float_activations && (w.segment[s].format == Format::int8 || w.segment[s].format == Format::int4)) return true;
+    return false;
+}
+
+// Rows of x [T, K] after the optional norm, and their int8 form if a product wants it. In scratch memory (or x itself).
+Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, bool integers);
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

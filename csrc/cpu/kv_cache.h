@@ -72,7 +72,7 @@ DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t
         f32x16 key[KEYS];
         for (int k = 0; k < KEYS; ++k) key[k] = load_row<kHalf>(keys[k], d, d + 16);
         if (ahead)
-            for (int64_t byte = 0; byte < KEYS * 16 * bytes; byte += 64) prefetch_second_level(ahead + d * KEYS * bytes + byte);
+            for (int64_t byte = 0; byte < KEYS * 16 * bytes; byte += 64) prefetch_far(ahead + d * KEYS * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
             const f32x16 x = load(q + r * D + d);
             for (int k = 0; k < KEYS; ++k) acc[r][k] = fma(key[k], x, acc[r][k]);
@@ -119,7 +119,7 @@ DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const 
         f32x16 value[GROUPS];
         for (int g = 0; g < GROUPS; ++g) value[g] = load_row<kHalf>(values[i], d + g * 16, D);
         if (ahead)
-            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64) prefetch_second_level(ahead + (d + i * GROUPS) * 16 * bytes + byte);
+            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64) prefetch_far(ahead + (d + i * GROUPS) * 16 * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
             const f32x16 p = set1(weights[r * stride + i]);
             for (int g = 0; g < GROUPS; ++g) acc[r][g] = fma(value[g], p, acc[r][g]);

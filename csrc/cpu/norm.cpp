@@ -23,12 +23,21 @@ void embed(View ids, const Weight& table, View y) {
             const int64_t n = ids.i64()[t], lane = n % 16;
             const uint8_t* block = table.block(0, 0, n / 16);
             float* row = y.f32() + t * H;
-            if (table.segment[0].format == Format::f32) {
-                const float* w = reinterpret_cast<const float*>(block);
-                for (int64_t k = 0; k < H; ++k) row[k] = w[k * 16 + lane];
-            } else {
-                const uint16_t* w = reinterpret_cast<const uint16_t*>(block);
-                for (int64_t k = 0; k < H; ++k) row[k] = bf16_to_float(w[(k / 2) * 32 + lane * 2 + (k & 1)]);
+            const int64_t runs = ceil_div(H, kRun);
+            switch (table.segment[0].format) {
+                case Format::f32:
+                    for (int64_t k = 0; k < H; ++k) row[k] = reinterpret_cast<const float*>(block)[k * 16 + lane];
+                    break;
+                case Format::bf16:
+                    for (int64_t k = 0; k < H; ++k)
+                        row[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(block)[k / 2 * 32 + lane * 2 + k % 2]);
+                    break;
+                case Format::int8:
+                    for (int64_t k = 0; k < H; ++k) row[k] = element_int8(block, runs, k, lane);
+                    break;
+                case Format::int4:
+                    for (int64_t k = 0; k < H; ++k) row[k] = element_int4(block, runs, k, lane);
+                    break;
             }
         }
     });

@@ -43,6 +43,23 @@ DELTAIC_INLINE uint16_t float_to_bf16(float value) {
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// IEEE half precision, both ways; the packed formats keep their scales in it. Round to nearest even, overflow to infinity.
+DELTAIC_INLINE float f16_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    if (exponent == 0) return bits_to_float(sign | float_to_bits(static_cast<float>(mantissa) * 5.9604644775390625e-8f));  // * 2^-24
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
+    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+DELTAIC_INLINE uint16_t float_to_f16(float value) {
+    const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more
+    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves value * 2^24, rounded, in the low bits
+        return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
+    }
+    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------------
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -60,6 +77,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
@@ -67,6 +85,10 @@ DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return _mm512_and_si512(a, b); }
 template <int n>
 DELTAIC_INLINE ivec i_shl(ivec a) {
     return _mm512_slli_epi32(a, n);
+}
+template <int n>
+DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
+    return _mm512_srli_epi32(a, n);
 }
 DELTAIC_INLINE vec as_float(ivec a) { return _mm512_castsi512_ps(a); }
 DELTAIC_INLINE ivec as_int(vec a) { return _mm512_castps_si512(a); }
@@ -84,6 +106,10 @@ DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
+DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 // Transposes a kWidth x kWidth matrix held in kWidth registers.
 DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     vec t[16], u[16];
@@ -107,6 +133,8 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
         a[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
     }
 }
+DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+DELTAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
@@ -123,6 +151,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm256_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
@@ -130,6 +159,10 @@ DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return _mm256_and_si256(a, b); }
 template <int n>
 DELTAIC_INLINE ivec i_shl(ivec a) {
     return _mm256_slli_epi32(a, n);
+}
+template <int n>
+DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
+    return _mm256_srli_epi32(a, n);
 }
 DELTAIC_INLINE vec as_float(ivec a) { return _mm256_castsi256_ps(a); }
 DELTAIC_INLINE ivec as_int(vec a) { return _mm256_castps_si256(a); }
@@ -149,6 +182,14 @@ DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
+    int64_t bytes;
+    memcpy(&bytes, p, 8);
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+}
 DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     vec t[8], u[8];
     for (int i = 0; i < 8; i += 2) {
@@ -167,6 +208,8 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
         a[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
     }
 }
+DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+DELTAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
 constexpr int kWidth = 4;
@@ -183,6 +226,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return vdivq_f32(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return vmaxq_f32(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return vminq_f32(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return vdupq_n_s32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return vaddq_s32(a, b); }
@@ -190,6 +234,10 @@ DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return vandq_s32(a, b); }
 template <int n>
 DELTAIC_INLINE ivec i_shl(ivec a) {
     return vshlq_n_s32(a, n);
+}
+template <int n>
+DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
+    return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), n));
 }
 DELTAIC_INLINE vec as_float(ivec a) { return vreinterpretq_f32_s32(a); }
 DELTAIC_INLINE ivec as_int(vec a) { return vreinterpretq_s32_f32(a); }
@@ -203,6 +251,12 @@ DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
     rounded = vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000)));
     vst1_u16(p, vshrn_n_u32(rounded, 16));
 }
+DELTAIC_INLINE vec v_load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
+    uint32_t bytes;
+    memcpy(&bytes, p, 4);
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes)))));
+}
 DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     const vec t0 = vtrn1q_f32(a[0], a[1]), t1 = vtrn2q_f32(a[0], a[1]);
     const vec t2 = vtrn1q_f32(a[2], a[3]), t3 = vtrn2q_f32(a[2], a[3]);
@@ -211,6 +265,8 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     a[2] = vcombine_f32(vget_high_f32(t0), vget_high_f32(t2));
     a[3] = vcombine_f32(vget_high_f32(t1), vget_high_f32(t3));
 }
+DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #else  // portable: compiler vectors of four, which every target has or imitates
 constexpr int kWidth = 4;
@@ -231,6 +287,7 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return a / b; }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return a > b ? a : b; }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return a < b ? a : b; }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return a < b ? yes : no; }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return ivec{a, a, a, a}; }
 DELTAIC_INLINE ivec i_load(const void* p) {
     ivec a;
@@ -242,6 +299,11 @@ DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return a & b; }
 template <int n>
 DELTAIC_INLINE ivec i_shl(ivec a) {
     return a << n;
+}
+template <int n>
+DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
+    typedef uint32_t uvec __attribute__((vector_size(16)));
+    return reinterpret_cast<ivec>(reinterpret_cast<uvec>(a) >> n);
 }
 DELTAIC_INLINE vec as_float(ivec a) { return reinterpret_cast<vec>(a); }
 DELTAIC_INLINE ivec as_int(vec a) { return reinterpret_cast<ivec>(a); }
@@ -256,16 +318,18 @@ DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
 DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
     for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(a[i]);
 }
+DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
+    return vec{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
+}
+DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) { return ivec{p[0], p[1], p[2], p[3]}; }
 DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     const vec b[4] = {a[0], a[1], a[2], a[3]};
     for (int i = 0; i < 4; ++i) a[i] = vec{b[0][i], b[1][i], b[2][i], b[3][i]};
 }
+DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
 #endif
 // ---------------------------------------------------------------------------------------------------------------------------
-
-// Calls the cache line at p from memory, into the nearest cache or into the second level only.
-DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-DELTAIC_INLINE void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 constexpr int kParts = 16 / kWidth;
 
@@ -287,6 +351,10 @@ DELTAIC_INLINE f32x16 div(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_div(a.part[i], b
 DELTAIC_INLINE f32x16 max(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_max(a.part[i], b.part[i])); }
 DELTAIC_INLINE f32x16 min(f32x16 a, f32x16 b) { DELTAIC_PARTS(v_min(a.part[i], b.part[i])); }
 DELTAIC_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { DELTAIC_PARTS(v_fma(a.part[i], b.part[i], c.part[i])); }
+// Lane by lane: a < b ? yes : no.
+DELTAIC_INLINE f32x16 if_less(f32x16 a, f32x16 b, f32x16 yes, f32x16 no) {
+    DELTAIC_PARTS(v_less(a.part[i], b.part[i], yes.part[i], no.part[i]));
+}
 DELTAIC_INLINE f32x16 load_bf16(const uint16_t* p) { DELTAIC_PARTS(v_load_bf16(p + i * kWidth)); }
 // 16 lanes of two bfloat16 numbers each: the first (even columns) and the second (odd columns) of every lane as float.
 DELTAIC_INLINE f32x16 load_pair_first(const void* p) {
@@ -295,12 +363,20 @@ DELTAIC_INLINE f32x16 load_pair_first(const void* p) {
 DELTAIC_INLINE f32x16 load_pair_second(const void* p) {
     DELTAIC_PARTS(as_float(i_and(i_load(static_cast<const char*>(p) + i * kWidth * 4), i_set1(static_cast<int32_t>(0xffff0000u)))));
 }
+DELTAIC_INLINE f32x16 load_f16(const uint16_t* p) { DELTAIC_PARTS(v_load_f16(p + i * kWidth)); }
 DELTAIC_INLINE f32x16 zero() { return set1(0.0f); }
 DELTAIC_INLINE void store(float* p, f32x16 a) {
     for (int i = 0; i < kParts; ++i) v_store(p + i * kWidth, a.part[i]);
 }
 DELTAIC_INLINE void store_bf16(uint16_t* p, f32x16 a) {
     for (int i = 0; i < kParts; ++i) v_store_bf16(p + i * kWidth, a.part[i]);
+}
+
+// To the nearest integer, ties to even; |a| must be below 2^31.
+DELTAIC_INLINE f32x16 round(f32x16 a) {
+    f32x16 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_to_float(v_round(a.part[i]));
+    return r;
 }
 
 // The first n lanes only; the others read as zero and are not written.
@@ -402,6 +478,39 @@ DELTAIC_INLINE f32x16 sigmoid(f32x16 x) {
 DELTAIC_INLINE f32x16 silu(f32x16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
 
 #undef DELTAIC_PARTS
+
+// 16 lanes of int32.
+struct i32x16 {
+    ivec part[kParts];
+};
+DELTAIC_INLINE i32x16 set1(int32_t a) {
+    i32x16 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_set1(a);
+    return r;
+}
+DELTAIC_INLINE i32x16 load_u8(const uint8_t* p) {
+    i32x16 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_load_u8(p + i * kWidth);
+    return r;
+}
+// Rounds to int8 (values must fit), stores 16 bytes and returns their sum.
+DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) {
+    int32_t lanes[16], sum = 0;
+    for (int i = 0; i < kParts; ++i) {
+        const ivec rounded = v_round(a.part[i]);
+        memcpy(lanes + i * kWidth, &rounded, sizeof rounded);
+    }
+    for (int i = 0; i < 16; ++i) {
+        p[i] = static_cast<int8_t>(lanes[i]);
+        sum += lanes[i];
+    }
+    return sum;
+}
+DELTAIC_INLINE f32x16 to_float(i32x16 a) {
+    f32x16 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_to_float(a.part[i]);
+    return r;
+}
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

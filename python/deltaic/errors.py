@@ -1,4 +1,4 @@
-"""Every error a user of deltaic can cause. Each message names the thing, what was expected, what was found and what to do."""
+"""Every error a user of deltaic can cause. Messages name the thing, what was expected, what was found and what to do."""
 
 from __future__ import annotations
 

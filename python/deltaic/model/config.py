@@ -33,7 +33,6 @@ _TEXT_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "attn_output_gate": (True,),
     "output_gate_type": ("swish",),
     "mamba_ssm_dtype": ("float32",),
-    "linear_conv_kernel_dim": (4,),
     "mtp_use_dedicated_embeddings": (False,),
     "mlp_only_layers": ([], None),
     "decoder_sparse_step": (1,),
@@ -201,8 +200,10 @@ def _parse(root: _Section, generation: _Section | None) -> ModelConfig:
         key: root.integer(key, 0, 2**31 - 1, default=_MISSING if vision else None)
         for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     }
-    if vision and len(set(ids.values())) != len(ids):
-        raise root.error("image_token_id", f"is not distinct from the other vision token ids: {ids}")
+    for key, token in ids.items():
+        twin = next((other for other in ids if other != key and ids[other] == token), None)
+        if vision and twin:
+            raise root.error(key, f"is {token}, the same as {twin}", "expected four different ids")
 
     # The files disagree about the end ids in several releases, so every id that any of them names ends a generation.
     sources = [root, text_section] + ([generation] if generation else [])

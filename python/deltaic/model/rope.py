@@ -34,7 +34,7 @@ class TextRope:
 
 
 def _scaled(x: npt.NDArray[np.float64], scale: float) -> Floats:
-    return (x * scale).astype(np.float32)
+    return (x * scale).astype(np.float32, order="C")
 
 
 def mrope_axes(rope: RopeConfig) -> Ints:

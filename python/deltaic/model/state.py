@@ -50,6 +50,15 @@ class State:
         self._block = (c.num_attention_layers, 2, c.num_key_value_heads, BLOCK_TOKENS, c.head_dim)
         self._max_tokens = c.max_position_embeddings
 
+    def fits(self, other: State) -> bool:
+        """Whether `other` is a state of an equally shaped model on the same op set (kv_dtype, contents may differ)."""
+        return (
+            type(self.kv) is type(other.kv)
+            and self._block == other._block
+            and self.conv.shape == other.conv.shape
+            and self.delta.shape == other.delta.shape
+        )
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, counted from the start of the sequence; never shrinks, never copies.
 

@@ -3,7 +3,7 @@ rotary angles, and a merger that makes one vector of each block of 2 x 2 patches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Protocol
 
@@ -34,13 +34,26 @@ class Picture(Protocol):
 
 
 class VisionModel:
-    """The vision tower of one model on one op set."""
+    """The vision tower of one model on one op set.
 
-    def __init__(self, config: VisionConfig, weights: VisionWeights, ops: ModuleType):
+    before_use  called once, before the first picture: what a tower that nobody has looked through yet need not do
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        weights: VisionWeights,
+        ops: ModuleType,
+        before_use: Callable[[], None] | None = None,
+    ):
         self.config, self.weights, self.ops = config, weights, ops
+        self._before_use = before_use
 
     def forward(self, images: Sequence[Picture]) -> Array:
         """Features [sum gh*gw/merge^2, H] of the images, one after another: the order of their placeholder tokens."""
+        if self._before_use is not None and images:
+            self._before_use()
+            self._before_use = None
         features = [self.encode(image) for image in images]
         return np.concatenate(features) if features else np.zeros((0, self.config.out_hidden_size), np.float32)
 

@@ -138,14 +138,14 @@ def weight_bytes(weights: Any) -> int:
     seen: dict[int, int] = {}
 
     def visit(item: Any) -> None:
-        if is_dataclass(item):
-            for field in fields(item):
-                visit(getattr(item, field.name))
+        if hasattr(item, "nbytes"):
+            seen[id(item)] = int(item.nbytes)
         elif isinstance(item, list):
             for entry in item:
                 visit(entry)
-        else:
-            seen[id(item)] = int(item.nbytes)
+        elif is_dataclass(item):
+            for field in fields(item):
+                visit(getattr(item, field.name))
 
     visit(weights)
     return sum(seen.values())

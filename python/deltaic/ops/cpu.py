@@ -1,7 +1,8 @@
 """The operators in C++: same names and arguments as `reference.py`, which says what each computes.
 
-Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension from
-the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError` (a ValueError). Activations are C-contiguous float32.
+Every function allocates its output, calls the compiled kernel and returns. Shapes and dtypes are checked by the extension
+from the contracts in `csrc/ops.h`; a call that does not fit raises `ContractError`, an ArgumentError. Activations are
+C-contiguous float32.
 """
 
 from __future__ import annotations
@@ -16,16 +17,25 @@ from deltaic._core import BlockTable, Weight
 __all__ = [
     "BlockTable",
     "Weight",
+    "checksum",
     "embed",
+    "from_packed",
     "gated_attention",
+    "gated_delta_net",
     "isa",
     "layer_norm",
     "linear",
+    "log_softmax_top",
+    "moe",
     "num_threads",
     "pack",
     "pack_glu",
+    "packed_parts",
     "patch_embed",
+    "probe_peak",
+    "probe_read",
     "rms_norm",
+    "sample",
     "set_num_threads",
     "swiglu",
     "vision_attention",
@@ -98,6 +108,36 @@ def pack_glu(gate: Array, up: Array, dtype: str) -> Weight:
     _pack_into(packed, gate3, dtype, 0, 2)
     _pack_into(packed, up3, dtype, 1, 2)
     return Weight([(dtype, gate3.shape[1], packed)], gate3.shape[0], gate3.shape[2], True)
+
+
+def packed_parts(weight: Weight) -> list[tuple[str, int, Array]]:
+    """(format, rows, bytes) of each part: what `from_packed` takes. With glu, `rows` counts gate and up each."""
+    return weight.parts
+
+
+def from_packed(parts: Sequence[tuple[str, int, Array]], count: int, columns: int, glu: bool) -> Weight:
+    """A weight on bytes that `pack` or `pack_glu` made earlier, kept alive but not copied. They may be read-only."""
+    return Weight(list(parts), count, columns, glu)
+
+
+def checksum(data: Array) -> int:
+    """The 64-bit checksum of bytes [n], n a multiple of 64, at the speed of memory (definition: ops/quantise.py)."""
+    result = np.empty(1, np.int64)
+    _core.checksum(data, result)
+    return int(result.view(np.uint64)[0])
+
+
+def probe_read(data: Array) -> None:
+    """Reads bytes [n] once, on all threads: time it to learn the bandwidth of memory."""
+    _core.probe_read(data, np.empty(1, np.int64))
+
+
+def probe_peak(kind: str, rounds: int) -> int:
+    """Multiplies and adds in registers, on all threads; returns how many operations that were. kind: "f32" or "int8"
+    (a ContractError where the instruction set has no int8 dot product). Time it to learn the peak."""
+    operations = np.empty(1, np.int64)
+    _core.probe_peak(("f32", "int8").index(kind), rounds, operations)
+    return int(operations[0])
 
 
 def embed(ids: Array, table: Weight) -> Array:
@@ -183,3 +223,78 @@ def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_s
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
     _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
     return y
+
+
+def gated_delta_net(
+    proj: Array,
+    conv_weight: Array,
+    A_log: Array,
+    dt_bias: Array,
+    norm: Array,
+    *,
+    eps: float,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    cu_seqlens: Array,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> Array:
+    y = np.empty((proj.shape[0], A_log.shape[0] * head_v_dim), np.float32)
+    _core.gated_delta_net(
+        proj, conv_weight, A_log, dt_bias, norm, eps, num_k_heads, head_k_dim,
+        cu_seqlens, list(conv_states), list(states), y,
+    )  # fmt: skip
+    return y
+
+
+def moe(
+    x: Array,
+    router: Weight,
+    gate_up: Weight,
+    down: Weight,
+    shared_gate_up: Weight,
+    shared_down: Weight,
+    shared_gate: Weight,
+    *,
+    top_k: int,
+    norm: Array,
+    eps: float,
+    residual: Array | None = None,
+) -> Array:
+    y = np.empty_like(x)
+    _core.moe(
+        x, router, gate_up, down, shared_gate_up, shared_down, shared_gate, norm, eps, top_k, residual, y,
+    )  # fmt: skip
+    return y
+
+
+def sample(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    output_ids: Array,
+    output_counts: Array,
+    prompt_ids: Array,
+    limit: int,
+    uniform: float,
+) -> int:
+    token = np.empty(1, np.int64)
+    _core.sample(
+        logits, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
+        output_ids, output_counts, prompt_ids, limit, uniform, token,
+    )  # fmt: skip
+    return int(token[0])
+
+
+def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:
+    k = max(0, min(k, limit))
+    logprob, top_ids, top_logprobs = np.empty(1, np.float32), np.empty(k, np.int64), np.empty(k, np.float32)
+    _core.log_softmax_top(logits, limit, k, token, logprob, top_ids, top_logprobs)
+    return float(logprob[0]), top_ids, top_logprobs

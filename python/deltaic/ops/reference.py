@@ -24,13 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
+from . import quantise
 from .layout import merge_order
 
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 
 L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
-_STORED_BYTES = {"f32": 4, "bf16": 2}
+FORMATS = ("f32", "bf16", "int8", "int4")
 _threads = 1
 
 
@@ -58,17 +59,21 @@ def isa() -> str:
 # -------------------------------------------------------------------------------------------------- weights, K/V blocks
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Weight:
-    """A packed matrix [N, K], or E matrices [E, N, K]. Opaque outside its op set, but for three properties:
+    """A packed matrix [N, K], or E matrices [E, N, K]. Opaque outside its op set, but for
 
-    `shape`; `dtype`, the storage format "f32" or "bf16" (of the first part, if parts differ); `nbytes`, as stored.
+    `shape`; `dtype`, the storage format, one of FORMATS (of the first part, if parts differ); `nbytes`, as stored; and
+    `float_activations`, which may be set: False lets an op set round the activations that meet an int8 or int4 matrix
+    to int8, per token and run of 128 columns (x ~ q * amax / 127). Here products always take them unrounded: what a
+    rounding op set may differ by follows from its steps.
     """
 
-    matrix: npt.NDArray[np.float32]  # the stored values; bf16 ones are already rounded
+    matrix: npt.NDArray[np.float32]  # the stored values: rounded already, or decoded
     dtype: str
     nbytes: int
     is_glu: bool = False
+    float_activations: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,14 +83,15 @@ class Weight:
 def pack(parts: Sequence[npt.NDArray], dtype: str | Sequence[str]) -> Weight:
     """Join row blocks that read the same input into one weight.
 
-    parts: float32 or bfloat16 arrays [N_i, K], or [E, N_i, K]; dtype: one format for all, or one per part.
-    Returns a Weight (sum N_i, K) or (E, sum N_i, K); output columns of `linear` come in the order of the parts.
+    parts: float32 or bfloat16 arrays [N_i, K], or [E, N_i, K]; dtype: one of FORMATS for all, or one per part (what
+    int8 and int4 mean: ops/quantise.py). Returns a Weight (sum N_i, K) or (E, sum N_i, K); output columns of `linear`
+    come in the order of the parts.
     """
     formats = [dtype] * len(parts) if isinstance(dtype, str) else list(dtype)
     if not parts or len(formats) != len(parts):
         raise ArgumentError(f"pack: {len(parts)} parts, {len(formats)} formats; expected as many of each, at least one")
     stored = [_round_to(part, fmt) for part, fmt in zip(parts, formats, strict=True)]
-    nbytes = sum(part.size * _STORED_BYTES[fmt] for part, fmt in zip(stored, formats, strict=True))
+    nbytes = sum(_stored_bytes(part, fmt) for part, fmt in zip(stored, formats, strict=True))
     return Weight(np.concatenate(stored, axis=-2), formats[0], nbytes)
 
 
@@ -100,12 +106,32 @@ def pack_glu(gate: npt.NDArray, up: npt.NDArray, dtype: str) -> Weight:
     return Weight(joined.matrix, joined.dtype, joined.nbytes, is_glu=True)
 
 
+def from_packed(parts: Sequence[tuple[str, int, npt.NDArray[np.uint8]]], count: int, columns: int, glu: bool) -> Weight:
+    """A weight from bytes that the compiled op set packed: parts (format, rows, bytes), `count` experts, K columns.
+
+    With `glu` there is one part, and `rows` counts gate and up each.
+    """
+    numbers = [quantise.unpack(data, fmt, count, rows, columns, glu=glu) for fmt, rows, data in parts]
+    matrix = np.concatenate(numbers, axis=1)
+    nbytes = sum(data.nbytes for _, _, data in parts)
+    return Weight(matrix if count > 1 else matrix[0], parts[0][0], nbytes, is_glu=glu)
+
+
 def _round_to(part: npt.NDArray, dtype: str) -> npt.NDArray[np.float32]:
-    if dtype not in _STORED_BYTES:
-        raise ArgumentError(f"pack: unknown weight format {dtype!r}, expected one of {sorted(_STORED_BYTES)}")
+    if dtype not in FORMATS:
+        raise ArgumentError(f"pack: unknown weight format {dtype!r}, expected one of {', '.join(FORMATS)}")
+    if dtype in ("int8", "int4"):
+        return quantise.quantise(part.reshape(-1, part.shape[-1]), dtype).decode().reshape(part.shape)
     if dtype == "bf16":
         part = part.astype(ml_dtypes.bfloat16)
     return part.astype(np.float32)
+
+
+def _stored_bytes(part: npt.NDArray, dtype: str) -> int:
+    """Without the padding to blocks of 16 rows, which belongs to one layout."""
+    if dtype in ("f32", "bf16"):
+        return part.size * (4 if dtype == "f32" else 2)
+    return part.size // part.shape[-1] * quantise.block_bytes(dtype, part.shape[-1]) // quantise.ROWS
 
 
 class BlockTable:

@@ -36,19 +36,21 @@ _MAX_DIMENSION = 1 << 48
 
 
 class CheckpointFile:
-    """One memory-mapped safetensors file, its header checked.
+    """One memory-mapped safetensors file, its header checked: `tensors` by name, `metadata`, and `size` in bytes.
 
-    Raises CheckpointError on construction if the file cannot be read or its header is not exactly right.
+    dtypes: what its tensors may be. Raises CheckpointError on construction if the file cannot be read or its header is
+    not exactly right.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, dtypes: dict[str, np.dtype[Any]] = DTYPES):
         self.path = path
+        self.dtypes = dtypes
         self._handle = _open_regular(path)
         try:
-            self._size = os.fstat(self._handle.fileno()).st_size
+            self.size = os.fstat(self._handle.fileno()).st_size
             header_bytes = self._read_header()
-            self._data_start = 8 + len(header_bytes)
-            self.tensors = _parse_header(header_bytes, self, self._size - self._data_start)
+            self.data_start = 8 + len(header_bytes)
+            self.tensors, self.metadata = _parse_header(header_bytes, self, self.size - self.data_start)
             self._map = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             self._handle.close()
@@ -61,12 +63,12 @@ class CheckpointFile:
         prefix = self._handle.read(8)
         if len(prefix) < 8:
             raise CheckpointError(
-                f"{self.path} has {self._size} bytes; a safetensors file has at least 8 (is the download complete?)"
+                f"{self.path} has {self.size} bytes; a safetensors file has at least 8 (is the download complete?)"
             )
         length = int.from_bytes(prefix, "little")
-        if length > _MAX_HEADER_BYTES or length > self._size - 8:
+        if length > _MAX_HEADER_BYTES or length > self.size - 8:
             raise CheckpointError(
-                f"{self.path}: the header claims {length} bytes; the file has {self._size} and a header at most "
+                f"{self.path}: the header claims {length} bytes; the file has {self.size} and a header at most "
                 f"{_MAX_HEADER_BYTES} (truncated, or not a safetensors file?)"
             )
         header = self._handle.read(length)
@@ -74,15 +76,19 @@ class CheckpointFile:
             raise CheckpointError(f"{self.path}: the header ends after {len(header)} of {length} bytes")
         return header
 
-    def view(self, tensor: Tensor) -> np.ndarray[Any, Any]:
-        """The bytes of `tensor` as a read-only array over the mapping (a copy where the file misaligns them)."""
+    def view(self, tensor: Tensor, *, ahead: bool = True) -> np.ndarray[Any, Any]:
+        """The bytes of `tensor` as a read-only array over the mapping (a copy where the file misaligns them).
+
+        `ahead`: tell the system that they will be read soon.
+        """
         # A read past the end of a mapped file that shrank kills the process (SIGBUS), so look before every tensor.
-        size = os.fstat(self._handle.fileno()).st_size
-        if size < self._size:
-            raise CheckpointError(f"{self.path} shrank from {self._size} to {size} bytes while it was being read")
-        self._advise(tensor, "MADV_WILLNEED")
-        dtype = DTYPES[tensor.dtype]
-        start = self._data_start + tensor.begin
+        size = self._map.size()
+        if size < self.size:
+            raise CheckpointError(f"{self.path} shrank from {self.size} to {size} bytes while it was being read")
+        dtype = self.dtypes[tensor.dtype]
+        start = self.data_start + tensor.begin
+        if ahead:
+            self.read_ahead(tensor.begin, tensor.nbytes)
         flat = np.frombuffer(self._map, dtype=dtype, count=math.prod(tensor.shape), offset=start)
         array = flat.reshape(tensor.shape)
         if start % dtype.itemsize:
@@ -90,20 +96,23 @@ class CheckpointFile:
             array.flags.writeable = False
         return array
 
-    def release(self, tensor: Tensor) -> None:
-        """Give the pages of `tensor` back to the system; a later read finds them again in the file."""
-        self._advise(tensor, "MADV_DONTNEED")
+    def read_ahead(self, begin: int, nbytes: int) -> None:
+        """Tell the system that these bytes of the data will be read soon."""
+        if hasattr(mmap, "MADV_WILLNEED") and nbytes:  # absent on Windows
+            start = self.data_start + begin
+            page = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, start + nbytes - page)
 
-    def _advise(self, tensor: Tensor, name: str) -> None:
-        advice = getattr(mmap, name, None)
-        if advice is None or tensor.nbytes == 0:  # a platform without madvise
-            return
-        start = self._data_start + tensor.begin
-        first = start - start % mmap.PAGESIZE
-        self._map.madvise(advice, first, start + tensor.nbytes - first)
+    def release(self) -> None:
+        """Give all mapped pages back to the system; a later read finds them again in the file.
+
+        The whole file, because a page fault also maps the pages around it, which may belong to tensors already done.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):  # absent on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the file. The mapping itself goes away with the last array that views it."""
+        """Close the file. Views of it stay valid, and more can be made; the mapping goes away with the last of them."""
         self._handle.close()
 
 
@@ -124,10 +133,6 @@ class Tensor:
         Raises CheckpointError if the file became shorter since it was opened.
         """
         return self.file.view(self)
-
-    def release(self) -> None:
-        """Drop the mapped pages that reading this tensor brought in."""
-        self.file.release(self)
 
 
 class Checkpoint:
@@ -258,8 +263,8 @@ def _parse_json(raw: bytes, where: str) -> Any:
         raise CheckpointError(f"{where} is not usable JSON: it is nested too deeply") from None
 
 
-def _parse_header(raw: bytes, file: CheckpointFile, data_bytes: int) -> dict[str, Tensor]:
-    """Header JSON -> tensors. They must fill the data section exactly: no overlap, no hole, nothing left over."""
+def _parse_header(raw: bytes, file: CheckpointFile, data_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Header JSON -> tensors, metadata. Tensors must fill the data exactly: no overlap, no hole, no remainder."""
     where = f"{file.path}: header"
     entries = _parse_json(raw, where)
     if not isinstance(entries, dict):
@@ -281,7 +286,7 @@ def _parse_header(raw: bytes, file: CheckpointFile, data_bytes: int) -> dict[str
         raise CheckpointError(
             f"{file.path}: the tensors take {position} bytes, the file holds {data_bytes} after the header"
         )
-    return tensors
+    return tensors, metadata
 
 
 def _parse_entry(name: str, entry: Any, file: CheckpointFile, data_bytes: int) -> Tensor:
@@ -289,10 +294,10 @@ def _parse_entry(name: str, entry: Any, file: CheckpointFile, data_bytes: int) -
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} is described by {_show(entry)}; expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in file.dtypes:
         raise CheckpointError(
-            f"{where} has dtype {_show(dtype)}; expected {', '.join(sorted(DTYPES))} (quantised checkpoints are not "
-            f"supported yet)"
+            f"{where} has dtype {_show(dtype)}; expected {', '.join(sorted(file.dtypes))} (checkpoints that others "
+            f"quantised are not supported yet)"
         )
     if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(_is_size(n, _MAX_DIMENSION) for n in shape):
         raise CheckpointError(f"{where} has shape {_show(shape)}; expected a list of at most {_MAX_RANK} sizes")
@@ -302,7 +307,7 @@ def _parse_entry(name: str, entry: Any, file: CheckpointFile, data_bytes: int) -
             f"(is the file truncated?)"
         )
     begin, end = offsets
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * file.dtypes[dtype].itemsize
     if end - begin != expected:
         raise CheckpointError(
             f"{where} has data_offsets {offsets}, {end - begin} bytes; its shape {shape} in {dtype} takes {expected}"

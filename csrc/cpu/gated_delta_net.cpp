@@ -1,0 +1,234 @@
+// gated_delta_net: everything of a Gated DeltaNet layer between its input and its output projection.
+//
+// One task is one key head of one sequence, with the Hv/Hk value heads that read it. Its channels of the convolution state and
+// its states S are touched by nobody else, so a layer is one parallel region without a barrier.
+//
+// Prompts use the same recurrence as decoding, not the chunked form. Per token and 16 elements of S [Dk, Dv] it takes four
+// vector operations: decay, rank-one update, and the products of the new S with the k and q of the next token,
+//     dv = beta (v - e^g S^T k)     o = e^g S^T q + (k.q) dv     S <- e^g S + k dv^T
+// all in one pass over a block of columns that stays in the first-level cache, with one load and one store. The chunked form
+// takes three (K S, Q S and K^T W) plus 2 C / Dk for its C x C triangles, that is 4 at C = 64 and 3.25 at C = 16, and then has
+// the solve's dependent steps besides. So there is little to win, and the recurrence gives the same bits however a prompt is
+// split, and needs no care with the overflow of e^(G_i - G_j).
+#include "core/error.h"
+#include "core/pool.h"
+#include "cpu/simd.h"
+
+namespace deltaic {
+namespace DELTAIC_ISA {
+
+namespace {
+
+constexpr int64_t kTaps = 4;
+constexpr int64_t kChunk = 64;                      // tokens whose q, k, v are prepared at a time
+constexpr int64_t kInPlace = 4;                     // up to so many tokens the copy of S into a dense block does not pay
+constexpr int kColumns = kWidth == 16 ? 4 : 2;      // vectors of 16 columns in one block: accumulators fill the registers
+constexpr int64_t kAhead = 8;                       // rows fetched ahead: the hardware does not follow such strides
+constexpr float kL2Eps = 1e-6f;                     // fixed by the model, not rms_norm_eps
+constexpr float kSmallestExponent = -87.3f;         // below it e^x is subnormal
+
+struct Gates {
+    float decay, beta, kq;  // e^g, beta, k.q
+};
+
+// Inputs u [T, C] of one sequence and the three rows before them.
+struct Window {
+    const float* u;
+    int64_t stride;
+    const float* state;  // [3, C], oldest first
+    int64_t channels;
+    DELTAIC_INLINE const float* row(int64_t t) const {
+        return t >= 0 ? u + t * stride : state + (t + kTaps - 1) * channels;
+    }
+};
+
+DELTAIC_INLINE int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }
+
+// out[i] = silu(sum_j weight[j] * u[t0 + i - 3 + j]) for channels [c, c + n) and `count` tokens; lanes up to padded(n) get 0.
+void convolve(const Window& window, const float* weight, int64_t c, int64_t n, int64_t t0, int64_t count, float* out) {
+    const int64_t width = padded(n);
+    for (int64_t i = 0; i < count; ++i) {
+        const float* rows[kTaps];
+        for (int64_t j = 0; j < kTaps; ++j) rows[j] = window.row(t0 + i - (kTaps - 1) + j) + c;
+        for (int64_t d = 0; d < n; d += 16) {
+            f32x16 sum = zero();
+            prefetch(rows[kTaps - 1] + d + kAhead * window.stride);
+            for (int64_t j = 0; j < kTaps; ++j) {
+                sum = fma(load_n(weight + j * window.channels + c + d, n - d), load_n(rows[j] + d, n - d), sum);
+            }
+            store(out + i * width + d, silu(sum));
+        }
+    }
+}
+
+// The rows that the next token's convolution will need: the last three of state and u together.
+void advance(const Window& window, int64_t T, int64_t c, int64_t n, float* state) {
+    for (int64_t j = 0; j < kTaps - 1; ++j) {
+        const float* from = window.row(T + j - (kTaps - 1)) + c;  // a later row than j, so ascending order is safe
+        memcpy(state + j * window.channels + c, from, static_cast<size_t>(n) * sizeof(float));
+    }
+}
+
+DELTAIC_INLINE float dot(const float* a, const float* b, int64_t width) {
+    f32x16 sum = zero();
+    for (int64_t d = 0; d < width; d += 16) sum = fma(load(a + d), load(b + d), sum);
+    return reduce_add(sum);
+}
+
+DELTAIC_INLINE void unit_l2(float* x, int64_t width, float factor) {
+    const f32x16 scale = set1(factor / sqrtf(dot(x, x, width) + kL2Eps));
+    for (int64_t d = 0; d < width; d += 16) store(x + d, mul(load(x + d), scale));
+}
+
+// log(1 + e^x)
+DELTAIC_INLINE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// The delta rule for n tokens on VB * 16 columns of S (row stride `stride`); v [n, width] becomes o.
+// Products with the next token's k and q are taken while S is in registers anyway. Every sum runs over d = 0..Dk-1 in order,
+// whatever n and VB are, so that the bits do not depend on how tokens come.
+template <int VB>
+DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float* q, const float* k, int64_t k_width,
+                               const Gates* gates, float* v, int64_t v_width, int64_t n) {
+    f32x16 sk[VB], sq[VB], dv[VB];
+    for (int b = 0; b < VB; ++b) sk[b] = sq[b] = zero();
+    for (int64_t d = 0; d < Dk; ++d) {
+        const f32x16 kd = set1(k[d]), qd = set1(q[d]);
+        for (int b = 0; b < VB; ++b) {
+            prefetch(S + (d + kAhead) * stride + b * 16);
+            const f32x16 s = load(S + d * stride + b * 16);
+            sk[b] = fma(s, kd, sk[b]);
+            sq[b] = fma(s, qd, sq[b]);
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const f32x16 decay = set1(gates[i].decay);
+        for (int b = 0; b < VB; ++b) {
+            float* value = v + i * v_width + b * 16;
+            dv[b] = mul(set1(gates[i].beta), sub(load(value), mul(decay, sk[b])));
+            store(value, fma(set1(gates[i].kq), dv[b], mul(decay, sq[b])));
+            sk[b] = sq[b] = zero();
+        }
+        const float* now = k + i * k_width;
+        if (i + 1 == n) {
+            for (int64_t d = 0; d < Dk; ++d) {
+                const f32x16 kd = set1(now[d]);
+                for (int b = 0; b < VB; ++b) {
+                    float* s = S + d * stride + b * 16;
+                    store(s, fma(kd, dv[b], mul(decay, load(s))));
+                }
+            }
+            break;
+        }
+        const float *next_k = now + k_width, *next_q = q + (i + 1) * k_width;
+        for (int64_t d = 0; d < Dk; ++d) {
+            const f32x16 kd = set1(now[d]), k1 = set1(next_k[d]), q1 = set1(next_q[d]);
+            for (int b = 0; b < VB; ++b) {
+                float* p = S + d * stride + b * 16;
+                const f32x16 s = fma(kd, dv[b], mul(decay, load(p)));
+                store(p, s);
+                sk[b] = fma(s, k1, sk[b]);
+                sq[b] = fma(s, q1, sq[b]);
+            }
+        }
+    }
+}
+
+// The same for all Dv columns. `dense` [Dk][VB * 16] holds the block of columns being worked on, if more tokens than a few
+// pass over it or if the columns have to be padded.
+void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const float* k, const Gates* gates, float* v, int64_t n,
+                     float* dense) {
+    const int64_t k_width = padded(Dk), v_width = padded(Dv);
+    const bool in_place = n <= kInPlace && Dv % 16 == 0;
+    for (int64_t c = 0; c < v_width;) {
+        const bool full = v_width - c >= kColumns * 16;
+        const int64_t columns = full ? kColumns * 16 : 16;
+        float* block = in_place ? S + c : dense;
+        const int64_t stride = in_place ? Dv : columns;
+        if (!in_place) {
+            for (int64_t d = 0; d < Dk; ++d)
+                for (int64_t b = 0; b < columns; b += 16) store(dense + d * columns + b, load_n(S + d * Dv + c + b, Dv - c - b));
+        }
+        if (full) {
+            delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n);
+        } else {
+            delta_rule<1>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n);
+        }
+        if (!in_place) {
+            for (int64_t d = 0; d < Dk; ++d)
+                for (int64_t b = 0; b < columns; b += 16) store_n(S + d * Dv + c + b, load(dense + d * columns + b), Dv - c - b);
+        }
+        c += columns;
+    }
+}
+
+// y = norm * o / sqrt(mean(o^2) + eps) * silu(z); lanes of o past Dv are 0
+DELTAIC_INLINE void gated_norm(const float* o, const float* norm, const float* z, int64_t Dv, float eps, float* y) {
+    const f32x16 scale = set1(1.0f / sqrtf(dot(o, o, padded(Dv)) / static_cast<float>(Dv) + eps));
+    for (int64_t d = 0; d < Dv; d += 16) {
+        const f32x16 unit = mul(mul(load(o + d), scale), load_n(norm + d, Dv - d));
+        store_n(y + d, mul(unit, silu(load_n(z + d, Dv - d))), Dv - d);
+    }
+}
+
+}  // namespace
+
+void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View norm, float eps, int64_t Hk, int64_t Dk,
+                     View cu_seqlens, Views conv_states, Views states, View y) {
+    const int64_t T = proj.shape[0], P = proj.shape[1], Hv = A_log.shape[0], Dv = norm.shape[0];
+    if (Hk < 1 || Dk < 1 || Dv < 1 || Hv % Hk != 0) fail("gated_delta_net", "value heads must be a multiple of key heads");
+    const int64_t B = states.size, group = Hv / Hk, C = 2 * Hk * Dk + Hv * Dv;
+    const int64_t* starts = cu_seqlens.i64();
+    if (starts[0] != 0 || starts[B] != T) fail("gated_delta_net", "cu_seqlens must begin with 0 and end with the number of rows");
+    for (int64_t b = 0; b < B; ++b)
+        if (starts[b] > starts[b + 1]) fail("gated_delta_net", "cu_seqlens must not decrease");
+
+    const int64_t k_width = padded(Dk), v_width = padded(Dv);
+    const int64_t per_thread = kChunk * (2 * k_width + v_width) + Dk * kColumns * 16;
+    float* buffers = scratch_f32(thread_count() * per_thread);
+
+    parallel_for(B * Hk, 1, [&](int64_t begin, int64_t end, int thread) {
+        float* q = buffers + thread * per_thread;
+        float* k = q + kChunk * k_width;
+        float* v = k + kChunk * k_width;
+        float* dense = v + kChunk * v_width;
+        Gates gates[kChunk];
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t b = task / Hk, kh = task % Hk, rows = starts[b + 1] - starts[b];
+            const float* first = proj.f32() + starts[b] * P;
+            const Window window{first, P, conv_states[b].f32(), C};
+            const int64_t q_channel = kh * Dk, k_channel = (Hk + kh) * Dk, v_channel = 2 * Hk * Dk + kh * group * Dv;
+            for (int64_t t0 = 0; t0 < rows; t0 += kChunk) {
+                const int64_t n = min64(kChunk, rows - t0);
+                convolve(window, conv_weight.f32(), q_channel, Dk, t0, n, q);
+                convolve(window, conv_weight.f32(), k_channel, Dk, t0, n, k);
+                for (int64_t i = 0; i < n; ++i) {
+                    unit_l2(q + i * k_width, k_width, 1.0f / sqrtf(static_cast<float>(Dk)));
+                    unit_l2(k + i * k_width, k_width, 1.0f);
+                    gates[i].kq = dot(q + i * k_width, k + i * k_width, k_width);
+                }
+                for (int64_t j = kh * group; j < (kh + 1) * group; ++j) {
+                    const float rate = -expf(A_log.f32()[j]);
+                    for (int64_t i = 0; i < n; ++i) {
+                        const float* row = first + (t0 + i) * P + C + Hv * Dv;  // b (Hv) | a (Hv)
+                        const float g = rate * softplus(row[Hv + j] + dt_bias.f32()[j]);
+                        gates[i].decay = g < kSmallestExponent ? 0.0f : expf(g);
+                        gates[i].beta = 1.0f / (1.0f + expf(-row[j]));
+                    }
+                    convolve(window, conv_weight.f32(), v_channel + (j - kh * group) * Dv, Dv, t0, n, v);
+                    delta_rule_head(states[b].f32() + j * Dk * Dv, Dk, Dv, q, k, gates, v, n, dense);
+                    for (int64_t i = 0; i < n; ++i) {
+                        const int64_t t = starts[b] + t0 + i;
+                        gated_norm(v + i * v_width, norm.f32(), first + (t0 + i) * P + C + j * Dv, Dv, eps,
+                                   y.f32() + (t * Hv + j) * Dv);
+                    }
+                }
+            }
+            advance(window, rows, q_channel, Dk, conv_states[b].f32());
+            advance(window, rows, k_channel, Dk, conv_states[b].f32());
+            advance(window, rows, v_channel, group * Dv, conv_states[b].f32());
+        }
+    });
+}
+
+}  // namespace DELTAIC_ISA
+}  // namespace deltaic

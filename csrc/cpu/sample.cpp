@@ -1,0 +1,333 @@
+// sample and log_softmax_top: what is done with the 248,320 logits of one token.
+//
+// Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes the maxima
+// of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits above it lie in those
+// few groups: they are gathered and sorted, and hold the first part of the descending order. Where the filters turn out to
+// reach further, the threshold is lowered. Logits changed by a penalty (few) are kept aside, in double precision, and masked out
+// of the passes; candidates are compared and summed in double precision.
+#include "core/error.h"
+#include "core/pool.h"
+#include "cpu/simd.h"
+
+namespace deltaic {
+namespace DELTAIC_ISA {
+
+namespace {
+
+constexpr int64_t kRows = 64;              // logits of one group: one lane of 64 vectors
+constexpr int64_t kStrip = kRows * 16;     // 16 groups, logits [strip * 1024 + row * 16 + lane]
+constexpr int64_t kFirstGroups = 64;       // groups gathered at first where top_k does not say how many
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLargest = 3.40282347e38f;
+
+struct Changed {
+    int64_t id;
+    double value;
+};
+
+struct Logits {
+    const float* values;
+    int64_t limit;
+    uint16_t* marks = nullptr;  // one bit per logit that is in `changed`
+    Changed* changed = nullptr;
+    int64_t changes = 0;
+    float* maxima = nullptr;  // [strips][16], without changed logits
+    int64_t groups = 0;
+    double top = 0.0;  // the largest of all
+
+    DELTAIC_INLINE bool marked(int64_t id) const { return marks && (marks[id / 16] >> (id % 16) & 1); }
+    // 16 logits; -inf past the end and for changed ones.
+    DELTAIC_INLINE f32x16 lanes(int64_t i) const {
+        if (i + 16 <= limit && !(marks && marks[i / 16])) return load(values + i);
+        float t[16];
+        for (int64_t j = 0; j < 16; ++j) t[j] = i + j < limit && !marked(i + j) ? values[i + j] : -kInfinity;
+        return load(t);
+    }
+};
+
+struct Candidate {
+    uint64_t key;  // ascending keys are descending logits
+    int64_t id;
+};
+
+DELTAIC_INLINE uint64_t key_of(double value) {
+    value += 0.0;  // -0 and 0 are equal
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    return bits >> 63 ? bits : ~bits & ~(uint64_t{1} << 63);
+}
+
+DELTAIC_INLINE double value_of(uint64_t key) {
+    const uint64_t bits = key >> 63 ? key : ~key & ~(uint64_t{1} << 63);
+    double value;
+    memcpy(&value, &bits, 8);
+    return value;
+}
+
+// Remembers the logit of `id` under another value. False if it was already.
+DELTAIC_INLINE bool change(Logits& l, int64_t id, double value) {
+    if (l.marked(id)) return false;
+    l.marks[id / 16] = static_cast<uint16_t>(l.marks[id / 16] | 1u << (id % 16));
+    l.changed[l.changes++] = {id, value};
+    return true;
+}
+
+// Fills maxima and top.
+void take_maxima(const char* op, Logits& l) {
+    const int64_t strips = ceil_div(l.limit, kStrip);
+    l.groups = strips * 16;
+    l.maxima = scratch_f32(l.groups);
+    parallel_for(strips, 16, [&](int64_t begin, int64_t end, int) {
+        for (int64_t s = begin; s < end; ++s) {
+            const int64_t last = min64(l.limit, (s + 1) * kStrip);
+            f32x16 largest = set1(-kInfinity), bad = zero();
+            for (int64_t i = s * kStrip; i < last; i += 16) {
+                const f32x16 x = l.lanes(i);
+                largest = max(largest, x);
+                bad = fma(max(set1(-kLargest), x), zero(), bad);  // NaN where x is NaN or +inf; this order of max keeps a NaN
+            }
+            store(l.maxima + s * 16, add(largest, bad));
+        }
+    });
+    double top = -kInfinity;
+    bool valid = true;
+    for (int64_t g = 0; g < l.groups; ++g) {
+        valid = valid && l.maxima[g] <= kLargest;
+        if (l.maxima[g] > top) top = l.maxima[g];
+    }
+    for (int64_t i = 0; i < l.changes; ++i) {
+        const Changed& c = l.changed[i];
+        valid = valid && l.values[c.id] <= kLargest && c.value < kInfinity;
+        if (c.value > top) top = c.value;
+    }
+    if (!valid || !(top > -kInfinity)) fail(op, "logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used");
+    l.top = top;
+}
+
+// A value that at least k of the n numbers reach, and at most about 2 k unless they are equal; -inf if n < k.
+float threshold(const float* x, int64_t n, int64_t k) {
+    if (k > n) return -kInfinity;
+    // Bisects over the bit patterns, which are ordered like the numbers once negative ones are turned round.
+    const auto number = [](uint32_t key) { return bits_to_float(key >> 31 ? key ^ 0x80000000u : ~key); };
+    uint32_t low = ~float_to_bits(-kInfinity), high = float_to_bits(kInfinity) | 0x80000000u;  // low is reached by k, high not
+    while (high - low > 1) {
+        const uint32_t middle = low + (high - low) / 2;
+        const float value = number(middle);
+        int32_t count = 0;
+        for (int64_t i = 0; i < n; ++i) count += x[i] >= value;
+        if (count < k) {
+            high = middle;
+        } else {
+            low = middle;
+            if (count <= 2 * k) break;
+        }
+    }
+    return number(low);
+}
+
+// One step of a stable radix sort; false if all digits are equal and nothing was moved.
+template <class Digit>
+bool distribute(const Candidate* from, Candidate* to, int64_t n, const Digit& digit) {
+    int64_t start[256] = {};
+    for (int64_t i = 0; i < n; ++i) ++start[digit(from[i])];
+    if (start[digit(from[0])] == n) return false;
+    int64_t sum = 0;
+    for (int d = 0; d < 256; ++d) {
+        const int64_t count = start[d];
+        start[d] = sum;
+        sum += count;
+    }
+    for (int64_t i = 0; i < n; ++i) to[start[digit(from[i])]++] = from[i];
+    return true;
+}
+
+// All logits >= `least`, in descending order, equal ones by ascending id.
+struct Ordered {
+    const Candidate* items;
+    int64_t size;
+};
+
+Ordered gather(const Logits& l, float least) {
+    int64_t capacity = l.changes;
+    for (int64_t g = 0; g < l.groups; ++g) capacity += l.maxima[g] >= least ? kRows : 0;
+    const size_t bytes = static_cast<size_t>(capacity) * sizeof(Candidate);
+    Candidate *a = static_cast<Candidate*>(scratch(bytes)), *b = static_cast<Candidate*>(scratch(bytes));
+    int64_t n = 0;
+    for (int64_t g = 0; g < l.groups; ++g) {
+        if (!(l.maxima[g] >= least)) continue;
+        const int64_t first = g / 16 * kStrip + g % 16, last = min64(l.limit, (g / 16 + 1) * kStrip);
+        for (int64_t id = first; id < last; id += 16)
+            if (l.values[id] >= least && !l.marked(id)) a[n++] = {key_of(l.values[id]), id};
+    }
+    for (int64_t i = 0; i < l.changes; ++i)
+        if (l.changed[i].value >= least) a[n++] = {key_of(l.changed[i].value), l.changed[i].id};
+    if (n == 0) return {a, 0};
+    const auto step = [&](const auto& digit) {
+        if (distribute(a, b, n, digit)) {
+            Candidate* sorted = b;
+            b = a;
+            a = sorted;
+        }
+    };
+    for (int shift = 0; l.limit >> shift; shift += 8) step([=](const Candidate& c) { return c.id >> shift & 255; });
+    for (int shift = 0; shift < 64; shift += 8) step([=](const Candidate& c) { return c.key >> shift & 255; });
+    return {a, n};
+}
+
+// sum of e^((logit - top) / temperature)
+double sum_exp(const Logits& l, double temperature) {
+    float* sums = scratch_f32(l.groups);
+    const f32x16 top = set1(static_cast<float>(l.top));
+    const double inverse = 1.0 / temperature;
+    const f32x16 scale = set1(inverse < kLargest ? static_cast<float>(inverse) : kLargest);
+    parallel_for(l.groups / 16, 16, [&](int64_t begin, int64_t end, int) {
+        for (int64_t s = begin; s < end; ++s) {
+            const int64_t last = min64(l.limit, (s + 1) * kStrip);
+            f32x16 sum = zero();
+            for (int64_t i = s * kStrip; i < last; i += 16) sum = add(sum, exp(mul(sub(l.lanes(i), top), scale)));
+            store(sums + s * 16, sum);
+        }
+    });
+    double sum = 0.0;
+    for (int64_t g = 0; g < l.groups; ++g) sum += static_cast<double>(sums[g]);
+    for (int64_t i = 0; i < l.changes; ++i) sum += ::exp((l.changed[i].value - l.top) / temperature);
+    return sum;
+}
+
+// Lowest id among the largest logits.
+int64_t argmax(const Logits& l) {
+    int64_t best = l.limit;
+    for (int64_t i = 0; i < l.changes; ++i)
+        if (l.changed[i].value == l.top) best = min64(best, l.changed[i].id);
+    for (int64_t g = 0; g < l.groups; ++g) {
+        if (static_cast<double>(l.maxima[g]) != l.top) continue;
+        const int64_t last = min64(l.limit, (g / 16 + 1) * kStrip);
+        for (int64_t id = g / 16 * kStrip + g % 16; id < last; id += 16)
+            if (l.values[id] == l.maxima[g] && !l.marked(id)) best = min64(best, id);
+    }
+    return best;
+}
+
+struct Filter {
+    double temperature, top_p, min_p;
+};
+
+// Index of the chosen candidate, or -1 if the candidates do not reach far enough. `all`: there are no others.
+// `mass` is the sum of e^((logit - top) / temperature) that probabilities refer to.
+int64_t draw(const Ordered& c, bool all, double mass, const Filter& filter, double uniform) {
+    double* cumulative = static_cast<double*>(scratch(static_cast<size_t>(c.size) * sizeof(double)));
+    const double top = value_of(c.items[0].key), largest = 1.0 / mass;
+    double sum = 0.0;
+    int64_t kept = 0;
+    bool closed = all;  // is `kept` final?
+    while (kept < c.size) {
+        const double p = ::exp((value_of(c.items[kept].key) - top) / filter.temperature) / mass;
+        if (p < filter.min_p * largest) {
+            closed = true;
+            break;
+        }
+        cumulative[kept++] = sum += p;
+        if (filter.top_p < 1.0 && sum >= filter.top_p) {
+            closed = true;
+            break;
+        }
+    }
+    // Without filters the rest counts too, and its sum is known.
+    const bool open = !closed && filter.top_p >= 1.0 && filter.min_p <= 0.0;
+    if (!closed && !open) return -1;
+    const double target = uniform * (closed ? sum : 1.0);
+    for (int64_t i = 0; i < kept; ++i)
+        if (cumulative[i] > target) return i;
+    return closed ? kept - 1 : -1;
+}
+
+bool is_finite(double value) { return value - value == 0.0; }
+
+}  // namespace
+
+void sample(View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,
+            double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids, int64_t limit,
+            double uniform, View token) {
+    const char* const op = "sample";
+    if (limit < 1 || limit > logits.shape[0]) fail(op, "limit must be between 1 and the number of logits");
+    if (!(temperature >= 0.0) || !is_finite(temperature)) fail(op, "temperature must be a finite number >= 0");
+    if (top_k < 0) fail(op, "top_k must be >= 0 (0: off)");
+    if (!(top_p >= 0.0 && top_p <= 1.0)) fail(op, "top_p must be between 0 and 1 (1: off)");
+    if (!(min_p >= 0.0 && min_p <= 1.0)) fail(op, "min_p must be between 0 and 1 (0: off)");
+    if (!(repetition_penalty > 0.0) || !is_finite(repetition_penalty)) fail(op, "repetition_penalty must be a finite number > 0");
+    if (!is_finite(presence_penalty) || !is_finite(frequency_penalty)) fail(op, "penalties must be finite");
+    if (!(uniform >= 0.0 && uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
+
+    Logits l{logits.f32(), limit};
+    const bool repetition = repetition_penalty != 1.0;
+    const int64_t outputs = repetition || presence_penalty != 0.0 || frequency_penalty != 0.0 ? output_ids.shape[0] : 0;
+    const int64_t prompts = repetition ? prompt_ids.shape[0] : 0;
+    if (outputs + prompts > 0) {
+        const size_t bytes = static_cast<size_t>(ceil_div(limit, 16)) * sizeof(uint16_t);
+        l.marks = static_cast<uint16_t*>(scratch(bytes));
+        memset(l.marks, 0, bytes);
+        l.changed = static_cast<Changed*>(scratch(static_cast<size_t>(outputs + prompts) * sizeof(Changed)));
+        const auto repeated = [&](int64_t id) {
+            const double value = static_cast<double>(l.values[id]);
+            return value > 0.0 ? value / repetition_penalty : value * repetition_penalty;
+        };
+        // Outputs first: a prompt id that is among them needs nothing more.
+        for (int64_t i = 0; i < outputs; ++i) {
+            const int64_t id = output_ids.i64()[i];
+            if (id < 0) fail(op, "output_ids holds a negative id");
+            const double penalty = frequency_penalty * static_cast<double>(output_counts.i64()[i]) + presence_penalty;
+            if (id < limit && !change(l, id, repeated(id) - penalty)) fail(op, "output_ids holds an id twice");
+        }
+        for (int64_t i = 0; i < prompts; ++i) {
+            const int64_t id = prompt_ids.i64()[i];
+            if (id < 0) fail(op, "prompt_ids holds a negative id");
+            if (id < limit) change(l, id, repeated(id));
+        }
+    }
+
+    take_maxima(op, l);
+    if (temperature == 0.0) {
+        token.i64()[0] = argmax(l);
+        return;
+    }
+    const Filter filter{temperature, top_p, min_p};
+    if (top_k > 0) {
+        Ordered c = gather(l, threshold(l.maxima, l.groups, top_k));
+        c.size = min64(c.size, top_k);
+        double mass = 0.0;
+        for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
+        token.i64()[0] = c.items[draw(c, true, mass, filter, uniform)].id;
+        return;
+    }
+    const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
+    for (int64_t groups = kFirstGroups;; groups *= 16) {
+        const float least = threshold(l.maxima, l.groups, groups);
+        const bool all = least == -kInfinity;
+        const Ordered c = gather(l, least);
+        const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
+        if (chosen >= 0) {
+            token.i64()[0] = c.items[chosen].id;
+            return;
+        }
+    }
+}
+
+void log_softmax_top(View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs) {
+    const char* const op = "log_softmax_top";
+    if (limit < 1 || limit > logits.shape[0]) fail(op, "limit must be between 1 and the number of logits");
+    if (k < 0 || k > limit) fail(op, "k must be between 0 and limit");
+    if (token < 0 || token >= limit) fail(op, "token must be at least 0 and below limit");
+    Logits l{logits.f32(), limit};
+    take_maxima(op, l);
+    const double log_sum = ::log(sum_exp(l, 1.0));
+    logprob.f32()[0] = static_cast<float>(static_cast<double>(l.values[token]) - l.top - log_sum);
+    if (k == 0) return;
+    const Ordered c = gather(l, threshold(l.maxima, l.groups, k));
+    for (int64_t i = 0; i < k; ++i) {
+        top_ids.i64()[i] = c.items[i].id;
+        top_logprobs.f32()[i] = static_cast<float>(value_of(c.items[i].key) - l.top - log_sum);
+    }
+}
+
+}  // namespace DELTAIC_ISA
+}  // namespace deltaic

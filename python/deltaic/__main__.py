@@ -1,0 +1,7 @@
+"""`python -m deltaic` is the `deltaic` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,518 @@
+"""The public face: `load` finds a checkpoint and packs it, `Model` answers questions with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arguments import choice, describe, integer
+from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError, StateError
+from .generate.loop import Runner, Stream, TextRules, generate_ids, ops_lock
+from .generate.sampling import (
+    MAX_NEW_TOKENS,
+    Sampler,
+    check_logprobs,
+    check_option_names,
+    is_small,
+    read_generation_config,
+    recommended_sampling,
+    resolve_sampling,
+)
+from .generate.stop import ReasoningSplit, StopStrings, check_stop
+from .machine import default_threads
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .chat.image import ImageProcessor
+    from .chat.prompt import Prompt
+    from .chat.template import ChatTemplate
+    from .chat.tokenizer import Tokenizer
+    from .generate.result import GenerationResult
+    from .generate.sampling import GenerationOptions
+    from .model.config import ModelConfig
+    from .model.state import State
+    from .model.text import TextModel
+    from .model.vision import VisionModel
+    from .weights.precision import Precision
+
+KV_DTYPES = ("bf16", "f32")
+MEMORY = ("map", "copy")
+DEVICES = ("cpu", "cuda", "reference")
+MAX_THREADS = 1024
+
+
+def op_set(device: str) -> ModuleType:
+    """The module that computes on `device`. Raises ArgumentError or DeviceError."""
+    choice("device", device, DEVICES)
+    if device == "cuda":
+        raise DeviceError('device: "cuda" is not supported by this version; use device="cpu"')
+    if device == "reference":
+        from .ops import reference
+
+        return reference
+    try:
+        from .ops import cpu
+    except ImportError as error:
+        raise DeviceError(
+            f"device: the compiled extension cannot be loaded ({error}); install deltaic again"
+        ) from error
+    return cpu
+
+
+def use_threads(ops: ModuleType, threads: int | None) -> int:
+    """Let an op set use `threads` threads (None: the physical cores this process may use) and return the number."""
+    chosen = default_threads() if threads is None else integer("threads", threads, 1, MAX_THREADS)
+    with ops_lock(ops):
+        ops.set_num_threads(chosen)
+    return chosen
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: str | Mapping[str, str] | None = None,
+    vision_dtype: str | None = None,
+    activations: str = "int8",
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_dtype: str | None = None,
+    memory: str = "map",
+    verify: bool = True,
+    progress: bool | None = None,
+) -> Model:
+    """Load a checkpoint, or a folder that `deltaic quantize` packed.
+
+    path_or_id    a folder with config.json and weights, or a Hugging Face hub id such as "Qwen/Qwen3.5-0.8B"
+    dtype         how weight matrices are stored: "bf16" (default), "f32", "int8", "int4", or a mapping of name patterns
+                  for finer control: {"default": "int4", "lm_head": "int8", "layers.0.*": "bf16"} (patterns: see
+                  deltaic.weights.precision.Precision.parse). A packed folder has its own; another is an error
+    vision_dtype  the same for the vision tower (no mapping); None: as dtype where that is bf16 or f32, else "bf16"
+    activations   "int8": what meets an int8 or int4 matrix is rounded to int8 first, which makes the products several
+                  times as fast; "float32": it is not, the most accurate and slower way
+    device        "cpu", or "reference": the numpy definition of every operator, an executable specification, slow
+    threads       None: the physical cores this process may use
+    kv_dtype      how keys and values are stored: "bf16" or "f32"; None: "f32" where dtype is, else "bf16"
+    memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
+                  (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
+                  pages
+    verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
+    progress      True or False shows or hides progress bars on stderr; None: shown on a terminal
+
+    Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
+    """
+    from .model.config import load_config
+    from .weights.hub import find_model
+    from .weights.packed import PACKED_FILE
+    from .weights.precision import Precision
+
+    wanted = Precision.parse("bf16" if dtype is None else dtype, vision_dtype, activations)
+    if kv_dtype is not None:
+        choice("kv_dtype", kv_dtype, KV_DTYPES)
+    choice("memory", memory, MEMORY)
+    ops = op_set(device)
+    threads = use_threads(ops, threads)
+    folder = find_model(path_or_id)
+    config = load_config(folder)
+    if (folder / PACKED_FILE).exists():
+        explicit = wanted if dtype is not None or vision_dtype is not None else None
+        parts = _map(folder, config, ops, explicit, activations, memory, verify, progress)
+    else:
+        parts = _pack(folder, config, ops, wanted, progress)
+    text, vision, precision = parts
+    if kv_dtype is None:
+        kv_dtype = "f32" if precision.default == "f32" else "bf16"
+    choices = {"device": device, "precision": precision, "kv_dtype": kv_dtype, "threads": threads}
+    return Model(folder, config, text, vision, ops, **choices)
+
+
+def _pack(
+    folder: Path, config: ModelConfig, ops: ModuleType, precision: Precision, progress: bool | None
+) -> tuple[TextModel, VisionModel | None, Precision]:
+    """The parts of a checkpoint, packed in memory."""
+    from .model.text import TextModel
+    from .model.vision import VisionModel
+    from .weights.build import open_source, text_weights, vision_weights
+    from .weights.checkpoint import open_checkpoint
+
+    with open_checkpoint(folder) as checkpoint:
+        source = open_source(checkpoint, config, ops, precision)
+        text = TextModel(config.text, text_weights(source, config, progress), ops)
+        vision = None
+        if config.vision is not None:
+            vision = VisionModel(config.vision, vision_weights(source, config, progress), ops)
+    return text, vision, precision
+
+
+def _map(
+    folder: Path,
+    config: ModelConfig,
+    ops: ModuleType,
+    wanted: Precision | None,
+    activations: str,
+    memory: str,
+    verify: bool,
+    progress: bool | None,
+) -> tuple[TextModel, VisionModel | None, Precision]:
+    """The parts of a packed folder. Of the vision tower no byte is read before the first picture."""
+    from dataclasses import replace
+
+    from .model.text import TextModel
+    from .model.vision import VisionModel
+    from .weights.build import open_source, text_weights, vision_weights
+    from .weights.packed import PackedFile
+
+    with PackedFile(folder, memory) as packed:
+        precision = replace(packed.precision, activations=activations)
+        if wanted is not None and not wanted.same_formats(precision):
+            raise ArgumentError(
+                f"dtype: {folder} is packed as {precision} (vision {precision.vision}), asked for is {wanted} (vision "
+                f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
+            )
+        packed.prepare(None)
+        if verify:
+            packed.verify(ops, None, "the text model", progress)
+        source = open_source(packed, config, ops, precision)
+        text = TextModel(config.text, text_weights(source, config), ops)
+        vision = None
+        if config.vision is not None:
+
+            def check() -> None:
+                packed.verify(ops, ("visual.",), "the vision tower", False)
+
+            vision = VisionModel(config.vision, vision_weights(source, config), ops, check if verify else None)
+    return text, vision, precision
+
+
+class Model:
+    """A loaded checkpoint; made by `deltaic.load`. May be used from several threads: computation takes turns, token by
+    token.
+
+    Every method that takes generation options knows those of `deltaic.generate.sampling.GenerationOptions`:
+    max_new_tokens, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, seed,
+    stop, logprobs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        text: TextModel,
+        vision: VisionModel | None,
+        ops: ModuleType,
+        *,
+        device: str,
+        precision: Precision,
+        kv_dtype: str,
+        threads: int,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.device = device
+        self.precision = precision
+        self.kv_dtype = kv_dtype
+        self.threads = threads
+        self._ops = ops
+        self._runner = Runner(text, vision, ops, threads=threads, image_token_id=config.image_token_id)
+        self._generation_config = read_generation_config(folder)
+        self._files_lock = threading.Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        self._image_processor: ImageProcessor | None = None
+
+    @property
+    def dtype(self) -> str:
+        """How the weight matrices are stored, in words."""
+        return str(self.precision)
+
+    def __repr__(self) -> str:
+        return f"<deltaic.Model {self.folder.name} {self.dtype} on {self.device}>"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokeniser, read on first use."""
+        with self._files_lock:
+            if self._tokenizer is None:
+                from .chat.tokenizer import Tokenizer
+
+                self._tokenizer = Tokenizer.from_folder(self.folder)
+            return self._tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's chat template, read on first use."""
+        with self._files_lock:
+            if self._template is None:
+                from .chat.template import ChatTemplate
+
+                self._template = ChatTemplate.from_folder(self.folder)
+            return self._template
+
+    @property
+    def image_processor(self) -> ImageProcessor | None:
+        """The checkpoint's image preprocessing, read on first use; None where the checkpoint has none."""
+        files = ("preprocessor_config.json", "processor_config.json")
+        if self.config.vision is None or not any((self.folder / name).is_file() for name in files):
+            return None
+        with self._files_lock:
+            if self._image_processor is None:
+                from .chat.image import ImageProcessor
+
+                self._image_processor = ImageProcessor.from_folder(self.folder)
+            return self._image_processor
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer together may have."""
+        return self.config.text.max_position_embeddings
+
+    # ------------------------------------------------------------------------------- prompt and logits
+
+    def prepare(
+        self,
+        prompt: Any,
+        *,
+        thinking: bool | None = None,
+        images: Any = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Prompt:
+        """Turn messages, raw text or token ids into a Prompt: expanded token ids, pictures, positions.
+
+        Messages are rendered with the checkpoint's template, to which template_variables go; a string is raw text in
+        which special tokens are honoured. min_pixels and max_pixels replace the checkpoint's limits of a picture's
+        area.         Raises PromptError, ImageError, ArgumentError or ContextLengthError.
+        """
+        from .chat.prompt import Prompt, prepare
+
+        settings: dict[str, Any] = {
+            "thinking": thinking,
+            "images": images,
+            "tools": tools,
+            "template_variables": template_variables,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+        }
+        if isinstance(prompt, Prompt):
+            given = [name for name, value in settings.items() if value is not None]
+            if given:
+                raise ArgumentError(f"{given[0]}: belongs to Model.prepare; this Prompt is prepared already")
+            return self._checked(prompt)
+        made = prepare(
+            prompt,
+            config=self.config,
+            tokenizer=self.tokenizer if (self.folder / "tokenizer.json").exists() else None,
+            template=self.template,
+            image_processor=self.image_processor,
+            **settings,
+        )
+        return self._checked(made)
+
+    def _checked(self, prompt: Prompt) -> Prompt:
+        """The prompt, if the model can run it whatever its author did to it."""
+        ids, positions = prompt.token_ids, prompt.position_ids
+        for name, array, shape in (("token_ids", ids, (len(ids),)), ("position_ids", positions, (len(ids), 3))):
+            if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.shape != shape:
+                raise PromptError(f"{name}: expected an int64 array of shape {shape}, found {describe(array)}")
+        if not len(ids):
+            raise PromptError("the prompt is empty; expected at least one token")
+        vocabulary = self.config.text.vocab_size
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
+        if len(wrong):
+            raise PromptError(f"token {wrong[0]} is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}")
+        if len(ids) > self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(ids)} tokens, the context has room for {self.context_length}; shorten the prompt"
+            )
+        return prompt
+
+    def new_state(self) -> State:
+        """An empty sequence state, to feed with `forward`."""
+        from .model.state import State
+
+        return State(self.config.text, self._ops, kv_dtype=self.kv_dtype)
+
+    @cached_property
+    def _blank_state(self) -> State:
+        """A state that is never fed: what states of this model look like (its pages are never touched)."""
+        return self.new_state()
+
+    def forward(self, prompt: Any, state: State | None = None) -> np.ndarray:
+        """Logits after every token of `prompt` (anything `prepare` takes): float32 [T, vocab].
+
+        With `state` the prompt continues that sequence, and the state is advanced. Raises what `prepare` raises, and
+        StateError for a state of another model.
+        """
+        from .model.state import State
+
+        made = self.prepare(prompt)
+        if state is None:
+            state = self.new_state()
+        if not isinstance(state, State):
+            raise StateError(f"state: expected a State from Model.new_state(), found {describe(state)}")
+        if not self._blank_state.fits(state):
+            raise StateError("state: it belongs to another model or device; expected one from this Model.new_state()")
+        total = state.length + len(made.token_ids)
+        if total > self.context_length:
+            raise ContextLengthError(
+                f"the state holds {state.length} tokens and the prompt {len(made.token_ids)}, together {total}; "
+                f"the context has room for {self.context_length}"
+            )
+        shape = (len(made.token_ids), self.config.text.vocab_size)
+        try:
+            logits = np.empty(shape, np.float32)
+        except MemoryError:
+            raise ArgumentError(
+                f"the logits of {shape[0]} tokens need {4e-9 * shape[0] * shape[1]:.1f} GB, which cannot be had; "
+                "feed the prompt in parts, with a state"
+            ) from None
+        row = 0
+        for hidden in self._runner.hidden(made, state):
+            logits[row : row + len(hidden)] = self._runner.logits(hidden)
+            row += len(hidden)
+        return logits
+
+    # ------------------------------------------------------------------------------- generation
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        images: Any = None,
+        thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Stream:
+        """Answer piece by piece: an iterator of StreamPiece with a `result`; close it to stop early.
+
+        prompt    messages, a string (one user message), token ids, or a Prompt
+        images    put before the text of the last user message: paths, bytes, PIL images, arrays, data: or http(s) URLs
+        thinking  True or False; None: the template's own default
+        """
+        return self._start(_as_messages(prompt, images), images, thinking, tools, options)
+
+    def chat(
+        self,
+        prompt: Any,
+        *,
+        images: Any = None,
+        thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationResult:
+        """As `stream`, but returns the finished answer."""
+        return self._start(_as_messages(prompt, images), images, thinking, tools, options).finish()
+
+    def generate(self, prompt: Any, *, images: Any = None, **options: Unpack[GenerationOptions]) -> GenerationResult:
+        """Continue raw text (special tokens in it are honoured), token ids or a Prompt."""
+        return self._start(prompt, images, None, None, options).finish()
+
+    def _start(
+        self,
+        prompt: Any,
+        images: Sequence[Any] | None,
+        thinking: bool | None,
+        tools: Sequence[dict[str, Any]] | None,
+        options: GenerationOptions,
+    ) -> Stream:
+        """Check every argument now, compute when the stream is first asked for a piece."""
+        began = perf_counter()
+        check_option_names(options)
+        stop = check_stop(options.get("stop"))
+        logprobs = check_logprobs(options.get("logprobs"))
+        resolve_sampling(options, {}, {})  # a wrong option is reported before a long prompt is prepared
+        if options.get("max_new_tokens") is not None:
+            integer("max_new_tokens", options["max_new_tokens"], 1, 2**31 - 1)
+        made = self.prepare(prompt, thinking=thinking, images=images, tools=tools)
+        in_thinking = self.template.starts_in_thinking(made.text)
+        recommended = recommended_sampling(
+            small=is_small(self.config.text), thinking=in_thinking, image=bool(made.images)
+        )
+        params = resolve_sampling(options, self._generation_config, recommended)
+        max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
+        limit, unused = self._sampled_ids
+        sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
+        rules = TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
+        end_ids = self.end_ids
+        return Stream(
+            lambda: generate_ids(
+                self._runner, made, self.new_state(), sampler, end_ids=end_ids, max_new_tokens=max_new_tokens
+            ),
+            rules,
+            end_ids=end_ids,
+            prompt_tokens=len(made.token_ids),
+            prepare_seconds=perf_counter() - began,
+        )
+
+    @cached_property
+    def _sampled_ids(self) -> tuple[int, list[int]]:
+        """(limit, unused): ids below `limit` that are not in `unused` have a token in the tokeniser and in the head."""
+        tokenizer, vocabulary = self.tokenizer, self.config.text.vocab_size
+        return min(tokenizer.vocab_size, vocabulary), [i for i in tokenizer.unused_ids if i < vocabulary]
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those the files of the checkpoint name, and the template's own (spec 12.3: the
+        files disagree between releases, so the union counts)."""
+        tokenizer = self.tokenizer
+        own = (tokenizer.eos_token_id, tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<|endoftext|>"))
+        return frozenset(self.config.eos_token_ids) | {i for i in own if i is not None}
+
+    def _room(self, prompt_tokens: int, asked: int | None) -> int:
+        """How many tokens may be generated. Raises ContextLengthError with both numbers where they do not fit."""
+        room = self.context_length - prompt_tokens
+        if asked is not None and asked > room:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {asked}, "
+                f"together {prompt_tokens + asked}; the context has room for {self.context_length}"
+            )
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens, the context has room for {self.context_length} "
+                "with the answer; shorten the prompt"
+            )
+        return asked or min(room, self._generation_config.get("max_new_tokens", MAX_NEW_TOKENS))
+
+    # ------------------------------------------------------------------------------- facts
+
+    def info(self) -> dict[str, Any]:
+        """Facts about the loaded model, as plain values."""
+        from .model.weights import weight_bytes
+
+        text, vision = self.config.text, self._runner.vision
+        return {
+            "folder": str(self.folder),
+            "architecture": self.config.architecture,
+            "device": self.device,
+            "isa": self._ops.isa(),
+            "threads": self.threads,
+            "dtype": self.dtype,
+            "vision_dtype": self.precision.vision if vision is not None else None,
+            "activations": self.precision.activations,
+            "kv_dtype": self.kv_dtype,
+            "context_length": self.context_length,
+            "layers": text.num_hidden_layers,
+            "delta_layers": text.num_delta_layers,
+            "attention_layers": text.num_attention_layers,
+            "vision": vision is not None,
+            "weight_bytes": weight_bytes(self._runner.text.weights) + (weight_bytes(vision.weights) if vision else 0),
+            "state_bytes": self._blank_state.nbytes,
+        }
+
+
+def _as_messages(prompt: Any, images: Any) -> Any:
+    """For chat and stream a string is one user message; it may be empty only beside pictures."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not prompt.strip() and (images is None or (isinstance(images, (list, tuple)) and not images)):
+        raise PromptError("the prompt is empty; expected a question")
+    return [{"role": "user", "content": prompt}]

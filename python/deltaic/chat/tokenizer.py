@@ -1,0 +1,168 @@
+"""How does text become token ids and back? The checkpoint's tokenizer.json, and a detokeniser for one token at a
+time."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaic.chat.files import read_json_object
+from deltaic.errors import ArgumentError, ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table of printable stand-ins for the 256 bytes: printable Latin-1 stands for itself, the rest for
+    U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    table.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return table
+
+
+class Tokenizer:
+    """Byte-level BPE of a checkpoint. Special tokens written in a text are recognised as such, as transformers does:
+    text from strangers that must not contain them has to be cleaned by the caller."""
+
+    def __init__(self, backend: Backend, eos_token: str | None = None) -> None:
+        """backend: a `tokenizers.Tokenizer` with a byte-level decoder (else ConfigError). eos_token: text of the end
+        token, if any."""
+        from tokenizers.decoders import ByteLevel
+
+        if not isinstance(backend.decoder, ByteLevel):
+            found = type(backend.decoder).__name__
+            raise ConfigError(
+                f"tokenizer: expected a ByteLevel decoder, found {found}; only byte-level vocabularies are supported"
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._ids = frozenset(backend.get_vocab(with_added_tokens=True).values())
+        if not self._ids:
+            raise ConfigError("tokenizer: expected a vocabulary, found no tokens")
+        self.eos_token_id = None if eos_token is None else self.id_of(eos_token)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` (and the end token from `tokenizer_config.json`, if there). Raises ConfigError."""
+        from tokenizers import Tokenizer as Backend
+
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: expected the tokenizer's file, found none; fetch it from the model's page into this folder"
+            )
+        try:
+            backend = Backend.from_file(str(path))
+        except BaseException as error:  # malformed rules can panic in the library, which is not an Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ConfigError(
+                f"{path}: expected a tokenizers file, found one that does not load ({error}); fetch it again"
+            ) from error
+        try:
+            return cls(backend, _eos_token(folder / "tokenizer_config.json"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id that has a token: ids from here on must never be sampled (the model's table
+        may be larger)."""
+        return max(self._ids) + 1
+
+    @cached_property
+    def unused_ids(self) -> tuple[int, ...]:
+        """Ids below `vocab_size` without a token. Empty for the family's own vocabularies."""
+        return tuple(i for i in range(self.vocab_size) if i not in self._ids)
+
+    def id_of(self, token: str) -> int | None:
+        """Id of a whole token as written in the vocabulary (for example "<|im_end|>"), or None."""
+        return self.backend.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; nothing is put before or after. Raises PromptError if it is not a str or holds a lone
+        surrogate."""
+        if not isinstance(text, str):
+            raise PromptError(f"text: expected a str, found {type(text).__name__}")
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # the library's answer to a str that is not valid Unicode
+            place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+            raise PromptError(
+                f"text: expected valid Unicode, found a lone surrogate at character {place}; "
+                "decode the input with errors='replace'"
+            ) from error
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of `ids`. Ids without a token give nothing; incomplete UTF-8 gives U+FFFD. skip_special: leave out
+        control tokens (tool-call and think tags are not among them). Raises ArgumentError for ids that are not whole
+        numbers from 0."""
+        return self.backend.decode([_checked(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
+        """UTF-8 bytes (perhaps a part of a character) that `token_id` adds to the text."""
+        token_id = _checked(token_id)
+        token = self.backend.id_to_token(token_id)
+        if token is None or (skip_special and token_id in self._special):
+            return b""
+        try:
+            return bytes([self._bytes[character] for character in token])
+        except KeyError:  # an added token with characters outside the byte table is written as it is
+            return token.encode("utf-8")
+
+    def stream(self, skip_special: bool = True) -> DetokenizeStream:
+        """A fresh detokeniser for one sequence."""
+        return DetokenizeStream(self, skip_special)
+
+    @cached_property
+    def _bytes(self) -> dict[str, int]:
+        return _byte_of_character()
+
+
+class DetokenizeStream:
+    """Text of a sequence, token by token, at a cost per token that does not grow with the sequence.
+
+    What `push` returns is final: bytes that may still become a character are held back. All pieces and `flush`
+    together are what `Tokenizer.decode` gives for all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; often empty in the middle of a character."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
+
+    def flush(self) -> str:
+        """What is left at the end (U+FFFD for an unfinished character). The stream may then be used for another
+        sequence."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _checked(token_id: Any) -> int:
+    if not hasattr(token_id, "__index__") or isinstance(token_id, bool) or not 0 <= token_id < 1 << 32:
+        raise ArgumentError(f"token id: expected a whole number from 0 to 2^32 - 1, found {token_id!r}")
+    return int(token_id)
+
+
+def _eos_token(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    token = read_json_object(path).get("eos_token")
+    if isinstance(token, dict):  # older files write tokens as objects
+        token = token.get("content")
+    if token is not None and not isinstance(token, str):
+        raise ConfigError(f"{path}: eos_token: expected a token's text, found {token!r}")
+    return token
