@@ -55,6 +55,7 @@ constexpr int kDotKeys = kTileTokens >= 12 ? 4 : kTileTokens >= 2 ? 2 : 1;
 constexpr int kDotRows = kTileTokens >= 12 ? 4 : 2;
 constexpr int kSumGroups = kTileTokens >= 12 ? 4 : 1;
 constexpr int64_t kPieceRows = 16;  // query rows that share one pass over the keys
+constexpr int64_t kAhead = 64;      // keys or values between the one that is worked on and the one that is called from memory
 
 // sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys.
 // `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware recognises, so
@@ -71,7 +72,7 @@ DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t
         f32x16 key[KEYS];
         for (int k = 0; k < KEYS; ++k) key[k] = load_row<kHalf>(keys[k], d, d + 16);
         if (ahead)
-            for (int64_t byte = 0; byte < KEYS * 16 * bytes; byte += 64) prefetch(ahead + d * KEYS * bytes + byte);
+            for (int64_t byte = 0; byte < KEYS * 16 * bytes; byte += 64) prefetch_far(ahead + d * KEYS * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
             const f32x16 x = load(q + r * D + d);
             for (int k = 0; k < KEYS; ++k) acc[r][k] = fma(key[k], x, acc[r][k]);
@@ -118,7 +119,7 @@ DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const 
         f32x16 value[GROUPS];
         for (int g = 0; g < GROUPS; ++g) value[g] = load_row<kHalf>(values[i], d + g * 16, D);
         if (ahead)
-            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64) prefetch(ahead + (d + i * GROUPS) * 16 * bytes + byte);
+            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64) prefetch_far(ahead + (d + i * GROUPS) * 16 * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
             const f32x16 p = set1(weights[r * stride + i]);
             for (int g = 0; g < GROUPS; ++g) acc[r][g] = fma(value[g], p, acc[r][g]);
@@ -158,21 +159,19 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
         if (last == 0) continue;
         for (int64_t k = 0; k < last; k += 16) {
             const int64_t count = min64(16, last - k);
-            const uint8_t *at[16], *next[16];
+            const uint8_t* at[16];
             keys.rows(piece.first + k, count, at);
-            // After the last keys come the first values.
-            if (k + 16 < last) {
-                keys.rows(piece.first + k + 16, min64(16, last - k - 16), next);
-            } else {
-                values.rows(piece.first, min64(16, last), next);
-            }
+            const int64_t beyond = k + kAhead - round_up(last, 16);  // after the last keys come the first values
+            const uint8_t* ahead = beyond < 0 ? keys.row(piece.first + min64(k + kAhead, last - 1))
+                                              : values.row(piece.first + min64(beyond, last - 1));
             for (int64_t i = 0; i < count; i += 4) {
                 float* s = scores + k + i;
                 const int64_t c = min64(4, count - i);
+                const auto next = [&](int64_t r) { return r ? nullptr : ahead + i * keys.row_bytes; };
                 int64_t r = 0;
-                for (; r + 4 <= n; r += 4) score_rows<kHalf, 4>(at + i, c, q + (row0 + r) * D, D, r ? nullptr : next[i], s + r * stride, stride);
-                for (; r + 2 <= n; r += 2) score_rows<kHalf, 2>(at + i, c, q + (row0 + r) * D, D, r ? nullptr : next[i], s + r * stride, stride);
-                for (; r < n; ++r) score_rows<kHalf, 1>(at + i, c, q + (row0 + r) * D, D, r ? nullptr : next[i], s + r * stride, stride);
+                for (; r + 4 <= n; r += 4) score_rows<kHalf, 4>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
+                for (; r + 2 <= n; r += 2) score_rows<kHalf, 2>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
+                for (; r < n; ++r) score_rows<kHalf, 1>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
             }
         }
         for (int64_t r = 0; r < n; ++r) {
@@ -197,7 +196,7 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
         for (int64_t k = 0; k < last; k += 16) {
             const uint8_t* at[16];
             values.rows(piece.first + k, min64(16, last - k), at);
-            const uint8_t* next = k + 16 < last ? values.row(piece.first + k + 16) : nullptr;
+            const uint8_t* next = k + kAhead < last ? values.row(piece.first + k + kAhead) : nullptr;
             int64_t r = 0;
             const auto add_rows = [&](auto constant) {
                 constexpr int ROWS = decltype(constant)::value;
