@@ -38,8 +38,8 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "_shared", "_shared_blocks", "_zeros", "conv", "delta", "fingerprint", "images", "intact",
-        "kv", "kv_dtype", "length", "rope_delta", "token_ids",
+        "_block", "_max_tokens", "_shared", "_shared_blocks", "_zeros", "conv", "delta", "fingerprint", "images",
+        "intact", "kv", "kv_dtype", "length", "rope_delta", "token_ids",
     )  # fmt: skip
 
     def __init__(
