@@ -15,8 +15,8 @@ DECODE = {
     "linear": ("gemv_kernel",),
     "gated_delta_net": ("conv_kernel", "recurrent_kernel", "gated_norm_kernel"),
     "gated_attention": (
-        *("prepare_kernel", "attend_row_kernel", "combine_kernel"),
-        *("attend_kernelILi64ELb1", "attend_kernelILi128ELb1", "attend_kernelILi256ELb1"),
+        "prepare_kernel", "attend_kernelILi64ELb1", "attend_kernelILi128ELb1", "attend_kernelILi256ELb1",
+        "attend_row_kernel", "combine_kernel",
     ),
     "moe": ("route_kernel", "expert_up_kernel", "expert_down_kernel"),
     "sample": ("choose_kernel", "shortlist_kernel"),

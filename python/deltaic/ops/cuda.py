@@ -286,8 +286,8 @@ def gated_attention(
     tables: Any,
     prefill: bool = False,
 ) -> Tensor:
-    """`prefill` says nothing new here: the form follows from the longest sequence. `tables`: a list of BlockTables, or
-    (in graphs) of one TableBatch."""
+    """`tables`: a list of BlockTables, or (in graphs) of one TableBatch. `prefill` changes nothing here: the form follows
+    from the longest sequence alone."""
     import torch
 
     op, Hq, Hkv = "gated_attention", num_heads, num_kv_heads
