@@ -65,6 +65,7 @@ MUTATIONS = {
 RUN_BROKEN = """
 import sys
 import emulator
+import numpy as np
 from deltaic.ops import cuda, reference
 from helpers import assert_close
 from test_mixers import delta_case, run_delta

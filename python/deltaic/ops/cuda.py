@@ -38,6 +38,8 @@ from .cuda_memory import (
 from .cuda_sampling import log_softmax_top, sample, sample_on_device
 from .cuda_weights import BlockTable, Part, Pointers, TableBatch, Weight, from_packed, pack, pack_glu, place, pointers
 
+SPLIT_INVARIANT = False  # cuBLAS adds in another order for another number of rows
+
 __all__ = [
     "BlockTable",
     "Part",
@@ -286,7 +288,7 @@ def gated_attention(
     tables: Any,
     prefill: bool = False,
 ) -> Tensor:
-    """`tables`: a list of BlockTables, or (in graphs) of one TableBatch. `prefill` changes nothing here: the form follows
+    """`tables`: a list of BlockTables, or (in graphs) of one TableBatch. `prefill` changes nothing: the form follows
     from the longest sequence alone."""
     import torch
 
