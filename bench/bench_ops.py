@@ -59,7 +59,6 @@ def peaks(seconds: float) -> tuple[float, float]:
     return read, done[0] / duration
 
 
-
 def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
 

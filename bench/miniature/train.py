@@ -17,10 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import data
-import network
-import package
-import scenes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,6 +24,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKRouter
+
+import data
+import network
+import package
+import scenes
 
 WARM_UP = 200
 BALANCE = 0.01
@@ -39,9 +40,9 @@ def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=package.FOLDER, help="where the miniature is written")
-    parser.add_argument("--steps", type=int, default=6500, help="steps of the trunk, the falling ones included")
-    parser.add_argument("--decay-steps", type=int, default=1400, help="steps over which the learning rate falls")
-    parser.add_argument("--draft-steps", type=int, default=350, help="steps of the draft layer after the trunk's")
+    parser.add_argument("--steps", type=int, default=6800, help="steps of the trunk, the falling ones included")
+    parser.add_argument("--decay-steps", type=int, default=1500, help="steps over which the learning rate falls")
+    parser.add_argument("--draft-steps", type=int, default=300, help="steps of the draft layer after the trunk's")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share a step's rows")

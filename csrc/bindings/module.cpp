@@ -139,7 +139,8 @@ const Isa* chosen = nullptr;
 template <class... A>
 void define(py::module_& m, const char* name, const char* text, void (*function)(A...)) {
     auto* contract = new Contract(name, text);  // lives as long as the module
-    if (contract->arguments.size() != sizeof...(A)) throw Error(std::string(name) + ": contract and arguments differ in ops.h");
+    if (contract->arguments.size() != sizeof...(A))
+        throw Error(std::string(name) + ": contract and arguments differ in ops.h");
     m.def(
         name,
         [contract, function](const py::args& args) {
@@ -159,7 +160,8 @@ Format format_of(const std::string& name) {
     throw Error("Weight: unknown format '" + name + "'");
 }
 
-PyWeight make_weight(const std::vector<std::tuple<std::string, int64_t, py::array>>& parts, int64_t count, int64_t columns, bool glu) {
+PyWeight make_weight(const std::vector<std::tuple<std::string, int64_t, py::array>>& parts, int64_t count,
+                     int64_t columns, bool glu) {
     PyWeight result;
     Weight& w = result.weight;
     if (parts.empty() || parts.size() > Weight::kMaxSegments) throw Error("Weight: takes 1 to 8 parts");
@@ -174,7 +176,8 @@ PyWeight make_weight(const std::vector<std::tuple<std::string, int64_t, py::arra
         const View v = view_of(array, &dtype);
         const int64_t bytes = count * g.blocks * block_bytes(g.format, columns);
         if (std::strcmp(dtype, "u8") != 0 || v.ndim != 1 || v.shape[0] != bytes)
-            throw Error("Weight: data is " + show(dtype, v.shape, v.ndim) + ", expected u8[" + std::to_string(bytes) + "]");
+            throw Error("Weight: data is " + show(dtype, v.shape, v.ndim) + ", expected u8[" + std::to_string(bytes) +
+                        "]");
         g.data = v.u8();
         w.rows += g.rows;
         result.arrays.push_back(array);
@@ -185,13 +188,14 @@ PyWeight make_weight(const std::vector<std::tuple<std::string, int64_t, py::arra
 void set_block(PyBlockTable& t, size_t index, const py::array& block) {
     const char* dtype = nullptr;
     const View v = view_of(block, &dtype);
-    if ((v.dtype != Dtype::f32 && v.dtype != Dtype::u16) || v.ndim != 5 || v.shape[1] != 2 || !(block.flags() & py::array::c_style) ||
-        !block.writeable())
+    if ((v.dtype != Dtype::f32 && v.dtype != Dtype::u16) || v.ndim != 5 || v.shape[1] != 2 ||
+        !(block.flags() & py::array::c_style) || !block.writeable())
         throw Error("BlockTable: block is " + show(dtype, v.shape, v.ndim) +
                     ", expected a writeable C-contiguous f32 or u16 [layers,2,kv_heads,tokens,head_dim]");
     BlockTable& b = t.table;
     if (t.arrays.empty()) {
-        b.dtype = v.dtype, b.layers = v.shape[0], b.kv_heads = v.shape[2], b.tokens = v.shape[3], b.head_dim = v.shape[4];
+        b.dtype = v.dtype, b.layers = v.shape[0], b.kv_heads = v.shape[2], b.tokens = v.shape[3],
+        b.head_dim = v.shape[4];
     } else if (b.dtype != v.dtype || b.layers != v.shape[0] || b.kv_heads != v.shape[2] || b.tokens != v.shape[3] ||
                b.head_dim != v.shape[4]) {
         throw Error("BlockTable: block is " + show(dtype, v.shape, v.ndim) + ", unlike the blocks before it");
@@ -224,7 +228,8 @@ const Isa* choose_isa() {
         }
         names += std::string(i ? ", " : "") + list[i].name;
     }
-    throw py::import_error(std::string("DELTAIC_ISA=") + asked + " is not an instruction set of this build; expected one of: " + names);
+    throw py::import_error(std::string("DELTAIC_ISA=") + asked +
+                           " is not an instruction set of this build; expected one of: " + names);
 }
 
 }  // namespace
@@ -262,7 +267,8 @@ PYBIND11_MODULE(_core, m) {
         },
         py::arg("threads"));
     m.def(
-        "block_bytes", [](const std::string& format, int64_t columns) { return block_bytes(format_of(format), columns); },
+        "block_bytes",
+        [](const std::string& format, int64_t columns) { return block_bytes(format_of(format), columns); },
         "Bytes of one packed block of 16 rows.");
 
     py::class_<PyWeight>(m, "Weight")
@@ -273,22 +279,23 @@ PYBIND11_MODULE(_core, m) {
                                    if (w.count > 1) return py::make_tuple(w.count, w.rows, w.columns);
                                    return py::make_tuple(w.rows, w.columns);
                                })
-        .def_property_readonly("dtype",
-                               [](const PyWeight& self) { return kFormats[static_cast<int>(self.weight.segment[0].format)]; })
+        .def_property_readonly(
+            "dtype", [](const PyWeight& self) { return kFormats[static_cast<int>(self.weight.segment[0].format)]; })
         .def_property(
             "float_activations", [](const PyWeight& self) { return self.weight.float_activations; },
             [](PyWeight& self, bool value) { self.weight.float_activations = value; })
         .def_property_readonly("glu", [](const PyWeight& self) { return self.weight.glu; })
-        .def_property_readonly("parts",  // as the constructor takes them
-                               [](const PyWeight& self) {
-                                   py::list parts;
-                                   for (int i = 0; i < self.weight.segments; ++i) {
-                                       const Segment& g = self.weight.segment[i];
-                                       parts.append(py::make_tuple(kFormats[static_cast<int>(g.format)],
-                                                                   self.weight.glu ? g.rows / 2 : g.rows, self.arrays[i]));
-                                   }
-                                   return parts;
-                               })
+        .def_property_readonly(
+            "parts",  // as the constructor takes them
+            [](const PyWeight& self) {
+                py::list parts;
+                for (int i = 0; i < self.weight.segments; ++i) {
+                    const Segment& g = self.weight.segment[i];
+                    parts.append(py::make_tuple(kFormats[static_cast<int>(g.format)],
+                                                self.weight.glu ? g.rows / 2 : g.rows, self.arrays[i]));
+                }
+                return parts;
+            })
         .def_property_readonly("nbytes", [](const PyWeight& self) {
             int64_t bytes = 0;
             for (const auto& a : self.arrays) bytes += a.nbytes();

@@ -64,11 +64,11 @@ Contract::Contract(const char* op_name, const char* text) : op(op_name) {
             rest.pop_back();
         }
         a.type = rest;
-        a.kind = rest == "weight"                     ? Kind::weight
-                 : rest == "table"                    ? Kind::table
-                 : rest == "int"                      ? Kind::integer
+        a.kind = rest == "weight"                      ? Kind::weight
+                 : rest == "table"                     ? Kind::table
+                 : rest == "int"                       ? Kind::integer
                  : rest == "float" || rest == "double" ? Kind::number
-                                                      : Kind::array;
+                                                       : Kind::array;
         if (a.kind == Kind::integer) add_name(a.name);
         for (const std::string& dim : a.dims)
             for (const std::string& term : split(dim, '+'))
@@ -128,7 +128,8 @@ void Sizes::check(const Argument& argument, const std::string& expression, int64
 void Sizes::integer(const Argument& argument, int64_t value) {
     int64_t& known = known_[static_cast<size_t>(contract_.name_index(argument.name))];
     if (value >= 0 && known >= 0 && known != value)
-        throw Error(contract_.op + ": " + argument.name + " is " + std::to_string(value) + ", expected " + std::to_string(known));
+        throw Error(contract_.op + ": " + argument.name + " is " + std::to_string(value) + ", expected " +
+                    std::to_string(known));
     if (value >= 0) known = value;
 }
 
@@ -141,7 +142,8 @@ void Sizes::list(const Argument& argument, int64_t size) {
 }
 
 void Sizes::shape(const Argument& argument, const char* dtype, const int64_t* dims, int ndim) {
-    const bool type_fits = argument.type == dtype || (argument.type == "kv" && (std::string(dtype) == "f32" || std::string(dtype) == "u16"));
+    const bool type_fits = argument.type == dtype ||
+                           (argument.type == "kv" && (std::string(dtype) == "f32" || std::string(dtype) == "u16"));
     if (!type_fits || static_cast<size_t>(ndim) != argument.dims.size()) mismatch(argument, show(dtype, dims, ndim));
     for (int i = 0; i < ndim; ++i) {
         // The text is needed for errors only; the common case must not build it.

@@ -1,5 +1,5 @@
-// Turns an operator's contract text (ops.h) into checks. The binding feeds it one argument after another; sizes are compared by
-// name, and whatever does not fit is reported as `op: argument is f32[7], expected f32[D=8]`.
+// Turns an operator's contract text (ops.h) into checks. The binding feeds it one argument after another; sizes are
+// compared by name, and whatever does not fit is reported as `op: argument is f32[7], expected f32[D=8]`.
 #pragma once
 
 #include <string>
@@ -14,7 +14,7 @@ enum class Kind { array, weight, table, integer, number };
 struct Argument {
     std::string name;
     Kind kind = Kind::array;
-    std::string type;               // f32, u8, u16, i64, kv, weight, table, int, float, double
+    std::string type;  // f32, u8, u16, i64, kv, weight, table, int, float, double
     bool optional = false;
     std::string list;               // size name of a list argument, or empty
     std::vector<std::string> dims;  // size expressions

@@ -14,21 +14,27 @@ void set_thread_count(int threads);  // >= 1; takes effect at once
 
 using RangeFunction = void (*)(void* context, int64_t begin, int64_t end, int thread);
 
-// Calls `function` on disjoint ranges that cover [0, n), each a multiple of `grain` long (but the last), on all threads; the
-// caller works too. Which thread gets which range depends on timing, so a result must not depend on the ranges.
+// Calls `function` on disjoint ranges that cover [0, n), each a multiple of `grain` long (but the last), on all
+// threads; the caller works too. Which thread gets which range depends on timing, so a result must not depend on the
+// ranges.
 void parallel_run(int64_t n, int64_t grain, RangeFunction function, void* context);
 
 template <class F>
 DELTAIC_INLINE void parallel_for(int64_t n, int64_t grain, const F& body) {
     parallel_run(
         n, grain,
-        [](void* context, int64_t begin, int64_t end, int thread) { (*static_cast<const F*>(context))(begin, end, thread); },
+        [](void* context, int64_t begin, int64_t end, int thread) {
+            (*static_cast<const F*>(context))(begin, end, thread);
+        },
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// 64-byte aligned memory that lives until the operator returns. Kept between operators, so a decoded token allocates nothing.
+// 64-byte aligned memory that lives until the operator returns. Kept between operators, so a decoded token allocates
+// nothing.
 void* scratch(size_t bytes);
-DELTAIC_INLINE float* scratch_f32(int64_t n) { return static_cast<float*>(scratch(static_cast<size_t>(n) * sizeof(float))); }
+DELTAIC_INLINE float* scratch_f32(int64_t n) {
+    return static_cast<float*>(scratch(static_cast<size_t>(n) * sizeof(float)));
+}
 
 // Serialises operators of different callers and releases the scratch memory of the previous one.
 class OperatorScope {

@@ -1,4 +1,5 @@
-// Plain-data views of the arrays that an operator reads and writes. No ownership, no strides: every array is C-contiguous.
+// Plain-data views of the arrays that an operator reads and writes. No ownership, no strides: every array is
+// C-contiguous.
 #pragma once
 
 #include <cstdint>
@@ -31,16 +32,19 @@ struct Views {
     DELTAIC_INLINE const View& operator[](int64_t i) const { return data[i]; }
 };
 
-// Packed number formats of weight matrices. A matrix is cut into blocks of 16 rows, so that one vector register holds the
-// same column of 16 rows and a dot product needs no horizontal sum. Layout of one block, K columns:
+// Packed number formats of weight matrices. A matrix is cut into blocks of 16 rows, so that one vector register holds
+// the same column of 16 rows and a dot product needs no horizontal sum. Layout of one block, K columns:
 //   f32   [K][16] float
 //   bf16  [K/2][16][2] bfloat16 bits: two neighbouring columns of a row are one 32-bit lane
-//   int8  n = ceil(K/128) runs of 128 columns: q [n][32][16][4] uint8 (value + 128; four neighbouring columns are one lane),
+//   int8  n = ceil(K/128) runs of 128 columns: q [n][32][16][4] uint8 (value + 128; four neighbouring columns are one
+//   lane),
 //         then d [n][16] half.  w = d * value, value in -127..127.  8.125 bits per weight.
-//   int4  q [n][8][2][16][4] uint8: each run is 8 groups of 16 columns, each group 2 lines of 64 bytes whose low nibbles hold
-//         four columns and whose high nibbles the next four (value + 8); then s [n][4][16] uint8: two 4-bit scales - 1 per
-//         byte, groups 2i (low) and 2i+1 (high); then d [n][16] half.  w = d * s * value, s in 1..16, value in -8..7.
-//         4.375 bits per weight. s * value fits a signed byte, so a run of 128 columns is one exact integer dot product.
+//   int4  q [n][8][2][16][4] uint8: each run is 8 groups of 16 columns, each group 2 lines of 64 bytes whose low
+//   nibbles hold
+//         four columns and whose high nibbles the next four (value + 8); then s [n][4][16] uint8: two 4-bit scales - 1
+//         per byte, groups 2i (low) and 2i+1 (high); then d [n][16] half.  w = d * s * value, s in 1..16, value in
+//         -8..7. 4.375 bits per weight. s * value fits a signed byte, so a run of 128 columns is one exact integer dot
+//         product.
 enum class Format : int32_t { f32, bf16, int8, int4 };
 
 constexpr int64_t kBlockRows = 16;
@@ -52,10 +56,14 @@ DELTAIC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 // Bytes of one block of 16 rows.
 DELTAIC_INLINE int64_t block_bytes(Format format, int64_t columns) {
     switch (format) {
-        case Format::f32: return columns * 64;
-        case Format::bf16: return ceil_div(columns, 2) * 64;
-        case Format::int8: return ceil_div(columns, kRun) * (2048 + 32);
-        default: return ceil_div(columns, kRun) * (1024 + 64 + 32);
+        case Format::f32:
+            return columns * 64;
+        case Format::bf16:
+            return ceil_div(columns, 2) * 64;
+        case Format::int8:
+            return ceil_div(columns, kRun) * (2048 + 32);
+        default:
+            return ceil_div(columns, kRun) * (1024 + 64 + 32);
     }
 }
 

@@ -24,9 +24,12 @@ DELTAIC_INLINE f32x16 gelu_erf(f32x16 x) {
 
 DELTAIC_INLINE f32x16 activate(Activation kind, f32x16 x) {
     switch (kind) {
-        case Activation::gelu_tanh: return gelu_tanh(x);
-        case Activation::gelu_erf: return gelu_erf(x);
-        default: return x;
+        case Activation::gelu_tanh:
+            return gelu_tanh(x);
+        case Activation::gelu_erf:
+            return gelu_erf(x);
+        default:
+            return x;
     }
 }
 

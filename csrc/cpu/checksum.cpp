@@ -44,7 +44,8 @@ void checksum(View data, int64_t first, View sum) {
     parallel_for(chunks, 16, [&](int64_t begin, int64_t end, int thread) {
         uint64_t total = 0;
         for (int64_t c = begin; c < end; ++c)
-            total += chunk_sum(data.u8() + c * kChunk, min64(kChunk, bytes - c * kChunk), static_cast<uint64_t>(first + c));
+            total +=
+                chunk_sum(data.u8() + c * kChunk, min64(kChunk, bytes - c * kChunk), static_cast<uint64_t>(first + c));
         totals[thread * 8] += total;
     });
     uint64_t total = 0;

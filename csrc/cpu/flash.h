@@ -1,11 +1,12 @@
-// Attention of many query rows, one block of keys after another with a running maximum (FlashAttention, Dao et al. 2022): what
-// gated_attention (prefill) and vision_attention share.
+// Attention of many query rows, one block of keys after another with a running maximum (FlashAttention, Dao et al.
+// 2022): what gated_attention (prefill) and vision_attention share.
 //
-// Keys and values come packed in blocks of 16 lanes, so that both products are the tile of cpu/gemm.h without a horizontal sum:
+// Keys and values come packed in blocks of 16 lanes, so that both products are the tile of cpu/gemm.h without a
+// horizontal sum:
 //   keys    [keys / 16][D][16]     lanes are 16 neighbouring keys
 //   values  [D / 16][keys][16]     lanes are 16 neighbouring dimensions, zero past D
-// A row's blocks are fixed by the key index alone and every sum runs in key order, so what a row gets does not depend on which
-// other rows share its tile.
+// A row's blocks are fixed by the key index alone and every sum runs in key order, so what a row gets does not depend
+// on which other rows share its tile.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -16,7 +17,8 @@ namespace DELTAIC_ISA {
 // Register tile: blocks of 16 lanes x query rows.
 constexpr int kFlashBlocks = kTileTokens >= 12 ? 2 : 1;
 constexpr int kFlashRows = kTileTokens >= 12 ? 12 : kTileTokens >= 2 ? 6 : 2;
-constexpr int64_t kFlashKeys = 128;  // keys in one step: packed keys and values of 256 dimensions fit the second-level cache
+constexpr int64_t kFlashKeys =
+    128;  // keys in one step: packed keys and values of 256 dimensions fit the second-level cache
 
 DELTAIC_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
@@ -106,11 +108,11 @@ DELTAIC_INLINE void flash_softmax(const FlashTile& t, int64_t row, int64_t visib
     t.total[row] += reduce_add(sum);
 }
 
-// Adds a block of up to kFlashKeys keys; visible(row) of them, 0..keys, are seen by a row. `stride`: floats between two blocks
-// of 16 dimensions of the values.
+// Adds a block of up to kFlashKeys keys; visible(row) of them, 0..keys, are seen by a row. `stride`: floats between two
+// blocks of 16 dimensions of the values.
 template <class Visible>
-DELTAIC_INLINE void flash_keys(const FlashTile& t, const float* keys_packed, const float* values, int64_t stride, int64_t keys,
-                               const Visible& visible) {
+DELTAIC_INLINE void flash_keys(const FlashTile& t, const float* keys_packed, const float* values, int64_t stride,
+                               int64_t keys, const Visible& visible) {
     const int64_t key_blocks = ceil_div(keys, 16), value_blocks = t.dims / 16;
     int64_t b = 0;
     for (; b + kFlashBlocks <= key_blocks; b += kFlashBlocks) flash_scores<kFlashBlocks>(t, keys_packed, b);
@@ -151,7 +153,8 @@ DELTAIC_INLINE void pack_keys(const uint8_t* const (&rows)[16], int64_t D, float
 
 // The first `count` of 16 rows of D numbers -> [D / 16][count][16] with `stride` floats between blocks.
 template <bool kHalf>
-DELTAIC_INLINE void pack_values(const uint8_t* const (&rows)[16], int64_t count, int64_t D, int64_t stride, float* packed) {
+DELTAIC_INLINE void pack_values(const uint8_t* const (&rows)[16], int64_t count, int64_t D, int64_t stride,
+                                float* packed) {
     for (int64_t d = 0; d < D; d += 16)
         for (int64_t i = 0; i < count; ++i) store(packed + d / 16 * stride + i * 16, load_row<kHalf>(rows[i], d, D));
 }

@@ -1,9 +1,9 @@
 // gated_attention: norm, rotary embedding, cache append, causal attention and output gate of a full-attention layer.
 //
-// A sequence of many new rows (prefill) goes through the tiles of cpu/flash.h. One of at most kDecodeRows rows splits its keys
-// into pieces (cpu/kv_cache.h), so that all threads work on one token, and adds the partial results in piece order. On each path a
-// row's arithmetic depends on its own place in the sequence alone; `prefill` sends all rows down the first, so that what a prompt's
-// rows get does not depend on where its reading was interrupted.
+// A sequence of many new rows (prefill) goes through the tiles of cpu/flash.h. One of at most kDecodeRows rows splits
+// its keys into pieces (cpu/kv_cache.h), so that all threads work on one token, and adds the partial results in piece
+// order. On each path a row's arithmetic depends on its own place in the sequence alone; `prefill` sends all rows down
+// the first, so that what a prompt's rows get does not depend on where its reading was interrupted.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/kv_cache.h"
@@ -13,8 +13,9 @@ namespace DELTAIC_ISA {
 
 namespace {
 
-constexpr int64_t kDecodeRows = 32;         // new rows of a sequence up to which it takes the decode path, unless `prefill`
-constexpr int64_t kPartialFloats = 1 << 24;  // partial results in memory at a time, unless one sequence alone needs more
+constexpr int64_t kDecodeRows = 32;  // new rows of a sequence up to which it takes the decode path, unless `prefill`
+constexpr int64_t kPartialFloats =
+    1 << 24;  // partial results in memory at a time, unless one sequence alone needs more
 
 struct Attention {
     View proj, q_norm, k_norm, cos, sin, y;
@@ -29,13 +30,16 @@ struct Attention {
     DELTAIC_INLINE int64_t new_rows(int64_t b) const { return cut[b + 1] - cut[b]; }
     DELTAIC_INLINE bool decodes(int64_t b) const { return !prefill && new_rows(b) <= kDecodeRows; }
     DELTAIC_INLINE int64_t pieces(int64_t b) const { return piece_of(starts[b] + new_rows(b) - 1) + 1; }
-    DELTAIC_INLINE float* queries(int64_t kv_head, int64_t token) const { return q + (kv_head * proj.shape[0] + token) * G * D; }
+    DELTAIC_INLINE float* queries(int64_t kv_head, int64_t token) const {
+        return q + (kv_head * proj.shape[0] + token) * G * D;
+    }
 };
 
 // One unit of parallel work: a query tile of a prefill, or a piece of the keys of a decode step.
 struct Item {
     int32_t sequence, kv_head;
-    int64_t first, count;  // prefill: first token of the tile and tokens; decode: piece, and where its partial results go
+    int64_t first,
+        count;  // prefill: first token of the tile and tokens; decode: piece, and where its partial results go
 };
 
 DELTAIC_INLINE void store_cache(const BlockTable& table, uint8_t* row, const float* x, int64_t D) {
@@ -108,18 +112,22 @@ void prefill_tile(const Attention& a, const Item& item, float* memory) {
 }
 
 // Partial results of one piece: rows x dims sums, then the highest score and the total of each row.
-DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) { return round_up(a.new_rows(b) * a.G * (a.dims + 2), 16); }
+DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) {
+    return round_up(a.new_rows(b) * a.G * (a.dims + 2), 16);
+}
 
 template <bool kHalf>
 void decode_piece(const Attention& a, const Item& item, float* partial, float* scores) {
     const int64_t b = item.sequence, rows = a.new_rows(b) * a.G;
     const BlockTable& table = a.tables[b];
     const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
-    const int64_t begin = piece_begin(item.first), end = min64(piece_begin(item.first + 1), a.starts[b] + a.new_rows(b));
+    const int64_t begin = piece_begin(item.first),
+                  end = min64(piece_begin(item.first + 1), a.starts[b] + a.new_rows(b));
     const Piece piece{begin, end - begin, a.starts[b] + 1 - begin, a.G};
     float* out = partial + item.count;
     float* highest = out + rows * a.dims;
-    attend_piece<kHalf>(keys, values, piece, a.queries(item.kv_head, a.cut[b]), rows, a.D, scores, out, highest, highest + rows);
+    attend_piece<kHalf>(keys, values, piece, a.queries(item.kv_head, a.cut[b]), rows, a.D, scores, out, highest,
+                        highest + rows);
 }
 
 // Adds up the pieces that one row sees, in order. partial: of this sequence and key-value head, [pieces][piece_floats].
@@ -169,7 +177,8 @@ void attend(const Attention& a, int64_t first, int64_t last) {
     }
     Item* item = static_cast<Item*>(scratch(static_cast<size_t>(items) * sizeof(Item)));
     float* partial = scratch_f32(partials);
-    const int64_t memory = round_up(max64(kPieceRows * kLongPiece, new_rows ? tile_memory(tile_tokens * a.G, a.D) : 0), 16);
+    const int64_t memory =
+        round_up(max64(kPieceRows * kLongPiece, new_rows ? tile_memory(tile_tokens * a.G, a.D) : 0), 16);
     float* work = scratch_f32(threads * memory);
 
     // Long work first: the last tiles of a prefill see the most keys, the last pieces of a decode step are the longest.
@@ -233,11 +242,13 @@ void check(const Attention& a, View cu_seqlens, int64_t T) {
 
 }  // namespace
 
-void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, float eps, int64_t num_heads, int64_t num_kv_heads,
-                     int64_t layer, View cu_seqlens, View starts, Tables tables, int64_t prefill, View y) {
+void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, float eps, int64_t num_heads,
+                     int64_t num_kv_heads, int64_t layer, View cu_seqlens, View starts, Tables tables, int64_t prefill,
+                     View y) {
     const int64_t T = proj.shape[0], B = tables.size;
-    Attention a{proj, q_norm, k_norm, cos, sin, y, eps, num_heads, num_kv_heads, q_norm.shape[0], 0, 0, layer, cu_seqlens.i64(),
-                starts.i64(), tables, prefill != 0, nullptr};
+    Attention a{proj,         q_norm,       k_norm,          cos,    sin, y,     eps,
+                num_heads,    num_kv_heads, q_norm.shape[0], 0,      0,   layer, cu_seqlens.i64(),
+                starts.i64(), tables,       prefill != 0,    nullptr};
     check(a, cu_seqlens, T);
     if (T == 0) return;
     a.G = a.Hq / a.Hkv, a.dims = round_up(a.D, 16);

@@ -1,15 +1,15 @@
 // gated_delta_net: everything of a Gated DeltaNet layer between its input and its output projection.
 //
-// One task is one key head of one sequence, with the Hv/Hk value heads that read it. Its channels of the convolution state and
-// its states S are touched by nobody else, so a layer is one parallel region without a barrier.
+// One task is one key head of one sequence, with the Hv/Hk value heads that read it. Its channels of the convolution
+// state and its states S are touched by nobody else, so a layer is one parallel region without a barrier.
 //
-// Prompts use the same recurrence as decoding, not the chunked form. Per token and 16 elements of S [Dk, Dv] it takes four
-// vector operations: decay, rank-one update, and the products of the new S with the k and q of the next token,
+// Prompts use the same recurrence as decoding, not the chunked form. Per token and 16 elements of S [Dk, Dv] it takes
+// four vector operations: decay, rank-one update, and the products of the new S with the k and q of the next token,
 //     dv = beta (v - e^g S^T k)     o = e^g S^T q + (k.q) dv     S <- e^g S + k dv^T
-// all in one pass over a block of columns that stays in the first-level cache, with one load and one store. The chunked form
-// takes three (K S, Q S and K^T W) plus 2 C / Dk for its C x C triangles, that is 4 at C = 64 and 3.25 at C = 16, and then has
-// the solve's dependent steps besides. So there is little to win, and the recurrence gives the same bits however a prompt is
-// split, and needs no care with the overflow of e^(G_i - G_j).
+// all in one pass over a block of columns that stays in the first-level cache, with one load and one store. The chunked
+// form takes three (K S, Q S and K^T W) plus 2 C / Dk for its C x C triangles, that is 4 at C = 64 and 3.25 at C = 16,
+// and then has the solve's dependent steps besides. So there is little to win, and the recurrence gives the same bits
+// however a prompt is split, and needs no care with the overflow of e^(G_i - G_j).
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/simd.h"
@@ -20,12 +20,12 @@ namespace DELTAIC_ISA {
 namespace {
 
 constexpr int64_t kTaps = 4;
-constexpr int64_t kChunk = 64;                      // tokens whose q, k, v are prepared at a time
-constexpr int64_t kInPlace = 4;                     // up to so many tokens the copy of S into a dense block does not pay
-constexpr int kColumns = kWidth == 16 ? 4 : 2;      // vectors of 16 columns in one block: accumulators fill the registers
-constexpr int64_t kAhead = 8;                       // rows fetched ahead: the hardware does not follow such strides
-constexpr float kL2Eps = 1e-6f;                     // fixed by the model, not rms_norm_eps
-constexpr float kSmallestExponent = -87.3f;         // below it e^x is subnormal
+constexpr int64_t kChunk = 64;                  // tokens whose q, k, v are prepared at a time
+constexpr int64_t kInPlace = 4;                 // up to so many tokens the copy of S into a dense block does not pay
+constexpr int kColumns = kWidth == 16 ? 4 : 2;  // vectors of 16 columns in one block: accumulators fill the registers
+constexpr int64_t kAhead = 8;                   // rows fetched ahead: the hardware does not follow such strides
+constexpr float kL2Eps = 1e-6f;                 // fixed by the model, not rms_norm_eps
+constexpr float kSmallestExponent = -87.3f;     // below it e^x is subnormal
 
 struct Gates {
     float decay, beta, kq;  // e^g, beta, k.q
@@ -44,7 +44,8 @@ struct Window {
 
 DELTAIC_INLINE int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }
 
-// out[i] = silu(sum_j weight[j] * u[t0 + i - 3 + j]) for channels [c, c + n) and `count` tokens; lanes up to padded(n) get 0.
+// out[i] = silu(sum_j weight[j] * u[t0 + i - 3 + j]) for channels [c, c + n) and `count` tokens; lanes up to padded(n)
+// get 0.
 void convolve(const Window& window, const float* weight, int64_t c, int64_t n, int64_t t0, int64_t count, float* out) {
     const int64_t width = padded(n);
     for (int64_t i = 0; i < count; ++i) {
@@ -84,8 +85,8 @@ DELTAIC_INLINE void unit_l2(float* x, int64_t width, float factor) {
 DELTAIC_INLINE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 // The delta rule for n tokens on VB * 16 columns of S (row stride `stride`); v [n, width] becomes o.
-// Products with the next token's k and q are taken while S is in registers anyway. Every sum runs over d = 0..Dk-1 in order,
-// whatever n and VB are, so that the bits do not depend on how tokens come.
+// Products with the next token's k and q are taken while S is in registers anyway. Every sum runs over d = 0..Dk-1 in
+// order, whatever n and VB are, so that the bits do not depend on how tokens come.
 template <int VB>
 DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float* q, const float* k, int64_t k_width,
                                const Gates* gates, float* v, int64_t v_width, int64_t n) {
@@ -133,10 +134,10 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
     }
 }
 
-// The same for all Dv columns. `dense` [Dk][VB * 16] holds the block of columns being worked on, if more tokens than a few
-// pass over it or if the columns have to be padded.
-void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const float* k, const Gates* gates, float* v, int64_t n,
-                     float* dense) {
+// The same for all Dv columns. `dense` [Dk][VB * 16] holds the block of columns being worked on, if more tokens than a
+// few pass over it or if the columns have to be padded.
+void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const float* k, const Gates* gates, float* v,
+                     int64_t n, float* dense) {
     const int64_t k_width = padded(Dk), v_width = padded(Dv);
     const bool in_place = n <= kInPlace && Dv % 16 == 0;
     for (int64_t c = 0; c < v_width;) {
@@ -146,7 +147,8 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
         const int64_t stride = in_place ? Dv : columns;
         if (!in_place) {
             for (int64_t d = 0; d < Dk; ++d)
-                for (int64_t b = 0; b < columns; b += 16) store(dense + d * columns + b, load_n(S + d * Dv + c + b, Dv - c - b));
+                for (int64_t b = 0; b < columns; b += 16)
+                    store(dense + d * columns + b, load_n(S + d * Dv + c + b, Dv - c - b));
         }
         if (full) {
             delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n);
@@ -155,7 +157,8 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
         }
         if (!in_place) {
             for (int64_t d = 0; d < Dk; ++d)
-                for (int64_t b = 0; b < columns; b += 16) store_n(S + d * Dv + c + b, load(dense + d * columns + b), Dv - c - b);
+                for (int64_t b = 0; b < columns; b += 16)
+                    store_n(S + d * Dv + c + b, load(dense + d * columns + b), Dv - c - b);
         }
         c += columns;
     }
@@ -172,13 +175,15 @@ DELTAIC_INLINE void gated_norm(const float* o, const float* norm, const float* z
 
 }  // namespace
 
-void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View norm, float eps, int64_t Hk, int64_t Dk,
-                     View cu_seqlens, Views conv_states, Views states, View y) {
+void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View norm, float eps, int64_t Hk,
+                     int64_t Dk, View cu_seqlens, Views conv_states, Views states, View y) {
     const int64_t T = proj.shape[0], P = proj.shape[1], Hv = A_log.shape[0], Dv = norm.shape[0];
-    if (Hk < 1 || Dk < 1 || Dv < 1 || Hv % Hk != 0) fail("gated_delta_net", "value heads must be a multiple of key heads");
+    if (Hk < 1 || Dk < 1 || Dv < 1 || Hv % Hk != 0)
+        fail("gated_delta_net", "value heads must be a multiple of key heads");
     const int64_t B = states.size, group = Hv / Hk, C = 2 * Hk * Dk + Hv * Dv;
     const int64_t* starts = cu_seqlens.i64();
-    if (starts[0] != 0 || starts[B] != T) fail("gated_delta_net", "cu_seqlens must begin with 0 and end with the number of rows");
+    if (starts[0] != 0 || starts[B] != T)
+        fail("gated_delta_net", "cu_seqlens must begin with 0 and end with the number of rows");
     for (int64_t b = 0; b < B; ++b)
         if (starts[b] > starts[b + 1]) fail("gated_delta_net", "cu_seqlens must not decrease");
 

@@ -12,10 +12,18 @@ void multiply_tile(Format format, const uint8_t* w, int64_t stride, const Activa
     for (int b = 0; b < NB; ++b)
         for (int t = 0; t < NT; ++t) acc[b][t] = zero();
     switch (format) {
-        case Format::f32: tile_f32<NB, NT>(reinterpret_cast<const float*>(w), stride / 4, 16, a.x, a.K, a.K, acc); break;
-        case Format::bf16: tile_bf16<NB, NT>(w, stride, a.x, a.K, a.K, acc); break;
-        case Format::int8: tile_int8<NB, NT>(w, stride, a, acc); break;
-        case Format::int4: tile_int4<NB, NT>(w, stride, a, acc); break;
+        case Format::f32:
+            tile_f32<NB, NT>(reinterpret_cast<const float*>(w), stride / 4, 16, a.x, a.K, a.K, acc);
+            break;
+        case Format::bf16:
+            tile_bf16<NB, NT>(w, stride, a.x, a.K, a.K, acc);
+            break;
+        case Format::int8:
+            tile_int8<NB, NT>(w, stride, a, acc);
+            break;
+        case Format::int4:
+            tile_int4<NB, NT>(w, stride, a, acc);
+            break;
     }
     for (int t = 0; t < NT; ++t)
         for (int b = 0; b < 2; ++b) store(out + t * 32 + b * 16, b < NB ? acc[b < NB ? b : 0][t] : zero());

@@ -1,6 +1,6 @@
 // Matrix products on packed weights: the inner loops that linear, swiglu, moe and the vision tower share.
-// Every output is one sum over k = 0..K-1 in that order, for one token or many, so a token's result does not depend on how many
-// others it is computed with.
+// Every output is one sum over k = 0..K-1 in that order, for one token or many, so a token's result does not depend on
+// how many others it is computed with.
 #pragma once
 
 #include "cpu/quant.h"
@@ -11,8 +11,8 @@ namespace DELTAIC_ISA {
 
 // acc[b][t] += sum_k w[b * block_stride + k * k_stride + (0..15)] * x[t * x_stride + k]
 template <int NB, int NT>
-DELTAIC_INLINE void tile_f32(const float* w, int64_t block_stride, int64_t k_stride, const float* x, int64_t x_stride, int64_t K,
-                             f32x16 (&acc)[NB][NT]) {
+DELTAIC_INLINE void tile_f32(const float* w, int64_t block_stride, int64_t k_stride, const float* x, int64_t x_stride,
+                             int64_t K, f32x16 (&acc)[NB][NT]) {
     for (int64_t k = 0; k < K; ++k) {
         f32x16 wk[NB];
         for (int b = 0; b < NB; ++b) wk[b] = load(w + b * block_stride + k * k_stride);
@@ -48,8 +48,9 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
     }
 }
 
-// Products of `blocks` (1 or 2) neighbouring blocks of 16 rows, `stride` bytes apart, with every row of `a`: out [T][32], the 16
-// sums of the first block and then those of the second. Compiled once: the callers differ only in what they do with the sums.
+// Products of `blocks` (1 or 2) neighbouring blocks of 16 rows, `stride` bytes apart, with every row of `a`: out
+// [T][32], the 16 sums of the first block and then those of the second. Compiled once: the callers differ only in what
+// they do with the sums.
 void multiply_blocks(Format format, int blocks, const uint8_t* w, int64_t stride, const Activations& a, float* out);
 
 // From this many tokens on it pays to expand int4 blocks to int8 once per panel.
@@ -83,12 +84,12 @@ DELTAIC_INLINE int64_t panel_tokens(Format format, int64_t K) {
 
 constexpr int64_t kSumTokens = 48;  // rows of sums that wait in the first-level cache for the caller
 
-// Multiplies blocks of one expert of a matrix with all rows of `a`, over pairs of blocks [first_pair, last_pair) counted through
-// all segments: emit(segment, pair within the segment, token, sums of the even block, sums of the odd block). `expanded` has
-// expand_bytes(w, a.T) bytes that belong to this thread.
+// Multiplies blocks of one expert of a matrix with all rows of `a`, over pairs of blocks [first_pair, last_pair)
+// counted through all segments: emit(segment, pair within the segment, token, sums of the even block, sums of the odd
+// block). `expanded` has expand_bytes(w, a.T) bytes that belong to this thread.
 template <class Emit>
-DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t first_pair, int64_t last_pair, const Activations& a,
-                                   uint8_t* expanded, const Emit& emit) {
+DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t first_pair, int64_t last_pair,
+                                   const Activations& a, uint8_t* expanded, const Emit& emit) {
     int64_t before = 0;
     for (int s = 0; s < w.segments; ++s) {
         const Segment& g = w.segment[s];
@@ -109,7 +110,8 @@ DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t firs
                 for (int64_t t = begin; t < end; t += kSumTokens) {
                     const int64_t count = min64(kSumTokens, end - t);
                     multiply_blocks(format, both ? 2 : 1, block, stride, a.rows(t, count), sums);
-                    for (int64_t i = 0; i < count; ++i) emit(s, p, t + i, load(sums + i * 32), load(sums + i * 32 + 16));
+                    for (int64_t i = 0; i < count; ++i)
+                        emit(s, p, t + i, load(sums + i * 32), load(sums + i * 32 + 16));
                 }
             }
         }
@@ -145,7 +147,8 @@ DELTAIC_INLINE void rms_norm_row(const float* x, const float* weight, int64_t D,
 
 DELTAIC_INLINE bool wants_integers(const Weight& w) {
     for (int s = 0; s < w.segments; ++s)
-        if (!w.float_activations && (w.segment[s].format == Format::int8 || w.segment[s].format == Format::int4)) return true;
+        if (!w.float_activations && (w.segment[s].format == Format::int8 || w.segment[s].format == Format::int4))
+            return true;
     return false;
 }
 

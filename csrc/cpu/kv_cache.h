@@ -34,11 +34,12 @@ struct CacheRows {
     }
 };
 
-// The decode path splits the keys of a sequence into pieces whose borders depend on the key index alone: short ones first, so
-// that a short context feeds many threads, then long ones, so that partial results stay few.
+// The decode path splits the keys of a sequence into pieces whose borders depend on the key index alone: short ones
+// first, so that a short context feeds many threads, then long ones, so that partial results stay few.
 constexpr int64_t kShortPiece = 256, kShortPieces = 32, kLongPiece = 1024;
 DELTAIC_INLINE int64_t piece_begin(int64_t piece) {
-    return piece <= kShortPieces ? piece * kShortPiece : kShortPieces * kShortPiece + (piece - kShortPieces) * kLongPiece;
+    return piece <= kShortPieces ? piece * kShortPiece
+                                 : kShortPieces * kShortPiece + (piece - kShortPieces) * kLongPiece;
 }
 DELTAIC_INLINE int64_t piece_of(int64_t key) {
     constexpr int64_t border = kShortPieces * kShortPiece;
@@ -50,19 +51,21 @@ struct Constant {
     static constexpr int value = N;
 };
 
-// Register tiles of the decode path: keys x query rows of a dot product; query rows x groups of 16 dimensions of the sum.
+// Register tiles of the decode path: keys x query rows of a dot product; query rows x groups of 16 dimensions of the
+// sum.
 constexpr int kDotKeys = kTileTokens >= 12 ? 4 : kTileTokens >= 2 ? 2 : 1;
 constexpr int kDotRows = kTileTokens >= 12 ? 4 : 2;
 constexpr int kSumGroups = kTileTokens >= 12 ? 4 : 1;
 constexpr int64_t kPieceRows = 16;  // query rows that share one pass over the keys
-constexpr int64_t kAhead = 64;      // keys or values between the one that is worked on and the one that is called from memory
+constexpr int64_t kAhead =
+    64;  // keys or values between the one that is worked on and the one that is called from memory
 
 // sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys.
-// `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware recognises, so
-// while one group of rows is worked on the group after it is called from memory, line by line in order.
+// `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware
+// recognises, so while one group of rows is worked on the group after it is called from memory, line by line in order.
 template <bool kHalf, int KEYS, int ROWS>
-DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t D, const uint8_t* ahead, f32x16 (&sums)[16],
-                             int first_key, int first_row) {
+DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t D, const uint8_t* ahead,
+                             f32x16 (&sums)[16], int first_key, int first_row) {
     constexpr int64_t bytes = kHalf ? 2 : 4;
     f32x16 acc[ROWS][KEYS];
     for (int r = 0; r < ROWS; ++r)
@@ -89,14 +92,16 @@ DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t
 
 // scores[r * stride + k] = q[r] . key[k]: ROWS query rows (1, 2 or 4), `count` keys (1..4)
 template <bool kHalf, int ROWS>
-DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const float* q, int64_t D, const uint8_t* ahead,
-                               float* scores, int64_t stride) {
+DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const float* q, int64_t D,
+                               const uint8_t* ahead, float* scores, int64_t stride) {
     constexpr int R = ROWS < kDotRows ? ROWS : kDotRows;
     f32x16 sums[16];
     for (int i = 0; i < 16; ++i) sums[i] = zero();
     if (count == 4) {
         for (int r = 0; r < ROWS; r += R)
-            for (int k = 0; k < 4; k += kDotKeys) dot_tile<kHalf, kDotKeys, R>(keys + k, q + r * D, D, r || !ahead ? nullptr : ahead + k * D * (kHalf ? 2 : 4), sums, k, r);
+            for (int k = 0; k < 4; k += kDotKeys)
+                dot_tile<kHalf, kDotKeys, R>(keys + k, q + r * D, D,
+                                             r || !ahead ? nullptr : ahead + k * D * (kHalf ? 2 : 4), sums, k, r);
     } else {
         for (int r = 0; r < ROWS; r += R)
             for (int k = 0; k < count; ++k) dot_tile<kHalf, 1, R>(keys + k, q + r * D, D, nullptr, sums, k, r);
@@ -109,8 +114,8 @@ DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const 
 
 // out[r] += sum over `count` values of weights[r * stride + i] * value[i], in order
 template <bool kHalf, int ROWS, int GROUPS>
-DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride, int64_t d, int64_t D,
-                             const uint8_t* ahead, float* out, int64_t dims) {
+DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride,
+                             int64_t d, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
     constexpr int64_t bytes = kHalf ? 2 : 4;
     f32x16 acc[ROWS][GROUPS];
     for (int r = 0; r < ROWS; ++r)
@@ -119,7 +124,8 @@ DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const 
         f32x16 value[GROUPS];
         for (int g = 0; g < GROUPS; ++g) value[g] = load_row<kHalf>(values[i], d + g * 16, D);
         if (ahead)
-            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64) prefetch_far(ahead + (d + i * GROUPS) * 16 * bytes + byte);
+            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64)
+                prefetch_far(ahead + (d + i * GROUPS) * 16 * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
             const f32x16 p = set1(weights[r * stride + i]);
             for (int g = 0; g < GROUPS; ++g) acc[r][g] = fma(value[g], p, acc[r][g]);
@@ -130,8 +136,8 @@ DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const 
 }
 
 template <bool kHalf, int ROWS>
-DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride, int64_t D,
-                             const uint8_t* ahead, float* out, int64_t dims) {
+DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride,
+                             int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
     int64_t d = 0;
     // The bound says the groups are whole, so that the compiler drops the loads of a ragged end.
     for (; d + kSumGroups * 16 <= D; d += kSumGroups * 16)
@@ -147,12 +153,12 @@ struct Piece {
     DELTAIC_INLINE int64_t visible(int64_t row) const { return max64(0, min64(keys, seen + row / group)); }
 };
 
-// Partial attention of the rows over one piece: out [rows][dims] = sum of exp(score - highest) * value, and per row the highest
-// score and the sum of the exponentials. Every row adds its keys in order, so it gets the same bits in any company.
-// scores: memory of kPieceRows * kLongPiece floats.
+// Partial attention of the rows over one piece: out [rows][dims] = sum of exp(score - highest) * value, and per row the
+// highest score and the sum of the exponentials. Every row adds its keys in order, so it gets the same bits in any
+// company. scores: memory of kPieceRows * kLongPiece floats.
 template <bool kHalf>
-DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values, const Piece& piece, const float* q, int64_t rows,
-                                 int64_t D, float* scores, float* out, float* highest, float* total) {
+DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values, const Piece& piece, const float* q,
+                                 int64_t rows, int64_t D, float* scores, float* out, float* highest, float* total) {
     const int64_t dims = round_up(D, 16), stride = kLongPiece;
     for (int64_t row0 = 0; row0 < rows; row0 += kPieceRows) {
         const int64_t n = min64(kPieceRows, rows - row0), last = piece.visible(row0 + n - 1);
@@ -169,9 +175,12 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
                 const int64_t c = min64(4, count - i);
                 const auto next = [&](int64_t r) { return r ? nullptr : ahead + i * keys.row_bytes; };
                 int64_t r = 0;
-                for (; r + 4 <= n; r += 4) score_rows<kHalf, 4>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
-                for (; r + 2 <= n; r += 2) score_rows<kHalf, 2>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
-                for (; r < n; ++r) score_rows<kHalf, 1>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
+                for (; r + 4 <= n; r += 4)
+                    score_rows<kHalf, 4>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
+                for (; r + 2 <= n; r += 2)
+                    score_rows<kHalf, 2>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
+                for (; r < n; ++r)
+                    score_rows<kHalf, 1>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
             }
         }
         for (int64_t r = 0; r < n; ++r) {
@@ -201,7 +210,8 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
             const auto add_rows = [&](auto constant) {
                 constexpr int ROWS = decltype(constant)::value;
                 float* o = out + (row0 + r) * dims;
-                // The rows see different numbers of keys only at the end of the sequence: there each adds the rest alone.
+                // The rows see different numbers of keys only at the end of the sequence: there each adds the rest
+                // alone.
                 const int64_t common = max64(0, min64(16, piece.visible(row0 + r) - k));
                 sum_rows<kHalf, ROWS>(at, common, scores + r * stride + k, stride, D, r ? nullptr : next, o, dims);
                 for (int i = 1; i < ROWS; ++i) {

@@ -1,5 +1,5 @@
-// linear and swiglu: matrix products with everything that touches the same rows fused in (norm before; bias, activation,
-// residual or the gated product after).
+// linear and swiglu: matrix products with everything that touches the same rows fused in (norm before; bias,
+// activation, residual or the gated product after).
 #include "core/pool.h"
 #include "cpu/activation.h"
 #include "cpu/gemm.h"
@@ -10,7 +10,8 @@ namespace DELTAIC_ISA {
 namespace {
 
 // One row as int8: x ~ scale * q for each run of 128 columns; columns past K are zero.
-void quantise_row(const float* x, int64_t K, int64_t runs, int8_t* q, float* scale, int32_t* run_sum, int32_t* group_sum) {
+void quantise_row(const float* x, int64_t K, int64_t runs, int8_t* q, float* scale, int32_t* run_sum,
+                  int32_t* group_sum) {
     for (int64_t run = 0; run < runs; ++run) {
         const float* p = x + run * kRun;
         const int64_t columns = min64(kRun, K - run * kRun);
@@ -49,7 +50,8 @@ Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, 
                 row = normed + t * K;
             }
             if (integers)
-                quantise_row(row, K, a.runs, q + t * a.runs * kRun, scale + t * a.runs, run_sum + t * a.runs, group_sum + t * a.runs * 8);
+                quantise_row(row, K, a.runs, q + t * a.runs * kRun, scale + t * a.runs, run_sum + t * a.runs,
+                             group_sum + t * a.runs * 8);
         }
     });
     return a;
@@ -69,11 +71,12 @@ void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t ac
         store_n(y.f32() + t * N + n, sums, valid);
     };
     parallel_for(pairs, pair_grain(w, pairs, thread_count()), [&](int64_t begin, int64_t end, int thread) {
-        multiply_pairs(w, 0, begin, end, a, expanded + thread * room, [&](int s, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
-            const int64_t n = pair * 32, rows = w.segment[s].rows;
-            finish(row0[s] + n, min64(16, rows - n), t, even);
-            if (n + 16 < rows) finish(row0[s] + n + 16, min64(16, rows - n - 16), t, odd);
-        });
+        multiply_pairs(w, 0, begin, end, a, expanded + thread * room,
+                       [&](int s, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
+                           const int64_t n = pair * 32, rows = w.segment[s].rows;
+                           finish(row0[s] + n, min64(16, rows - n), t, even);
+                           if (n + 16 < rows) finish(row0[s] + n + 16, min64(16, rows - n - 16), t, odd);
+                       });
     });
 }
 
@@ -83,9 +86,10 @@ void swiglu(View x, const Weight& w, View norm, float eps, View y) {
     const int64_t pairs = count_pairs(w), room = expand_bytes(w, T);
     uint8_t* expanded = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * thread_count())));
     parallel_for(pairs, pair_grain(w, pairs, thread_count()), [&](int64_t begin, int64_t end, int thread) {
-        multiply_pairs(w, 0, begin, end, a, expanded + thread * room, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
-            store_n(y.f32() + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
-        });
+        multiply_pairs(w, 0, begin, end, a, expanded + thread * room,
+                       [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
+                           store_n(y.f32() + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
+                       });
     });
 }
 

@@ -1,9 +1,11 @@
-// moe: sparse feed-forward. Tokens are grouped by expert, so that the weights of an expert are read once however many tokens chose
-// it, and those of an expert that nobody chose not at all. The shared expert is one more group, of all tokens.
+// moe: sparse feed-forward. Tokens are grouped by expert, so that the weights of an expert are read once however many
+// tokens chose it, and those of an expert that nobody chose not at all. The shared expert is one more group, of all
+// tokens.
 //
-// Two parallel regions do the work. The first runs over (expert, pair of blocks) of gate_up: all outputs are independent. The
-// second runs over pairs of blocks of the output columns, and each pair goes through the experts in ascending order, the shared
-// one last: no two threads add to the same output, and a token's sum has one order whoever shares its batch.
+// Two parallel regions do the work. The first runs over (expert, pair of blocks) of gate_up: all outputs are
+// independent. The second runs over pairs of blocks of the output columns, and each pair goes through the experts in
+// ascending order, the shared one last: no two threads add to the same output, and a token's sum has one order whoever
+// shares its batch.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/gemm.h"
@@ -68,14 +70,15 @@ Routing route(const int64_t* experts, const float* coefficients, int64_t T, int6
 }
 
 // hidden[t] = silu(x[t] Wg^T) * (x[t] Wu^T) for pairs [begin, end) of blocks
-DELTAIC_INLINE void glu_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& x, uint8_t* expanded,
-                              int64_t I, float* hidden) {
+DELTAIC_INLINE void glu_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& x,
+                              uint8_t* expanded, int64_t I, float* hidden) {
     multiply_pairs(w, expert, begin, end, x, expanded, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
         store_n(hidden + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
     });
 }
 
-// y[t] += coefficient * (hidden[i] Wd^T) for pairs [begin, end) of blocks of columns, with `target(i, &t)` -> coefficient
+// y[t] += coefficient * (hidden[i] Wd^T) for pairs [begin, end) of blocks of columns, with `target(i, &t)` ->
+// coefficient
 template <class Target>
 DELTAIC_INLINE void add_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& hidden,
                               uint8_t* expanded, int64_t H, float* y, const Target& target) {
@@ -92,7 +95,8 @@ DELTAIC_INLINE void add_pairs(const Weight& w, int64_t expert, int64_t begin, in
 }  // namespace
 
 void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down, const Weight& shared_gate_up,
-         const Weight& shared_down, const Weight& shared_gate, View norm, float eps, int64_t top_k, View residual, View y) {
+         const Weight& shared_down, const Weight& shared_gate, View norm, float eps, int64_t top_k, View residual,
+         View y) {
     const int64_t T = x.shape[0], H = x.shape[1], E = router.rows, I = down.columns, Is = shared_down.columns;
     if (!gate_up.glu || !shared_gate_up.glu) fail("moe", "gate_up and shared_gate_up must come from pack_glu()");
     const Weight* const plain[] = {&router, &down, &shared_down, &shared_gate};
@@ -111,19 +115,21 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     float* logits = scratch_f32(T * E);
     float* shared_coefficient = scratch_f32(T);
     const int64_t router_pairs = count_pairs(router);
-    parallel_for(router_pairs + 1, pair_grain(router, router_pairs + 1, threads), [&](int64_t begin, int64_t end, int thread) {
-        uint8_t* const mine = expanded + thread * room;
-        multiply_pairs(router, 0, begin, min64(end, router_pairs), h, mine, [&](int, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
-            const int64_t n = pair * 32;
-            store_n(logits + t * E + n, even, E - n);
-            if (n + 16 < E) store_n(logits + t * E + n + 16, odd, E - n - 16);
+    parallel_for(
+        router_pairs + 1, pair_grain(router, router_pairs + 1, threads), [&](int64_t begin, int64_t end, int thread) {
+            uint8_t* const mine = expanded + thread * room;
+            multiply_pairs(router, 0, begin, min64(end, router_pairs), h, mine,
+                           [&](int, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
+                               const int64_t n = pair * 32;
+                               store_n(logits + t * E + n, even, E - n);
+                               if (n + 16 < E) store_n(logits + t * E + n + 16, odd, E - n - 16);
+                           });
+            if (end > router_pairs) {
+                multiply_pairs(shared_gate, 0, 0, 1, h, mine, [&](int, int64_t, int64_t t, f32x16 sums, f32x16) {
+                    store_n(shared_coefficient + t, sigmoid(sums), 1);
+                });
+            }
         });
-        if (end > router_pairs) {
-            multiply_pairs(shared_gate, 0, 0, 1, h, mine, [&](int, int64_t, int64_t t, f32x16 sums, f32x16) {
-                store_n(shared_coefficient + t, sigmoid(sums), 1);
-            });
-        }
-    });
 
     int64_t* experts = static_cast<int64_t*>(scratch(static_cast<size_t>(T * top_k) * sizeof(int64_t)));
     float* coefficients = scratch_f32(T * top_k);
@@ -138,7 +144,8 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Activations gathered = scratch_activations(T > 1 ? threads * panel : 0, H, true, h.q != nullptr);
     float* hidden = scratch_f32(T * top_k * I);
     float* shared_hidden = scratch_f32(T * Is);
-    const int64_t pairs = count_pairs(gate_up), routed = routing.size * pairs, shared_pairs = count_pairs(shared_gate_up);
+    const int64_t pairs = count_pairs(gate_up), routed = routing.size * pairs,
+                  shared_pairs = count_pairs(shared_gate_up);
     // One expert at a time if there are enough of them, so that its rows are gathered once.
     const int64_t grain = routing.size >= 4 * threads ? pairs : pair_grain(gate_up, routed, threads);
     parallel_for(routed + shared_pairs, grain, [&](int64_t begin, int64_t end, int thread) {
@@ -178,10 +185,11 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
         }
         for (int64_t g = 0; g < routing.size; ++g) {
             const Group& group = routing.groups[g];
-            add_pairs(down, group.expert, begin, end, expert_in.rows(group.first, group.count), mine, H, y.f32(), [&](int64_t i, int64_t* t) {
-                *t = routing.tokens[group.first + i];
-                return routing.coefficients[group.first + i];
-            });
+            add_pairs(down, group.expert, begin, end, expert_in.rows(group.first, group.count), mine, H, y.f32(),
+                      [&](int64_t i, int64_t* t) {
+                          *t = routing.tokens[group.first + i];
+                          return routing.coefficients[group.first + i];
+                      });
         }
         add_pairs(shared_down, 0, begin, end, shared_in, mine, H, y.f32(), [&](int64_t i, int64_t* t) {
             *t = i;

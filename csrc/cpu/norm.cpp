@@ -60,7 +60,8 @@ void layer_norm(View x, View weight, View bias, float eps, View y) {
             const float mean = reduce_add(sum) / static_cast<float>(D);
             for (int64_t i = 0; i < D; i += 16) {
                 const f32x16 d = load_n(row + i, D - i);
-                // Lanes past the end hold zero and would add mean^2: take them out by loading the mean through the same mask.
+                // Lanes past the end hold zero and would add mean^2: take them out by loading the mean through the same
+                // mask.
                 float means[16];
                 for (int j = 0; j < 16; ++j) means[j] = i + j < D ? mean : 0.0f;
                 const f32x16 centred = sub(d, load(means));
@@ -69,7 +70,8 @@ void layer_norm(View x, View weight, View bias, float eps, View y) {
             const float scale = 1.0f / sqrtf(reduce_add(squares) / static_cast<float>(D) + eps);
             for (int64_t i = 0; i < D; i += 16) {
                 const f32x16 centred = mul(sub(load_n(row + i, D - i), set1(mean)), set1(scale));
-                store_n(y.f32() + t * D + i, fma(centred, load_n(weight.f32() + i, D - i), load_n(bias.f32() + i, D - i)), D - i);
+                store_n(y.f32() + t * D + i,
+                        fma(centred, load_n(weight.f32() + i, D - i), load_n(bias.f32() + i, D - i)), D - i);
             }
         }
     });

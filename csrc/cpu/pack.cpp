@@ -50,7 +50,10 @@ void pack_int8(const Source& source, int64_t n0, uint8_t* out) {
             d[run * 16 + r] = half;
             for (int k = 0; k < kRun; ++k) {
                 const float v = rintf(w[k] * inverse);
-                out[run * 2048 + k / 4 * 64 + r * 4 + k % 4] = static_cast<uint8_t>(128 + static_cast<int>(v > 127 ? 127 : v < -127 ? -127 : v));
+                out[run * 2048 + k / 4 * 64 + r * 4 + k % 4] =
+                    static_cast<uint8_t>(128 + static_cast<int>(v > 127    ? 127
+                                                                : v < -127 ? -127
+                                                                           : v));
             }
         }
 }
@@ -58,9 +61,10 @@ void pack_int8(const Source& source, int64_t n0, uint8_t* out) {
 DELTAIC_INLINE f32x16 abs(f32x16 a) { return max(a, sub(zero(), a)); }
 DELTAIC_INLINE f32x16 clamp(f32x16 a, float low, float high) { return max(set1(low), min(set1(high), a)); }
 
-// d and s of one run of 16 rows (one row a lane; w [128 columns][16 rows]) that make the squared error smallest. d is tried with
-// both signs, since the 16 values reach further below zero than above, around largest / (8 * 16); s of each group around
-// amax / (8 |d|): a group whose largest number lies on the short side (7 steps) wants a step up to 8/7 of that.
+// d and s of one run of 16 rows (one row a lane; w [128 columns][16 rows]) that make the squared error smallest. d is
+// tried with both signs, since the 16 values reach further below zero than above, around largest / (8 * 16); s of each
+// group around amax / (8 |d|): a group whose largest number lies on the short side (7 steps) wants a step up to 8/7 of
+// that.
 void choose_scales(const float* w, f32x16* d, f32x16 (&s)[8]) {
     f32x16 amax[8], largest = zero();
     for (int g = 0; g < 8; ++g) {
@@ -83,8 +87,10 @@ void choose_scales(const float* w, f32x16* d, f32x16 (&s)[8]) {
             f32x16 least = set1(INFINITY);
             chosen[g] = set1(1.0f);
             for (int candidate = 0; candidate < 6; ++candidate) {
-                const f32x16 scale = clamp(round(mul(ideal, set1(0.80f + 0.075f * static_cast<float>(candidate)))), 1.0f, 16.0f);
-                const f32x16 step = mul(unit, scale), inverse = div(set1(1.0f), if_less(abs(step), set1(1e-30f), set1(1e30f), step));
+                const f32x16 scale =
+                    clamp(round(mul(ideal, set1(0.80f + 0.075f * static_cast<float>(candidate)))), 1.0f, 16.0f);
+                const f32x16 step = mul(unit, scale),
+                             inverse = div(set1(1.0f), if_less(abs(step), set1(1e-30f), set1(1e30f), step));
                 f32x16 error = zero();
                 for (int k = 0; k < kGroup; ++k) {
                     const f32x16 v = load(w + (g * kGroup + k) * 16), q = clamp(round(mul(v, inverse)), -8.0f, 7.0f);
@@ -119,12 +125,14 @@ void pack_int4(const Source& source, int64_t n0, uint8_t* out) {
         for (int g = 0; g < 8; ++g) {
             store(s, scale[g]);
             for (int r = 0; r < 16; ++r) {
-                out[runs * 1024 + run * 64 + g / 2 * 16 + r] |= static_cast<uint8_t>((static_cast<int>(s[r]) - 1) << (g % 2 * 4));
+                out[runs * 1024 + run * 64 + g / 2 * 16 + r] |=
+                    static_cast<uint8_t>((static_cast<int>(s[r]) - 1) << (g % 2 * 4));
                 const float step = d[r] * s[r], inverse = step != 0 ? 1.0f / step : 0.0f;
                 for (int k = 0; k < kGroup; ++k) {
                     const float v = rintf(w[(g * kGroup + k) * 16 + r] * inverse);
                     const int q = static_cast<int>(v > 7 ? 7 : v < -8 ? -8 : v) + 8;
-                    out[run * 1024 + g * 128 + k / 8 * 64 + r * 4 + k % 4] |= static_cast<uint8_t>(q << (k / 4 % 2 * 4));
+                    out[run * 1024 + g * 128 + k / 8 * 64 + r * 4 + k % 4] |=
+                        static_cast<uint8_t>(q << (k / 4 % 2 * 4));
                 }
             }
         }
@@ -145,10 +153,18 @@ void pack(View source, int64_t format, int64_t first, int64_t step, View packed)
         for (int64_t b = begin; b < end; ++b) {
             uint8_t* out = packed.u8() + (first + b * step) * bytes;
             switch (static_cast<Format>(format)) {
-                case Format::f32: pack_f32(rows, b * 16, reinterpret_cast<float*>(out)); break;
-                case Format::bf16: pack_bf16(rows, b * 16, reinterpret_cast<uint16_t*>(out)); break;
-                case Format::int8: pack_int8(rows, b * 16, out); break;
-                case Format::int4: pack_int4(rows, b * 16, out); break;
+                case Format::f32:
+                    pack_f32(rows, b * 16, reinterpret_cast<float*>(out));
+                    break;
+                case Format::bf16:
+                    pack_bf16(rows, b * 16, reinterpret_cast<uint16_t*>(out));
+                    break;
+                case Format::int8:
+                    pack_int8(rows, b * 16, out);
+                    break;
+                case Format::int4:
+                    pack_int4(rows, b * 16, out);
+                    break;
             }
         }
     });

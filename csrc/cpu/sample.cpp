@@ -1,10 +1,10 @@
 // sample and log_softmax_top: what is done with the 248,320 logits of one token.
 //
-// Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes the maxima
-// of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits above it lie in those
-// few groups: they are gathered and sorted, and hold the first part of the descending order. Where the filters turn out to
-// reach further, the threshold is lowered. Logits changed by a penalty (few) are kept aside, in double precision, and masked out
-// of the passes; candidates are compared and summed in double precision.
+// Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes
+// the maxima of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits
+// above it lie in those few groups: they are gathered and sorted, and hold the first part of the descending order.
+// Where the filters turn out to reach further, the threshold is lowered. Logits changed by a penalty (few) are kept
+// aside, in double precision, and masked out of the passes; candidates are compared and summed in double precision.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/simd.h"
@@ -14,9 +14,9 @@ namespace DELTAIC_ISA {
 
 namespace {
 
-constexpr int64_t kRows = 64;              // logits of one group: one lane of 64 vectors
-constexpr int64_t kStrip = kRows * 16;     // 16 groups, logits [strip * 1024 + row * 16 + lane]
-constexpr int64_t kFirstGroups = 64;       // groups gathered at first where top_k does not say how many
+constexpr int64_t kRows = 64;           // logits of one group: one lane of 64 vectors
+constexpr int64_t kStrip = kRows * 16;  // 16 groups, logits [strip * 1024 + row * 16 + lane]
+constexpr int64_t kFirstGroups = 64;    // groups gathered at first where top_k does not say how many
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = 3.40282347e38f;
 
@@ -84,7 +84,8 @@ void take_maxima(const char* op, Logits& l) {
             for (int64_t i = s * kStrip; i < last; i += 16) {
                 const f32x16 x = l.lanes(i);
                 largest = max(largest, x);
-                bad = fma(max(set1(-kLargest), x), zero(), bad);  // NaN where x is NaN or +inf; this order of max keeps a NaN
+                bad = fma(max(set1(-kLargest), x), zero(),
+                          bad);  // NaN where x is NaN or +inf; this order of max keeps a NaN
             }
             store(l.maxima + s * 16, add(largest, bad));
         }
@@ -100,7 +101,8 @@ void take_maxima(const char* op, Logits& l) {
         valid = valid && l.values[c.id] <= kLargest && c.value < kInfinity;
         if (c.value > top) top = c.value;
     }
-    if (!valid || !(top > -kInfinity)) fail(op, "logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used");
+    if (!valid || !(top > -kInfinity))
+        fail(op, "logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used");
     l.top = top;
 }
 
@@ -109,7 +111,8 @@ float threshold(const float* x, int64_t n, int64_t k) {
     if (k > n) return -kInfinity;
     // Bisects over the bit patterns, which are ordered like the numbers once negative ones are turned round.
     const auto number = [](uint32_t key) { return bits_to_float(key >> 31 ? key ^ 0x80000000u : ~key); };
-    uint32_t low = ~float_to_bits(-kInfinity), high = float_to_bits(kInfinity) | 0x80000000u;  // low is reached by k, high not
+    uint32_t low = ~float_to_bits(-kInfinity),
+             high = float_to_bits(kInfinity) | 0x80000000u;  // low is reached by k, high not
     while (high - low > 1) {
         const uint32_t middle = low + (high - low) / 2;
         const float value = number(middle);
@@ -246,15 +249,16 @@ bool is_finite(double value) { return value - value == 0.0; }
 }  // namespace
 
 void sample(View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,
-            double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids, int64_t limit,
-            double uniform, View token) {
+            double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,
+            int64_t limit, double uniform, View token) {
     const char* const op = "sample";
     if (limit < 1 || limit > logits.shape[0]) fail(op, "limit must be between 1 and the number of logits");
     if (!(temperature >= 0.0) || !is_finite(temperature)) fail(op, "temperature must be a finite number >= 0");
     if (top_k < 0) fail(op, "top_k must be >= 0 (0: off)");
     if (!(top_p >= 0.0 && top_p <= 1.0)) fail(op, "top_p must be between 0 and 1 (1: off)");
     if (!(min_p >= 0.0 && min_p <= 1.0)) fail(op, "min_p must be between 0 and 1 (0: off)");
-    if (!(repetition_penalty > 0.0) || !is_finite(repetition_penalty)) fail(op, "repetition_penalty must be a finite number > 0");
+    if (!(repetition_penalty > 0.0) || !is_finite(repetition_penalty))
+        fail(op, "repetition_penalty must be a finite number > 0");
     if (!is_finite(presence_penalty) || !is_finite(frequency_penalty)) fail(op, "penalties must be finite");
     if (!(uniform >= 0.0 && uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
 
@@ -312,7 +316,8 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
     }
 }
 
-void log_softmax_top(View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs) {
+void log_softmax_top(View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids,
+                     View top_logprobs) {
     const char* const op = "log_softmax_top";
     if (limit < 1 || limit > logits.shape[0]) fail(op, "limit must be between 1 and the number of logits");
     if (k < 0 || k > limit) fail(op, "k must be between 0 and limit");

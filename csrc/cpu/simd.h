@@ -1,6 +1,7 @@
-// One logical vector of 16 floats for every instruction set. Each block below defines a native register `vec` (float) and `ivec`
-// (the same bits as int32) of kWidth lanes and about twenty functions on it; f32x16 and i32x16 are built from them once.
-// Kernels are written against f32x16 only, so that all instruction sets run the same loops in the same order.
+// One logical vector of 16 floats for every instruction set. Each block below defines a native register `vec` (float)
+// and `ivec` (the same bits as int32) of kWidth lanes and about twenty functions on it; f32x16 and i32x16 are built
+// from them once. Kernels are written against f32x16 only, so that all instruction sets run the same loops in the same
+// order.
 #pragma once
 
 #include <cmath>
@@ -43,10 +44,12 @@ DELTAIC_INLINE uint16_t float_to_bf16(float value) {
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// IEEE half precision, both ways; the packed formats keep their scales in it. Round to nearest even, overflow to infinity.
+// IEEE half precision, both ways; the packed formats keep their scales in it. Round to nearest even, overflow to
+// infinity.
 DELTAIC_INLINE float f16_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-    if (exponent == 0) return bits_to_float(sign | float_to_bits(static_cast<float>(mantissa) * 5.9604644775390625e-8f));  // * 2^-24
+    if (exponent == 0)
+        return bits_to_float(sign | float_to_bits(static_cast<float>(mantissa) * 5.9604644775390625e-8f));  // * 2^-24
     if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
     return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
 }
@@ -77,7 +80,9 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
@@ -109,7 +114,9 @@ DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
 DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 // Transposes a kWidth x kWidth matrix held in kWidth registers.
 DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     vec t[16], u[16];
@@ -125,8 +132,10 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
         }
     }
     for (int j = 0; j < 4; ++j) {
-        const vec even0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), even1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
-        const vec odd0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd), odd1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+        const vec even0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
+                  even1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+        const vec odd0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd),
+                  odd1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
         a[j] = _mm512_shuffle_f32x4(even0, even1, 0x88);
         a[8 + j] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
         a[4 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
@@ -134,7 +143,9 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     }
 }
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-DELTAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
+DELTAIC_INLINE void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__AVX2__)
 constexpr int kWidth = 8;
@@ -151,7 +162,9 @@ DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
 DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm256_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
@@ -209,7 +222,9 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     }
 }
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-DELTAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }  // second level
+DELTAIC_INLINE void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}  // second level
 // ---------------------------------------------------------------------------------------------------------------------------
 #elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
 constexpr int kWidth = 4;
@@ -337,8 +352,8 @@ struct f32x16 {
     vec part[kParts];
 };
 
-#define DELTAIC_PARTS(expression)                        \
-    f32x16 r;                                            \
+#define DELTAIC_PARTS(expression)                              \
+    f32x16 r;                                                  \
     for (int i = 0; i < kParts; ++i) r.part[i] = (expression); \
     return r
 
@@ -361,7 +376,8 @@ DELTAIC_INLINE f32x16 load_pair_first(const void* p) {
     DELTAIC_PARTS(as_float(i_shl<16>(i_load(static_cast<const char*>(p) + i * kWidth * 4))));
 }
 DELTAIC_INLINE f32x16 load_pair_second(const void* p) {
-    DELTAIC_PARTS(as_float(i_and(i_load(static_cast<const char*>(p) + i * kWidth * 4), i_set1(static_cast<int32_t>(0xffff0000u)))));
+    DELTAIC_PARTS(as_float(
+        i_and(i_load(static_cast<const char*>(p) + i * kWidth * 4), i_set1(static_cast<int32_t>(0xffff0000u)))));
 }
 DELTAIC_INLINE f32x16 load_f16(const uint16_t* p) { DELTAIC_PARTS(v_load_f16(p + i * kWidth)); }
 DELTAIC_INLINE f32x16 zero() { return set1(0.0f); }
@@ -472,9 +488,7 @@ DELTAIC_INLINE f32x16 exp(f32x16 x) {
     }
     return r;
 }
-DELTAIC_INLINE f32x16 sigmoid(f32x16 x) {
-    return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x))));
-}
+DELTAIC_INLINE f32x16 sigmoid(f32x16 x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
 DELTAIC_INLINE f32x16 silu(f32x16 x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
 
 #undef DELTAIC_PARTS

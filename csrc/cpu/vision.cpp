@@ -1,5 +1,5 @@
-// The vision tower's own operators: patch_embed (pixels to patches with positions) and vision_attention (no mask, whole-head
-// rotation). The rest of the tower is layer_norm and linear.
+// The vision tower's own operators: patch_embed (pixels to patches with positions) and vision_attention (no mask,
+// whole-head rotation). The rest of the tower is layer_norm and linear.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/flash.h"
@@ -23,9 +23,9 @@ DELTAIC_INLINE void corners(int64_t i, int64_t n, int64_t side, int64_t* before,
     *weight = place - static_cast<float>(*before);
 }
 
-constexpr int64_t kPanelPatches = 2048;    // patches whose normalised pixels are in memory at a time
-constexpr int64_t kHeadBytes = 16 << 20;   // packed q, k, v of the heads that are worked on at a time
-constexpr int64_t kQueryRows = 192;        // query rows of a tile
+constexpr int64_t kPanelPatches = 2048;   // patches whose normalised pixels are in memory at a time
+constexpr int64_t kHeadBytes = 16 << 20;  // packed q, k, v of the heads that are worked on at a time
+constexpr int64_t kQueryRows = 192;       // query rows of a tile
 
 struct QueryTile {
     int64_t segment, first, rows;
@@ -33,18 +33,22 @@ struct QueryTile {
 
 }  // namespace
 
-void patch_embed(View image, const Weight& weight, View bias, View pos_embed, int64_t patch_size, int64_t merge_size, View mean,
-                 View std, View y) {
-    const int64_t h = image.shape[0], w = image.shape[1], p = patch_size, m = merge_size, V = weight.rows, K = weight.columns;
-    if (p < 1 || m < 1 || p > h + w || m > h + w) fail("patch_embed", "patch_size and merge_size must be positive and within the image");
-    if (h % (p * m) || w % (p * m)) fail("patch_embed", "height and width of the image must be multiples of patch_size * merge_size");
+void patch_embed(View image, const Weight& weight, View bias, View pos_embed, int64_t patch_size, int64_t merge_size,
+                 View mean, View std, View y) {
+    const int64_t h = image.shape[0], w = image.shape[1], p = patch_size, m = merge_size, V = weight.rows,
+                  K = weight.columns;
+    if (p < 1 || m < 1 || p > h + w || m > h + w)
+        fail("patch_embed", "patch_size and merge_size must be positive and within the image");
+    if (h % (p * m) || w % (p * m))
+        fail("patch_embed", "height and width of the image must be multiples of patch_size * merge_size");
     if (K != 3 * p * p) fail("patch_embed", "the weight must have 3 * patch_size^2 columns");
     if (weight.segments != 1 || weight.glu) fail("patch_embed", "the weight must be packed from one matrix");
     const int64_t grid_h = h / p, grid_w = w / p, patches = grid_h * grid_w;
     if (y.shape[0] != patches) fail("patch_embed", "y must have one row per patch");
     int64_t side = 0;
     while (side * side < pos_embed.shape[0]) ++side;
-    if (side == 0 || side * side != pos_embed.shape[0]) fail("patch_embed", "pos_embed must have a square number of rows");
+    if (side == 0 || side * side != pos_embed.shape[0])
+        fail("patch_embed", "pos_embed must have a square number of rows");
 
     // (value/255 - mean) / std of the 256 possible values
     float* levels = scratch_f32(3 * 256);
@@ -71,7 +75,8 @@ void patch_embed(View image, const Weight& weight, View bias, View pos_embed, in
                 for (int64_t py = 0; py < p; ++py) {
                     const uint8_t* pixels = image.u8() + ((row * p + py) * w + col * p) * 3;
                     for (int64_t c = 0; c < 3; ++c)
-                        for (int64_t px = 0; px < p; ++px) out[(c * p + py) * p + px] = levels[c * 256 + pixels[px * 3 + c]];
+                        for (int64_t px = 0; px < p; ++px)
+                            out[(c * p + py) * p + px] = levels[c * 256 + pixels[px * 3 + c]];
                 }
             }
         });
@@ -89,10 +94,11 @@ void patch_embed(View image, const Weight& weight, View bias, View pos_embed, in
         };
         const Activations a = prepare(x, count, K, View{}, 0.0f, wants_integers(weight));
         parallel_for(pairs, pair_grain(weight, pairs, thread_count()), [&](int64_t first, int64_t last, int thread) {
-            multiply_pairs(weight, 0, first, last, a, expanded + thread * room, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
-                finish(pair * 32, i, even);
-                if (pair * 32 + 16 < V) finish(pair * 32 + 16, i, odd);
-            });
+            multiply_pairs(weight, 0, first, last, a, expanded + thread * room,
+                           [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
+                               finish(pair * 32, i, even);
+                               if (pair * 32 + 16 < V) finish(pair * 32 + 16, i, odd);
+                           });
         });
     }
 }
@@ -106,7 +112,8 @@ void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_s
     if (P == 0 || V == 0) return;
     const int64_t* cut = cu_seqlens.i64();
 
-    // Each segment is padded to whole groups of 16 patches: padded rows in total, group g of a segment at first_group + g.
+    // Each segment is padded to whole groups of 16 patches: padded rows in total, group g of a segment at first_group +
+    // g.
     int64_t groups = 0, tiles = 0;
     for (int64_t s = 0; s < segments; ++s) {
         groups += ceil_div(cut[s + 1] - cut[s], 16);
@@ -122,7 +129,8 @@ void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_s
     for (int64_t s = 0; s < segments; ++s) {
         first_group[s] = groups;
         for (int64_t i = cut[s]; i < cut[s + 1]; i += 16) group[groups++] = {s, i, first_group[s]};
-        for (int64_t i = cut[s]; i < cut[s + 1]; i += kQueryRows) tile[tiles++] = {s, i, min64(kQueryRows, cut[s + 1] - i)};
+        for (int64_t i = cut[s]; i < cut[s + 1]; i += kQueryRows)
+            tile[tiles++] = {s, i, min64(kQueryRows, cut[s + 1] - i)};
     }
 
     // Per head: q [P + padding][D], keys [groups][D][16], values [segment][dims / 16][16 * groups of the segment][16].
@@ -163,7 +171,8 @@ void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_s
                 pack_values<false>(v_rows, n, D, length * 16, v);
             }
         });
-        for (int64_t h = 0; h < heads; ++h) memset(queries + h * q_floats + P * D, 0, static_cast<size_t>(kFlashRows * D) * 4);
+        for (int64_t h = 0; h < heads; ++h)
+            memset(queries + h * q_floats + P * D, 0, static_cast<size_t>(kFlashRows * D) * 4);
 
         parallel_for(heads * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
             for (int64_t item = begin; item < end; ++item) {
@@ -172,8 +181,8 @@ void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_s
                 const int64_t length = cut[at.segment + 1] - cut[at.segment], base = first_group[at.segment];
                 const float* k = keys + h * k_floats + base * D * 16;
                 const float* v = values + h * v_floats + base * dims * 16;
-                const FlashTile t =
-                    flash_begin(queries + h * q_floats + at.first * D, at.rows, D, work + thread * (tile_floats + row_floats));
+                const FlashTile t = flash_begin(queries + h * q_floats + at.first * D, at.rows, D,
+                                                work + thread * (tile_floats + row_floats));
                 for (int64_t key = 0; key < length; key += kFlashKeys) {
                     const int64_t n = min64(kFlashKeys, length - key);
                     flash_keys(t, k + key * D, v + key * 16, length * 16, n, [&](int64_t) { return n; });

@@ -35,7 +35,8 @@ __device__ __forceinline__ void write_output(const Epilogue& e, int64_t t, int64
 
 // A warp computes two rows of a part for NT tokens: rows 2i and 2i+1, or, with glu, gate row i and up row i.
 template <class T, int NT>
-__global__ void __launch_bounds__(kThreads, NT == 4 ? 2 : 1)  // without the 2, ptxas 13.0 spills three registers at NT = 4
+__global__ void __launch_bounds__(kThreads,
+                                  NT == 4 ? 2 : 1)  // without the 2, ptxas 13.0 spills three registers at NT = 4
     gemv_kernel(const T* x, const float* norm, float eps, Matrices w, Epilogue e, int64_t tokens) {
     DELTAIC_DYNAMIC_SHARED(base);
     DELTAIC_SHARED(float, scratch, 32);

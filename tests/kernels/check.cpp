@@ -14,7 +14,9 @@ double Random::uniform() {
     return static_cast<double>(state_ >> 11) * 0x1p-53;
 }
 
-double Random::normal() { return std::sqrt(-2.0 * std::log(1.0 - uniform())) * std::cos(6.283185307179586 * uniform()); }
+double Random::normal() {
+    return std::sqrt(-2.0 * std::log(1.0 - uniform())) * std::cos(6.283185307179586 * uniform());
+}
 
 Floats normal(Random& random, Shape shape, double scale) {
     Floats x(std::move(shape));
@@ -30,7 +32,8 @@ Floats poisoned(Shape shape) {
 
 Integers offsets(const Shape& lengths) {
     Integers x({static_cast<int64_t>(lengths.size()) + 1});
-    for (size_t i = 0; i < lengths.size(); ++i) x[static_cast<int64_t>(i) + 1] = x[static_cast<int64_t>(i)] + lengths[i];
+    for (size_t i = 0; i < lengths.size(); ++i)
+        x[static_cast<int64_t>(i) + 1] = x[static_cast<int64_t>(i)] + lengths[i];
     return x;
 }
 
@@ -101,9 +104,12 @@ double stored(Format format, const uint8_t* block, int64_t K, int64_t r, int64_t
     }
 }
 
-// Packs rows [first, first + rows) of every expert of p.source as segment `g`, block b at b * step + start, and reads them back.
-void pack_rows(Suite& t, Packed& p, int64_t segment, Format format, int64_t first, int64_t rows, int64_t start, int64_t step) {
-    const int64_t K = p.weight.columns, bytes = block_bytes(format, K), per_expert = p.weight.segment[segment].blocks * bytes;
+// Packs rows [first, first + rows) of every expert of p.source as segment `g`, block b at b * step + start, and reads
+// them back.
+void pack_rows(Suite& t, Packed& p, int64_t segment, Format format, int64_t first, int64_t rows, int64_t start,
+               int64_t step) {
+    const int64_t K = p.weight.columns, bytes = block_bytes(format, K),
+                  per_expert = p.weight.segment[segment].blocks * bytes;
     Bytes& out = p.bytes[static_cast<size_t>(segment)];
     for (int64_t e = 0; e < p.weight.count; ++e) {
         Floats source({rows, K});

@@ -1,5 +1,5 @@
-// What the kernel tests are made of: random arrays, poisoned outputs, packed weights and comparisons. Test functions are called
-// test_<operator> and are declared from the list in ops.h: an operator without a test does not link.
+// What the kernel tests are made of: random arrays, poisoned outputs, packed weights and comparisons. Test functions
+// are called test_<operator> and are declared from the list in ops.h: an operator without a test does not link.
 #pragma once
 
 #include <cstdint>
@@ -58,9 +58,9 @@ using Bytes = Array<uint8_t>;
 using Integers = Array<int64_t>;
 
 Floats normal(Random& random, Shape shape, double scale = 1.0);
-Floats poisoned(Shape shape);           // all NaN: an element that is not written shows
+Floats poisoned(Shape shape);            // all NaN: an element that is not written shows
 Integers offsets(const Shape& lengths);  // cu_seqlens
-Numbers wide(const Floats& x);          // as double
+Numbers wide(const Floats& x);           // as double
 uint16_t to_bf16(double value);
 double from_bf16(uint16_t bits);
 
@@ -71,7 +71,8 @@ Numbers rms_norm(const double* x, const Floats& weight, double eps);
 
 class Suite;
 
-// Random matrices [count][rows][K] in one format, packed by the operator under test and read back here by the layout in view.h.
+// Random matrices [count][rows][K] in one format, packed by the operator under test and read back here by the layout in
+// view.h.
 struct Packed {
     Weight weight;
     std::vector<Bytes> bytes;

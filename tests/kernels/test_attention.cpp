@@ -10,7 +10,8 @@ namespace {
 // x [D] with its first 2 R dimensions rotated in pairs (f, f + R).
 Numbers rotate(Numbers x, const Floats& cosine, const Floats& sine, int64_t t, int64_t R) {
     for (int64_t f = 0; f < R; ++f) {
-        const double a = x[static_cast<size_t>(f)], b = x[static_cast<size_t>(f + R)], c = cosine[t * R + f], s = sine[t * R + f];
+        const double a = x[static_cast<size_t>(f)], b = x[static_cast<size_t>(f + R)], c = cosine[t * R + f],
+                     s = sine[t * R + f];
         x[static_cast<size_t>(f)] = a * c - b * s;
         x[static_cast<size_t>(f + R)] = b * c + a * s;
     }
@@ -97,16 +98,17 @@ struct Attention {
     int64_t prefill = 0;  // rows of a prompt: another order of additions
 };
 
-Floats apply(Suite& t, Attention& a, Floats& proj, Floats& cosine, Floats& sine, const Shape& lengths, const Shape& starts,
-             std::vector<Cache>& caches) {
+Floats apply(Suite& t, Attention& a, Floats& proj, Floats& cosine, Floats& sine, const Shape& lengths,
+             const Shape& starts, std::vector<Cache>& caches) {
     Integers cuts = offsets(lengths), first({static_cast<int64_t>(starts.size())});
     first.data = starts;
     std::vector<const BlockTable*> tables;
     for (Cache& c : caches) tables.push_back(&c.table);
     Floats y = poisoned({proj.shape[0], a.Hq * a.D});
     t.call([&] {
-        t.ops.gated_attention(proj.view(), a.q_norm.view(), a.k_norm.view(), cosine.view(), sine.view(), 1e-6f, a.Hq, a.Hkv, Cache::kLayer,
-                              cuts.view(), first.view(), Tables{tables.data(), static_cast<int64_t>(tables.size())}, a.prefill, y.view());
+        t.ops.gated_attention(proj.view(), a.q_norm.view(), a.k_norm.view(), cosine.view(), sine.view(), 1e-6f, a.Hq,
+                              a.Hkv, Cache::kLayer, cuts.view(), first.view(),
+                              Tables{tables.data(), static_cast<int64_t>(tables.size())}, a.prefill, y.view());
     });
     return y;
 }
@@ -124,7 +126,8 @@ void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& fir
     for (const Shape& lengths : {first, second}) {
         const Integers cuts = offsets(lengths);
         const int64_t T = cuts[cuts.size() - 1];
-        const std::string what = std::string(half ? "bf16" : "f32") + " cache, D=" + std::to_string(a.D) + " T=" + std::to_string(T);
+        const std::string what =
+            std::string(half ? "bf16" : "f32") + " cache, D=" + std::to_string(a.D) + " T=" + std::to_string(T);
         Floats proj = normal(random, {T, a.columns()}), cosine({T, a.R}), sine({T, a.R});
         draw_angles(random, cosine, sine);
         const Floats y = apply(t, a, proj, cosine, sine, lengths, starts, caches);
@@ -134,10 +137,14 @@ void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& fir
             for (int64_t i = 0; i < lengths[b]; ++i) {
                 const int64_t row = cuts[static_cast<int64_t>(b)] + i, last = starts[b] + i;
                 for (int64_t h = 0; h < a.Hkv; ++h) {
-                    const Numbers k = rotate(rms_norm(head_of(proj, row, (2 * a.Hq + h) * a.D, a.D).data(), a.k_norm, 1e-6), cosine, sine, row, a.R);
-                    const Numbers v = head_of(proj, row, (2 * a.Hq + a.Hkv + h) * a.D, a.D), k_found = caches[b].read(0, h, last), v_found = caches[b].read(1, h, last);
+                    const Numbers k =
+                        rotate(rms_norm(head_of(proj, row, (2 * a.Hq + h) * a.D, a.D).data(), a.k_norm, 1e-6), cosine,
+                               sine, row, a.R);
+                    const Numbers v = head_of(proj, row, (2 * a.Hq + a.Hkv + h) * a.D, a.D),
+                                  k_found = caches[b].read(0, h, last), v_found = caches[b].read(1, h, last);
                     for (size_t d = 0; d < k.size(); ++d) {
-                        stored = stored && std::fabs(k_found[d] - k[d]) <= (half ? std::ldexp(std::fabs(k[d]), -8) : 0.0) + 1e-5;
+                        stored = stored &&
+                                 std::fabs(k_found[d] - k[d]) <= (half ? std::ldexp(std::fabs(k[d]), -8) : 0.0) + 1e-5;
                         stored = stored && v_found[d] == (half ? from_bf16(to_bf16(v[d])) : v[d]);
                     }
                 }
@@ -151,13 +158,15 @@ void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& fir
                         keys.push_back(caches[b].read(0, h / (a.Hq / a.Hkv), j));
                         values.push_back(caches[b].read(1, h / (a.Hq / a.Hkv), j));
                     }
-                    const Numbers q = rotate(rms_norm(head_of(proj, row, 2 * h * a.D, a.D).data(), a.q_norm, 1e-6), cosine, sine, row, a.R);
+                    const Numbers q = rotate(rms_norm(head_of(proj, row, 2 * h * a.D, a.D).data(), a.q_norm, 1e-6),
+                                             cosine, sine, row, a.R);
                     const Numbers o = attend(q, keys, values), gate = head_of(proj, row, (2 * h + 1) * a.D, a.D);
                     for (size_t d = 0; d < o.size(); ++d) expected.push_back(o[d] * sigmoid(gate[d]));
                 }
             }
             starts[b] += lengths[b];
-            t.check(caches[b].written() == 2 * a.Hkv * a.D * starts[b], what + ": only the new tokens' places are written");
+            t.check(caches[b].written() == 2 * a.Hkv * a.D * starts[b],
+                    what + ": only the new tokens' places are written");
         }
         t.check(stored, what + ": stored keys and values");
         t.close(y, expected, 2e-5, what);
@@ -186,7 +195,8 @@ void test_gated_attention(Suite& t) {
     t.refuses("a negative start", [&] { apply(t, a, proj, cosine, sine, {3}, {-1}, caches); });
     t.refuses("cu_seqlens beyond the rows", [&] { apply(t, a, proj, cosine, sine, {4}, {0}, caches); });
     a.Hkv = 3;
-    t.refuses("heads that are no multiple of key-value heads", [&] { apply(t, a, proj, cosine, sine, {3}, {0}, caches); });
+    t.refuses("heads that are no multiple of key-value heads",
+              [&] { apply(t, a, proj, cosine, sine, {3}, {0}, caches); });
 }
 
 void test_vision_attention(Suite& t) {
@@ -198,7 +208,8 @@ void test_vision_attention(Suite& t) {
             const int64_t P = cuts[cuts.size() - 1];
             Floats qkv = normal(random, {P, 3 * V}), cosine({P, R}), sine({P, R}), y = poisoned({P, V});
             draw_angles(random, cosine, sine);
-            t.call([&] { t.ops.vision_attention(qkv.view(), cosine.view(), sine.view(), heads, cuts.view(), y.view()); });
+            t.call(
+                [&] { t.ops.vision_attention(qkv.view(), cosine.view(), sine.view(), heads, cuts.view(), y.view()); });
             Numbers expected(static_cast<size_t>(P * V));
             for (size_t b = 0; b < lengths.size(); ++b)
                 for (int64_t h = 0; h < heads; ++h) {
@@ -210,10 +221,12 @@ void test_vision_attention(Suite& t) {
                     }
                     for (int64_t p = begin; p < end; ++p) {
                         const Numbers o = attend(rotate(head_of(qkv, p, h * D, D), cosine, sine, p, R), keys, values);
-                        for (int64_t d = 0; d < D; ++d) expected[static_cast<size_t>(p * V + h * D + d)] = o[static_cast<size_t>(d)];
+                        for (int64_t d = 0; d < D; ++d)
+                            expected[static_cast<size_t>(p * V + h * D + d)] = o[static_cast<size_t>(d)];
                     }
                 }
-            t.close(y, expected, 2e-5, "heads " + std::to_string(heads) + " width " + std::to_string(D) + " P=" + std::to_string(P));
+            t.close(y, expected, 2e-5,
+                    "heads " + std::to_string(heads) + " width " + std::to_string(D) + " P=" + std::to_string(P));
         }
 }
 

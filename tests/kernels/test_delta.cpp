@@ -27,14 +27,16 @@ Numbers convolved(const Layer& l, const std::vector<Numbers>& window, int64_t t)
     Numbers c(static_cast<size_t>(C));
     for (int64_t i = 0; i < C; ++i) {
         double sum = 0.0;
-        for (int64_t j = 0; j < 4; ++j) sum += l.conv_weight[j * C + i] * window[static_cast<size_t>(t + j)][static_cast<size_t>(i)];
+        for (int64_t j = 0; j < 4; ++j)
+            sum += l.conv_weight[j * C + i] * window[static_cast<size_t>(t + j)][static_cast<size_t>(i)];
         c[static_cast<size_t>(i)] = silu(sum);
     }
     for (int64_t head = 0; head < 2 * l.Hk; ++head) {
         double* x = c.data() + head * l.Dk;
         double squares = 0.0;
         for (int64_t d = 0; d < l.Dk; ++d) squares += x[d] * x[d];
-        const double scale = 1.0 / std::sqrt(squares + 1e-6) / (head < l.Hk ? std::sqrt(static_cast<double>(l.Dk)) : 1.0);
+        const double scale =
+            1.0 / std::sqrt(squares + 1e-6) / (head < l.Hk ? std::sqrt(static_cast<double>(l.Dk)) : 1.0);
         for (int64_t d = 0; d < l.Dk; ++d) x[d] *= scale;
     }
     return c;
@@ -51,25 +53,30 @@ Numbers expected_output(const Layer& l, const float* proj, int64_t T, double eps
         const Numbers c = convolved(l, window, t);
         const float *z = proj + t * P + C, *b = z + l.Hv * l.Dv, *a = b + l.Hv;
         for (int64_t h = 0; h < l.Hv; ++h) {
-            const double *q = c.data() + h / (l.Hv / l.Hk) * l.Dk, *k = q + l.Hk * l.Dk, *v = c.data() + 2 * l.Hk * l.Dk + h * l.Dv;
+            const double *q = c.data() + h / (l.Hv / l.Hk) * l.Dk, *k = q + l.Hk * l.Dk,
+                         *v = c.data() + 2 * l.Hk * l.Dk + h * l.Dv;
             double* s = S.data() + h * l.Dk * l.Dv;
             const double x = static_cast<double>(a[h]) + l.dt_bias[h];
-            const double decay = std::exp(-std::exp(static_cast<double>(l.A_log[h])) * (x > 20 ? x : std::log1p(std::exp(x))));
+            const double decay =
+                std::exp(-std::exp(static_cast<double>(l.A_log[h])) * (x > 20 ? x : std::log1p(std::exp(x))));
             Numbers o(static_cast<size_t>(l.Dv));
             double squares = 0.0;
             for (int64_t i = 0; i < l.Dv; ++i) {
                 double read = 0.0;
                 for (int64_t d = 0; d < l.Dk; ++d) read += (s[d * l.Dv + i] *= decay) * k[d];
                 const double delta = sigmoid(b[h]) * (v[i] - read);
-                for (int64_t d = 0; d < l.Dk; ++d) o[static_cast<size_t>(i)] += (s[d * l.Dv + i] += k[d] * delta) * q[d];
+                for (int64_t d = 0; d < l.Dk; ++d)
+                    o[static_cast<size_t>(i)] += (s[d * l.Dv + i] += k[d] * delta) * q[d];
                 squares += o[static_cast<size_t>(i)] * o[static_cast<size_t>(i)];
             }
             for (int64_t i = 0; i < l.Dv; ++i)
-                y.push_back(l.norm[i] * o[static_cast<size_t>(i)] / std::sqrt(squares / static_cast<double>(l.Dv) + eps) * silu(z[h * l.Dv + i]));
+                y.push_back(l.norm[i] * o[static_cast<size_t>(i)] /
+                            std::sqrt(squares / static_cast<double>(l.Dv) + eps) * silu(z[h * l.Dv + i]));
         }
     }
     for (int64_t j = 0; j < 3; ++j)
-        for (int64_t i = 0; i < C; ++i) conv[static_cast<size_t>(j * C + i)] = window[static_cast<size_t>(T + j)][static_cast<size_t>(i)];
+        for (int64_t i = 0; i < C; ++i)
+            conv[static_cast<size_t>(j * C + i)] = window[static_cast<size_t>(T + j)][static_cast<size_t>(i)];
     return y;
 }
 
@@ -93,8 +100,9 @@ Floats apply(Suite& t, Layer& l, Floats& proj, const Shape& lengths, double eps,
     Integers cuts = offsets(lengths);
     Floats y = poisoned({proj.shape[0], l.Hv * l.Dv});
     t.call([&] {
-        t.ops.gated_delta_net(proj.view(), l.conv_weight.view(), l.A_log.view(), l.dt_bias.view(), l.norm.view(), static_cast<float>(eps),
-                              l.Hk, l.Dk, cuts.view(), Views{batch.conv_views.data(), B}, Views{batch.S_views.data(), B}, y.view());
+        t.ops.gated_delta_net(proj.view(), l.conv_weight.view(), l.A_log.view(), l.dt_bias.view(), l.norm.view(),
+                              static_cast<float>(eps), l.Hk, l.Dk, cuts.view(), Views{batch.conv_views.data(), B},
+                              Views{batch.S_views.data(), B}, y.view());
     });
     return y;
 }
@@ -107,7 +115,8 @@ void compare(Suite& t, Layer& l, Floats& proj, const Shape& lengths, Batch& batc
     Numbers expected;
     int64_t first = 0;
     for (size_t b = 0; b < lengths.size(); ++b) {
-        const Numbers of_one = expected_output(l, proj.data.data() + first * l.columns(), lengths[b], eps, conv[b], S[b]);
+        const Numbers of_one =
+            expected_output(l, proj.data.data() + first * l.columns(), lengths[b], eps, conv[b], S[b]);
         expected.insert(expected.end(), of_one.begin(), of_one.end());
         first += lengths[b];
         t.close(batch.S[b], S[b], 2e-5, what + " state " + std::to_string(b));
@@ -136,7 +145,8 @@ void test_gated_delta_net(Suite& t) {
             Floats proj = normal(random, {T, l.columns()});
             Batch batch;
             batch.draw(random, l, lengths.size());
-            compare(t, l, proj, lengths, batch, "Dk=" + std::to_string(l.Dk) + " Dv=" + std::to_string(l.Dv) + " T=" + std::to_string(T));
+            compare(t, l, proj, lengths, batch,
+                    "Dk=" + std::to_string(l.Dk) + " Dv=" + std::to_string(l.Dv) + " T=" + std::to_string(T));
         }
 
     // Decay of e^-100 per token, and almost none; q and k of nothing but zeros.
@@ -165,7 +175,8 @@ void test_gated_delta_net(Suite& t) {
             for (int64_t first = 0; first < T; first += step) {
                 const int64_t n = std::min(step, T - first);
                 Floats part = rows(proj, first, n);
-                t.same_bits(apply(t, l, part, {n}, 1e-6, parts), rows(y, first, n), "a prompt in steps of " + std::to_string(step));
+                t.same_bits(apply(t, l, part, {n}, 1e-6, parts), rows(y, first, n),
+                            "a prompt in steps of " + std::to_string(step));
             }
             t.same_bits(parts.S[0], whole.S[0], "the state after steps of " + std::to_string(step));
             t.same_bits(parts.conv[0], whole.conv[0], "the convolution state after steps of " + std::to_string(step));

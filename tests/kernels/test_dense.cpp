@@ -16,7 +16,8 @@ std::string size_text(const char* what, Format format, int64_t T, int64_t K, int
 
 bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
 
-// What the integer formats read of a row: int8 steps of amax / 127 in each run of 128 columns. In float, since a step is a decision.
+// What the integer formats read of a row: int8 steps of amax / 127 in each run of 128 columns. In float, since a step
+// is a decision.
 Numbers quantised(const Floats& x, int64_t t, int64_t K) {
     Numbers y(static_cast<size_t>(K));
     for (int64_t first = 0; first < K; first += 128) {
@@ -63,7 +64,8 @@ Floats slice(const Floats& x, int64_t t, int64_t K) {
 
 void test_pack(Suite& t) {
     Random random(1);
-    // Largest error of a format, relative to the largest of 128 neighbours: half a step of 127, or of 7 to 8 steps to either side.
+    // Largest error of a format, relative to the largest of 128 neighbours: half a step of 127, or of 7 to 8 steps to
+    // either side.
     const double allowed[] = {0.0, std::ldexp(1.0, -8), 0.5 / 127 * 1.01, 0.135};
     for (const Format format : kFormats)
         for (const int64_t K : {1, 5, 16, 128, 131, 256}) {
@@ -73,10 +75,12 @@ void test_pack(Suite& t) {
             for (int64_t n = 0; n < N; ++n)
                 for (int64_t first = 0; first < K; first += 128) {
                     double amax = 0.0;
-                    for (int64_t k = first; k < std::min(K, first + 128); ++k) amax = std::max<double>(amax, std::fabs(p.source[n * K + k]));
+                    for (int64_t k = first; k < std::min(K, first + 128); ++k)
+                        amax = std::max<double>(amax, std::fabs(p.source[n * K + k]));
                     for (int64_t k = first; k < std::min(K, first + 128); ++k) {
                         const double want = p.source[n * K + k];
-                        const double limit = format == Format::bf16 ? allowed[1] * std::fabs(want) : allowed[static_cast<int>(format)] * amax;
+                        const double limit = format == Format::bf16 ? allowed[1] * std::fabs(want)
+                                                                    : allowed[static_cast<int>(format)] * amax;
                         ok = ok && std::fabs(p.at(0, n, k) - want) <= limit;
                         if (format == Format::bf16) ok = ok && p.at(0, n, k) == from_bf16(to_bf16(want));
                     }
@@ -105,7 +109,8 @@ void test_embed(Suite& t) {
         t.close(y, expected, 1e-7, size_text("rows", format, 5, H, V));
         for (const int64_t bad : {int64_t{-1}, V}) {
             ids[2] = bad;
-            t.refuses("an id outside the table", [&] { t.call([&] { t.ops.embed(ids.view(), table.weight, y.view()); }); });
+            t.refuses("an id outside the table",
+                      [&] { t.call([&] { t.ops.embed(ids.view(), table.weight, y.view()); }); });
         }
     }
 }
@@ -130,7 +135,8 @@ void test_layer_norm(Suite& t) {
     Random random(4);
     for (const int64_t T : {0, 1, 5})
         for (const int64_t D : {1, 7, 16, 33, 300}) {
-            Floats x = normal(random, {T, D}), weight = normal(random, {D}), bias = normal(random, {D}), y = poisoned({T, D});
+            Floats x = normal(random, {T, D}), weight = normal(random, {D}), bias = normal(random, {D}),
+                   y = poisoned({T, D});
             for (float& v : x.data) v += 5.0f;  // a mean far from zero
             Numbers expected;
             for (int64_t i = 0; i < T; ++i) {
@@ -160,7 +166,8 @@ void test_linear(Suite& t) {
                 // A second part in another format, as the projections of a layer have.
                 Packed w = pack(t, random, {{N, format}, {5, Format::f32}}, K);
                 const bool with_norm = ++variant % 2;
-                w.weight.float_activations = with_norm && is_integer(format);  // a rounding of the norm could flip an int8 step
+                w.weight.float_activations =
+                    with_norm && is_integer(format);  // a rounding of the norm could flip an int8 step
                 const bool integers = is_integer(format) && !w.weight.float_activations;
                 Floats x = normal(random, {T, K}), norm = normal(random, {K}, 0.3), bias = normal(random, {N + 5});
                 Floats residual = normal(random, {T, N + 5}), y = poisoned({T, N + 5});
@@ -169,14 +176,22 @@ void test_linear(Suite& t) {
                 Numbers expected;
                 for (int64_t i = 0; i < T; ++i)
                     for (int64_t n = 0; n < N + 5; ++n)
-                        expected.push_back(activate(kind, product(w, n, n < N ? rows[static_cast<size_t>(i)] : plain[static_cast<size_t>(i)]) + bias[n]) +
+                        expected.push_back(activate(kind, product(w, n,
+                                                                  n < N ? rows[static_cast<size_t>(i)]
+                                                                        : plain[static_cast<size_t>(i)]) +
+                                                              bias[n]) +
                                            residual[i * (N + 5) + n]);
                 const View norm_view = with_norm ? norm.view() : View{};
-                t.call([&] { t.ops.linear(x.view(), w.weight, norm_view, 1e-6f, bias.view(), kind, residual.view(), y.view()); });
+                t.call([&] {
+                    t.ops.linear(x.view(), w.weight, norm_view, 1e-6f, bias.view(), kind, residual.view(), y.view());
+                });
                 t.close(y, expected, 1e-5, size_text("products", format, T, K, N));
                 for (int64_t i = 0; i < std::min<int64_t>(T, 14); i += 13) {
                     Floats one = slice(x, i, K), more = slice(residual, i, N + 5), alone = poisoned({1, N + 5});
-                    t.call([&] { t.ops.linear(one.view(), w.weight, norm_view, 1e-6f, bias.view(), kind, more.view(), alone.view()); });
+                    t.call([&] {
+                        t.ops.linear(one.view(), w.weight, norm_view, 1e-6f, bias.view(), kind, more.view(),
+                                     alone.view());
+                    });
                     t.same_bits(alone, slice(y, i, N + 5), size_text("one row alone", format, T, K, N));
                 }
             }
@@ -193,7 +208,8 @@ void test_swiglu(Suite& t) {
                 Floats x = normal(random, {T, K}, 3.0), norm = normal(random, {K}, 0.3), y = poisoned({T, I});
                 Numbers expected;
                 for (const Numbers& row : product_inputs(x, T, K, &norm, false))
-                    for (int64_t i = 0; i < I; ++i) expected.push_back(silu(product(w, i, row)) * product(w, I + i, row));
+                    for (int64_t i = 0; i < I; ++i)
+                        expected.push_back(silu(product(w, i, row)) * product(w, I + i, row));
                 t.call([&] { t.ops.swiglu(x.view(), w.weight, norm.view(), 1e-6f, y.view()); });
                 t.close(y, expected, 1e-5, size_text("gated products", format, T, K, I));
             }

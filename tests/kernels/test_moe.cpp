@@ -15,11 +15,19 @@ struct Experts {
 };
 
 Experts make_experts(Suite& t, Random& random, int64_t E, int64_t H, int64_t I, int64_t Is, Format format) {
-    Experts x{pack(t, random, {{E, Format::f32}}, H),      pack_glu(t, random, I, H, format, E), pack(t, random, {{H, format}}, I, E),
-              pack_glu(t, random, Is, H, format),          pack(t, random, {{H, format}}, Is),   pack(t, random, {{1, Format::f32}}, H),
-              E, H, I, Is};
+    Experts x{pack(t, random, {{E, Format::f32}}, H),
+              pack_glu(t, random, I, H, format, E),
+              pack(t, random, {{H, format}}, I, E),
+              pack_glu(t, random, Is, H, format),
+              pack(t, random, {{H, format}}, Is),
+              pack(t, random, {{1, Format::f32}}, H),
+              E,
+              H,
+              I,
+              Is};
     Packed* const all[] = {&x.gate_up, &x.down, &x.shared_gate_up, &x.shared_down};
-    for (Packed* p : all) p->weight.float_activations = true;  // a rounding of the hidden values could flip an int8 step
+    for (Packed* p : all)
+        p->weight.float_activations = true;  // a rounding of the hidden values could flip an int8 step
     return x;
 }
 
@@ -37,7 +45,8 @@ void add_ffn(const Packed& gate_up, const Packed& down, int64_t expert, const Nu
     for (int64_t n = 0; n < down.rows; ++n) y[n] += c * dot(down, expert, n, hidden);
 }
 
-Numbers expected_output(const Experts& x, const Numbers& input, const Floats& norm, int64_t top_k, const Floats* residual) {
+Numbers expected_output(const Experts& x, const Numbers& input, const Floats& norm, int64_t top_k,
+                        const Floats* residual) {
     Numbers y(input.size());
     for (int64_t t = 0; t < static_cast<int64_t>(input.size()) / x.H; ++t) {
         const Numbers h = rms_norm(input.data() + t * x.H, norm, 1e-6);
@@ -45,7 +54,9 @@ Numbers expected_output(const Experts& x, const Numbers& input, const Floats& no
         for (int64_t e = 0; e < x.E; ++e) logits.push_back(dot(x.router, 0, e, h));
         std::vector<int64_t> order(static_cast<size_t>(x.E));
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)]; });
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+            return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)];
+        });
         double sum = 0.0;
         for (int64_t j = 0; j < top_k; ++j) sum += std::exp(logits[static_cast<size_t>(order[static_cast<size_t>(j)])]);
         double* row = y.data() + t * x.H;
@@ -61,8 +72,8 @@ Numbers expected_output(const Experts& x, const Numbers& input, const Floats& no
 
 void apply(Suite& t, const Experts& e, View x, Floats& norm, int64_t top_k, View residual, View y) {
     t.call([&] {
-        t.ops.moe(x, e.router.weight, e.gate_up.weight, e.down.weight, e.shared_gate_up.weight, e.shared_down.weight, e.shared_gate.weight,
-                  norm.view(), 1e-6f, top_k, residual, y);
+        t.ops.moe(x, e.router.weight, e.gate_up.weight, e.down.weight, e.shared_gate_up.weight, e.shared_down.weight,
+                  e.shared_gate.weight, norm.view(), 1e-6f, top_k, residual, y);
     });
 }
 
@@ -74,15 +85,17 @@ void test_moe(Suite& t) {
         int64_t E, H, I, Is, top_k;
         Format format;
     };
-    const Size sizes[] = {{1, 7, 5, 3, 1, Format::f32},    {5, 40, 24, 17, 3, Format::f32}, {5, 40, 24, 17, 3, Format::bf16},
-                          {33, 49, 16, 31, 8, Format::bf16}, {4, 130, 20, 9, 2, Format::int8}, {4, 130, 20, 9, 4, Format::int4}};
+    const Size sizes[] = {{1, 7, 5, 3, 1, Format::f32},     {5, 40, 24, 17, 3, Format::f32},
+                          {5, 40, 24, 17, 3, Format::bf16}, {33, 49, 16, 31, 8, Format::bf16},
+                          {4, 130, 20, 9, 2, Format::int8}, {4, 130, 20, 9, 4, Format::int4}};
     for (const Size& s : sizes) {
         const Experts experts = make_experts(t, random, s.E, s.H, s.I, s.Is, s.format);
         Floats norm = normal(random, {s.H}, 0.3);
         for (const int64_t T : {0, 1, 2, 30}) {
             Floats x = normal(random, {T, s.H}), residual = normal(random, {T, s.H}), y = poisoned({T, s.H});
             const bool add = T != 2;
-            const std::string what = "E=" + std::to_string(s.E) + " format " + std::to_string(static_cast<int>(s.format)) + " T=" + std::to_string(T);
+            const std::string what = "E=" + std::to_string(s.E) + " format " +
+                                     std::to_string(static_cast<int>(s.format)) + " T=" + std::to_string(T);
             apply(t, experts, x.view(), norm, s.top_k, add ? residual.view() : View{}, y.view());
             t.close(y, expected_output(experts, wide(x), norm, s.top_k, add ? &residual : nullptr), 1e-5, what);
             Floats alone = poisoned({T, s.H});  // one token at a time
@@ -104,7 +117,8 @@ void test_moe(Suite& t) {
     t.close(y, expected_output(tied, wide(x), norm, 2, nullptr), 1e-5, "equal logits");
 
     for (const int64_t top_k : {0, 6}) {
-        t.refuses("top_k " + std::to_string(top_k) + " of 5", [&] { apply(t, tied, x.view(), norm, top_k, View{}, y.view()); });
+        t.refuses("top_k " + std::to_string(top_k) + " of 5",
+                  [&] { apply(t, tied, x.view(), norm, top_k, View{}, y.view()); });
     }
     tied.gate_up.weight.glu = false;
     t.refuses("gate and up that are not interleaved", [&] { apply(t, tied, x.view(), norm, 2, View{}, y.view()); });

@@ -11,7 +11,8 @@ namespace deltaic::test {
 namespace {
 
 struct Request {
-    double temperature = 1.0, top_p = 1.0, min_p = 0.0, presence = 0.0, frequency = 0.0, repetition = 1.0, uniform = 0.5;
+    double temperature = 1.0, top_p = 1.0, min_p = 0.0, presence = 0.0, frequency = 0.0, repetition = 1.0,
+           uniform = 0.5;
     int64_t top_k = 0, limit = 0;
     std::vector<int64_t> outputs, counts, prompt;
 };
@@ -19,7 +20,8 @@ struct Request {
 std::vector<int64_t> descending(const Numbers& x) {
     std::vector<int64_t> order(x.size());
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)]; });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return x[static_cast<size_t>(a)] > x[static_cast<size_t>(b)]; });
     return order;
 }
 
@@ -32,16 +34,20 @@ int64_t expected_token(const Floats& logits, const Request& r) {
     for (size_t i = 0; i < x.size(); ++i)
         if (seen[i]) x[i] = x[i] > 0 ? x[i] / r.repetition : x[i] * r.repetition;
     for (size_t i = 0; i < r.outputs.size(); ++i)
-        if (r.outputs[i] < r.limit) x[static_cast<size_t>(r.outputs[i])] -= r.frequency * static_cast<double>(r.counts[i]) + r.presence;
+        if (r.outputs[i] < r.limit)
+            x[static_cast<size_t>(r.outputs[i])] -= r.frequency * static_cast<double>(r.counts[i]) + r.presence;
     std::vector<int64_t> order = descending(x);
     if (r.temperature == 0.0) return order[0];
     if (r.top_k > 0 && static_cast<size_t>(r.top_k) < order.size()) order.resize(static_cast<size_t>(r.top_k));
     Numbers p;
     double sum = 0.0;
-    for (const int64_t id : order) sum += p.emplace_back(std::exp((x[static_cast<size_t>(id)] - x[static_cast<size_t>(order[0])]) / r.temperature));
+    for (const int64_t id : order)
+        sum +=
+            p.emplace_back(std::exp((x[static_cast<size_t>(id)] - x[static_cast<size_t>(order[0])]) / r.temperature));
     for (double& v : p) v /= sum;
     size_t kept = 0;
-    for (sum = 0.0; kept < p.size() && p[kept] >= r.min_p * p[0] && (r.top_p >= 1.0 || kept == 0 || sum < r.top_p);) sum += p[kept++];
+    for (sum = 0.0; kept < p.size() && p[kept] >= r.min_p * p[0] && (r.top_p >= 1.0 || kept == 0 || sum < r.top_p);)
+        sum += p[kept++];
     double cumulative = 0.0;
     for (size_t i = 0; i < kept; ++i)
         if ((cumulative += p[i]) > r.uniform * sum) return order[i];
@@ -57,8 +63,8 @@ int64_t drawn(Suite& t, Floats& logits, Request& r) {
     Integers token({1});
     token[0] = -1;
     t.call([&] {
-        t.ops.sample(logits.view(), r.temperature, r.top_k, r.top_p, r.min_p, r.presence, r.frequency, r.repetition, list(r.outputs),
-                     list(r.counts), list(r.prompt), r.limit, r.uniform, token.view());
+        t.ops.sample(logits.view(), r.temperature, r.top_k, r.top_p, r.min_p, r.presence, r.frequency, r.repetition,
+                     list(r.outputs), list(r.counts), list(r.prompt), r.limit, r.uniform, token.view());
     });
     return token[0];
 }
@@ -66,7 +72,8 @@ int64_t drawn(Suite& t, Floats& logits, Request& r) {
 std::vector<int64_t> distinct(Random& random, int64_t n, int64_t below) {
     std::vector<int64_t> ids(static_cast<size_t>(below));
     std::iota(ids.begin(), ids.end(), 0);
-    for (int64_t i = 0; i < n; ++i) std::swap(ids[static_cast<size_t>(i)], ids[static_cast<size_t>(i + random.below(below - i))]);
+    for (int64_t i = 0; i < n; ++i)
+        std::swap(ids[static_cast<size_t>(i)], ids[static_cast<size_t>(i + random.below(below - i))]);
     ids.resize(static_cast<size_t>(n));
     return ids;
 }
@@ -80,7 +87,7 @@ Floats draw_logits(Random& random, int64_t V) {
     Floats logits = normal(random, {V}, one_of(random, {0.01, 1.0, 4.0, 12.0}));
     const int64_t kind = random.below(4);
     for (float& v : logits.data) {
-        if (kind == 0) v = std::rint(v);                                   // many ties
+        if (kind == 0) v = std::rint(v);  // many ties
         if (kind == 1 && random.below(3) == 0) v = -std::numeric_limits<float>::infinity();
     }
     logits[random.below(V)] = 1.0f;  // one that is finite
@@ -98,7 +105,8 @@ void test_sample(Suite& t) {
         Floats logits = draw_logits(random, V);
         Request r;
         r.limit = i % 3 ? V : 1 + random.below(V);
-        if (r.limit < V) logits[0] = 0.5f, logits[V - 1] = std::numeric_limits<float>::quiet_NaN();  // beyond the limit: not read
+        if (r.limit < V)
+            logits[0] = 0.5f, logits[V - 1] = std::numeric_limits<float>::quiet_NaN();  // beyond the limit: not read
         r.temperature = one_of(random, {0.0, 0.3, 1.0, 1.0, 2.0, 1e-9});
         r.top_k = one_of(random, {0, 0, 1, 3, 20, 2000});
         r.top_p = one_of(random, {1.0, 1.0, 0.95, 0.5, 0.0});
@@ -124,7 +132,8 @@ void test_sample(Suite& t) {
             different += allowed ? 0 : 1;
         }
     }
-    t.check(greedy > 30 && different == 0, std::to_string(different) + " of " + std::to_string(rounds) + " tokens differ");
+    t.check(greedy > 30 && different == 0,
+            std::to_string(different) + " of " + std::to_string(rounds) + " tokens differ");
 
     // One logit above all others, at every place.
     bool right = true;
@@ -140,7 +149,11 @@ void test_sample(Suite& t) {
     t.check(right, "one logit above all others");
 
     Floats logits = normal(random, {100});
-    const Request plain = [] { Request r; r.limit = 100; return r; }();
+    const Request plain = [] {
+        Request r;
+        r.limit = 100;
+        return r;
+    }();
     const auto refuses = [&](const char* what, const auto& change) {
         Floats x = logits;
         Request r = plain;
@@ -151,7 +164,9 @@ void test_sample(Suite& t) {
     refuses("NaN", [&](Floats& x, Request&) { x[99] = nan; });
     refuses("+inf", [&](Floats& x, Request&) { x[3] = infinity; });
     refuses("NaN under a penalty", [&](Floats& x, Request& r) { x[7] = nan, r.repetition = 2.0, r.prompt = {7}; });
-    refuses("nothing but -inf", [&](Floats& x, Request&) { for (float& v : x.data) v = -infinity; });
+    refuses("nothing but -inf", [&](Floats& x, Request&) {
+        for (float& v : x.data) v = -infinity;
+    });
     refuses("limit 0", [](Floats&, Request& r) { r.limit = 0; });
     refuses("limit past the end", [](Floats&, Request& r) { r.limit = 101; });
     refuses("temperature below 0", [](Floats&, Request& r) { r.temperature = -1.0; });
@@ -168,7 +183,8 @@ void test_log_softmax_top(Suite& t) {
     for (const int64_t V : {1, 16, 100, 1025, 5000})
         for (int64_t round = 0; round < 8; ++round) {
             Floats logits = draw_logits(random, V);
-            const int64_t limit = round % 2 ? V : 1 + random.below(V), k = std::min<int64_t>(limit, 20), token = random.below(limit);
+            const int64_t limit = round % 2 ? V : 1 + random.below(V), k = std::min<int64_t>(limit, 20),
+                          token = random.below(limit);
             if (limit < V) logits[0] = 0.5f;
             Numbers x(logits.data.begin(), logits.data.begin() + limit);
             const std::vector<int64_t> order = descending(x);
@@ -179,9 +195,15 @@ void test_log_softmax_top(Suite& t) {
             for (double& v : x) v = std::max(v, -1e9);  // so that -inf can be compared
             Floats logprob = poisoned({1}), top_logprobs = poisoned({k});
             Integers top_ids({k});
-            t.call([&] { t.ops.log_softmax_top(logits.view(), limit, k, token, logprob.view(), top_ids.view(), top_logprobs.view()); });
+            t.call([&] {
+                t.ops.log_softmax_top(logits.view(), limit, k, token, logprob.view(), top_ids.view(),
+                                      top_logprobs.view());
+            });
             bool close = true;
-            const auto compare = [&](float found, double want) { close = close && std::fabs(std::max<double>(found, -1e9) - want) <= 1e-5 * std::max(1.0, std::fabs(want)); };
+            const auto compare = [&](float found, double want) {
+                close =
+                    close && std::fabs(std::max<double>(found, -1e9) - want) <= 1e-5 * std::max(1.0, std::fabs(want));
+            };
             compare(logprob[0], x[static_cast<size_t>(token)]);
             for (int64_t i = 0; i < k; ++i) {
                 close = close && top_ids[i] == order[static_cast<size_t>(i)];
@@ -192,7 +214,9 @@ void test_log_softmax_top(Suite& t) {
     Floats logits = normal(random, {10}), logprob({1}), top_logprobs({10});
     Integers ids({10});
     const auto apply = [&](int64_t limit, int64_t k, int64_t token) {
-        t.call([&] { t.ops.log_softmax_top(logits.view(), limit, k, token, logprob.view(), ids.view(), top_logprobs.view()); });
+        t.call([&] {
+            t.ops.log_softmax_top(logits.view(), limit, k, token, logprob.view(), ids.view(), top_logprobs.view());
+        });
     };
     t.refuses("a token beyond the limit", [&] { apply(5, 2, 5); });
     t.refuses("k beyond the limit", [&] { apply(5, 6, 0); });
