@@ -38,7 +38,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_RANK, _MAX_TOKENS = 8, 1 << 40
-_SUM_BYTES = 1 << 18
+_SUM_BYTES = 1 << 18  # a piece's weights and words stay in the second-level cache
+_AHEAD_BYTES = 32 << 20
 _WEIGHTS = (np.arange(_SUM_BYTES // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -146,9 +147,8 @@ def write_arrays(
             _write(file, memoryview(raw))
             for array in arrays.values():
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                for piece in _pieces(data):
-                    digest.update(_sum(piece))
-                    _write(file, piece.data)
+                _write(file, data.data)
+                digest.update(_sums(data))  # while the system writes
             _write(file, memoryview(digest.digest()))
     except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
         reason = getattr(error, "strerror", None) or error
@@ -196,14 +196,13 @@ def _read_arrays(file: Any, path: Path) -> tuple[dict[str, str], Arrays]:
     for name, (dtype, shape) in shapes.items():
         array = np.empty(shape, dtype)
         data = array.reshape(-1).view(np.uint8)
-        for piece in _pieces(data):
-            if _read(file, piece.data) != len(piece):
-                raise StateError(f"{path} was cut off while it was read")
-            if name != CHECKSUM:
-                digest.update(_sum(piece))
+        _read_ahead(file, data.nbytes)
+        if _read(file, data.data) != len(data):
+            raise StateError(f"{path} was cut off while it was read")
         if name == CHECKSUM:
             stored = array.tobytes()
         else:
+            digest.update(_sums(data))
             arrays[name] = array
     if stored != digest.digest():
         raise StateError(f"{path} was altered or damaged: its contents do not match its checksum; it cannot be used")
@@ -231,10 +230,9 @@ def _entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def _pieces(data: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Views of `_SUM_BYTES` each: small enough that a piece is summed while it is in the processor's cache."""
-    for start in range(0, len(data), _SUM_BYTES):
-        yield data[start : start + _SUM_BYTES]
+def _sums(data: npt.NDArray[np.uint8]) -> bytes:
+    """The sums of all pieces of `_SUM_BYTES`."""
+    return b"".join(_sum(data[start : start + _SUM_BYTES]) for start in range(0, len(data), _SUM_BYTES))
 
 
 def _sum(piece: npt.NDArray[np.uint8]) -> bytes:
@@ -243,6 +241,13 @@ def _sum(piece: npt.NDArray[np.uint8]) -> bytes:
         piece = np.concatenate([piece, np.zeros(-len(piece) % 8, np.uint8)])
     words = piece.view("<u8")
     return int(np.dot(words, _WEIGHTS[: len(words)])).to_bytes(8, "little")
+
+
+def _read_ahead(file: Any, nbytes: int) -> None:
+    """Let the disk fetch what follows the next `nbytes` while they are summed."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # advice that a file system does not take
+            os.posix_fadvise(file.fileno(), file.tell(), nbytes + _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _write(file: BinaryIO, data: memoryview) -> None:
