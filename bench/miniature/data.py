@@ -6,13 +6,12 @@ import random
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import scenes
+import texts
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-
-import scenes
-import texts
 
 IGNORED = -100
 ONE_THING_KINDS = ("colour", "shape", "place", "at", "describe", "describe", "describe")

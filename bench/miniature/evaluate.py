@@ -15,18 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import data
+import network
+import package
+import scenes
+import texts
 import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-import data
-import network
-import package
-import scenes
-import texts
 
 SIZES = (*scenes.SIZES, (112, 112), (150, 100), (300, 400), (640, 480), (100, 150))
 END = "<|im_end|>"

@@ -10,14 +10,13 @@ import copy
 import functools
 import math
 
+import fast_ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as reference
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
-
-import fast_ops
 
 
 def experts_forward(self: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import data
+import network
+import package
+import scenes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,11 +28,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKRouter
-
-import data
-import network
-import package
-import scenes
 
 WARM_UP = 200
 BALANCE = 0.01
