@@ -61,7 +61,10 @@ class Call {
         if (args.size() != contract.arguments.size())
             throw Error(contract.op + ": takes " + std::to_string(contract.arguments.size()) + " arguments, got " +
                         std::to_string(args.size()));
-        views_.reserve(64);
+        size_t items = 0;  // views_ must not move while views into it are handed out
+        for (const py::handle value : args)
+            if (py::isinstance<py::list>(value)) items += py::len(value);
+        views_.reserve(items);
     }
 
     template <class T>
@@ -73,7 +76,6 @@ class Call {
         } else if constexpr (std::is_same_v<T, Views>) {
             const py::sequence items = sequence(argument, value);
             const size_t first = views_.size();
-            if (first + items.size() > views_.capacity()) fail(argument, "is a list that is too long");
             for (const py::handle item : items) views_.push_back(array(argument, item));
             return Views{views_.data() + first, static_cast<int64_t>(items.size())};
         } else if constexpr (std::is_same_v<T, const Weight&>) {
