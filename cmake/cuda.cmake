@@ -1,7 +1,5 @@
 # The extension _cuda: kernels for every requested compute capability, and PTX of the newest for cards to come. Static CUDA run
 # time and no libtorch: one build serves every torch version and needs only the driver.
-set(CMAKE_CUDA_STANDARD 20)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
 # DELTAIC_CUDA=ON: all generations that the toolkit knows. AUTO, which must not make an ordinary build long: the card of this
 # machine, or, where there is none, PTX only, which the driver compiles for any card when it is first used.
@@ -55,5 +53,5 @@ target_include_directories(_cuda PRIVATE csrc)
 target_compile_definitions(_cuda PRIVATE "DELTAIC_CUDA_ARCHITECTURES=\"${names}\"")
 target_compile_options(_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
-  $<$<COMPILE_LANGUAGE:CUDA>:--extended-lambda -Werror=all-warnings -Xcompiler=-Wall,-Wextra>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --extended-lambda -Werror=all-warnings -Xcompiler=-Wall,-Wextra>)
 install(TARGETS _cuda LIBRARY DESTINATION deltaic)
