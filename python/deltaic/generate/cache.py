@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..model.state import State
+from ..model.state import State, copy_array
 
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
@@ -378,14 +378,14 @@ class Reading:
         """Keep a checkpoint of `state`, which has read the prompt up to one of the split points; hidden [1, H]."""
         if self._stores:
             n = state.length
-            self._keep(Checkpoint(self._keys[:n], self._digest(n), state.fork(), hidden.copy(), self._generated))
+            self._keep(Checkpoint(self._keys[:n], self._digest(n), state.fork(), copy_array(hidden), self._generated))
 
     def end(self, state: State, hidden: npt.NDArray[np.float32]) -> None:
         """Keep a checkpoint of `state`, which has gone on with generated tokens."""
         if self._stores and state.intact and state.length > len(self._keys):
             more = np.array(state.token_ids[len(self._keys) :], np.int64)
             keys = np.concatenate([self._keys, more])
-            self._keep(Checkpoint(keys, PrefixDigest(keys)(len(keys)), state.fork(), hidden.copy(), True))
+            self._keep(Checkpoint(keys, PrefixDigest(keys)(len(keys)), state.fork(), copy_array(hidden), True))
 
     def _keep(self, checkpoint: Checkpoint) -> None:
         self._cache.add(checkpoint)

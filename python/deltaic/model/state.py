@@ -106,13 +106,13 @@ class State:
     def _own(self) -> None:
         """Copy what is shared and about to be written: the arrays, and blocks from that of the next token on."""
         if self._shared or not _writeable(self.delta):
-            conv, delta = _copy(self.conv), _copy(self.delta)
+            conv, delta = copy_array(self.conv), copy_array(self.delta)
             self.conv, self.delta, self._shared = conv, delta, False
         first = self.length // BLOCK_TOKENS
         if first < self._shared_blocks:
             blocks = self.kv.blocks
             for i in range(first, self._shared_blocks):
-                self.kv.replace(i, _copy(blocks[i]))
+                self.kv.replace(i, copy_array(blocks[i]))
             self._shared_blocks = first
 
     def fork(self) -> State:
@@ -198,7 +198,7 @@ def total_nbytes(states: Iterable[State]) -> int:
 # Arrays of an op set on a device are its own kind, which copies under another name and has no read-only flag.
 
 
-def _copy(array: Any) -> Any:
+def copy_array(array: Any) -> Any:
     return array.copy() if isinstance(array, np.ndarray) else array.clone()
 
 
