@@ -144,6 +144,7 @@ class State:
             for block in self.kv.blocks:
                 table.append(block)
             self.kv = table
+            self._zeros = getattr(ops, "zeros", np.zeros)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:

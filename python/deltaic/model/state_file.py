@@ -119,6 +119,8 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         if kv.shape != block or kv.dtype != KV_DTYPES[state.kv_dtype] or block[1:4:2] != (2, BLOCK_TOKENS):
             raise ValueError(f"kv.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {block}")
         state.kv.append(kv)
+    state._zeros = getattr(ops, "zeros", np.zeros)
+    state._shared = False
     state._shared_blocks = 0
     state.intact = True
     return state
