@@ -20,8 +20,6 @@ constexpr int kFlashRows = kTileTokens >= 12 ? 12 : kTileTokens >= 2 ? 6 : 2;
 constexpr int64_t kFlashKeys =
     128;  // keys in one step: packed keys and values of 256 dimensions fit the second-level cache
 
-DELTAIC_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
 struct FlashTile {
     int64_t rows, padded;  // query rows, and rounded up to kFlashRows
     int64_t D, dims;       // head width, and rounded up to 16
