@@ -80,7 +80,8 @@ def run_llama(model: str, threads: int, prompt: int, new: int, dtype: str | None
 
     import llama_cpp
 
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), ctypes.c_void_p(0))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # must outlive every call
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
     settings.n_gpu_layers = 0
