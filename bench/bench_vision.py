@@ -127,13 +127,14 @@ def main() -> None:
     summary["cosine"] = {name: cosine(y, ours) for name, y in found.items()}
     if args.json:
         args.json.write_text(json.dumps(summary, indent=1))
-    print(f"{args.size} x {args.size} pixels, {total / 1e9:.0f} Gop ({work['attention'] / total:.0%} attention), ", end="")
+    share = work["attention"] / total
+    print(f"{args.size} x {args.size} pixels, {total / 1e9:.0f} Gop ({share:.0%} attention), ", end="")
     print(f"{cpu.isa()}, {args.threads} threads; peaks (Gop/s): f32 {peaks['f32'] / 1e9:.0f}, ", end="")
     print(f"int8 {peaks['int8'] / 1e9:.0f}; bf16 pairs, where the CPU has them, twice f32")
-    print(f"{'tower':20s} {'first s':>8s} {'median s':>9s} {'Gop/s':>7s} {'x transformers':>15s} {'cosine to ours':>15s}")
+    print(f"{'tower':20s} {'first s':>8s} {'median s':>9s} {'Gop/s':>7s} {'x transformers':>15s} {'cosine':>9s}")
     for name, t in summary["median"].items():
         speed, near = summary["speed_against_transformers"][name], summary["cosine"][name]
-        print(f"{name:20s} {seconds[name][0]:8.3f} {t:9.3f} {total / t / 1e9:7.0f} {speed:15.2f} {near:15.5f}")
+        print(f"{name:20s} {seconds[name][0]:8.3f} {t:9.3f} {total / t / 1e9:7.0f} {speed:15.2f} {near:9.5f}")
 
 
 if __name__ == "__main__":
