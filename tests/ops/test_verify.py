@@ -66,7 +66,9 @@ def one_by_one(ops, layer, i, conv, states, counts):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-@pytest.mark.parametrize("heads, dims", [((2, 4), (16, 32)), ((1, 3), (5, 7)), ((2, 2), (33, 80)), ((1, 1), (128, 128))])
+@pytest.mark.parametrize(
+    ("heads", "dims"), [((2, 4), (16, 32)), ((1, 3), (5, 7)), ((2, 2), (33, 80)), ((1, 1), (128, 128))]
+)
 def test_verify_and_commit_equal_plain_decoding(ops, heads, dims, data, seed):
     rng = np.random.default_rng(seed)
     lengths = tuple(data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=3)))
