@@ -108,7 +108,8 @@ def test_states_in_lists_are_those_of_the_replay(rng):
     conv_before = [c.copy() for c in conv]
     assert np.array_equal(tape.replay([*new_conv, *new_delta], output), expected)
     for found, wanted in zip([*new_conv, *new_delta], [*expected_conv, *expected_delta], strict=True):
-        assert wanted[1].any() and np.array_equal(found, wanted)
+        assert wanted[1].any()
+        assert np.array_equal(found, wanted)
     for found, wanted in zip(conv, conv_before, strict=True):  # the recorded ones are left alone
         assert np.array_equal(found, wanted)
 

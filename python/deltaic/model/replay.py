@@ -1,5 +1,5 @@
-"""How are a few rows decoded without Python in the way? The layers are the same calls for every token: they are recorded
-once on a tape of the op set, and replayed on other rows and other states."""
+"""How are a few rows decoded without Python in the way? The layers are the same calls for every token: they are
+recorded once on a tape of the op set, and replayed on other rows and other states."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_TAPES = 16  # each holds the buffers of one layer or two
 
 
 class Replay:
-    """`TextModel.run_layers` for batches of few rows, one tape for each (rows, sequences). The caller holds the op set's
-    lock: a tape being made is not shared."""
+    """`TextModel.run_layers` for batches of few rows, one tape for each (rows, sequences). The caller holds the op
+    set's lock: a tape being made is not shared."""
 
     def __init__(self, text: TextModel, ops: Any):
         self._text, self._ops = text, ops
