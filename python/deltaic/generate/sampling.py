@@ -218,9 +218,8 @@ class Sampler:
 
     def next(self, logits: np.ndarray) -> tuple[int, TokenLogprobs | None]:
         """The next token for `logits` [vocab] (float32), and its log-probabilities where asked for. The token is
-        counted."""
+        counted; those of ids that are never chosen are overwritten in place."""
         if len(self._unused):
-            logits = logits.copy()
             logits[self._unused] = -np.inf
         token = self._choose(logits, self._limit, self._uniform(0))
         if self._uniforms:

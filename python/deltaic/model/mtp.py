@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .replay import MAX_ROWS, Replay
 from .state import State
 from .text import Array, Batch, Ints, TextModel
 from .weights import MtpWeights
@@ -31,6 +32,7 @@ class MtpModel:
         else, and the ids of a byte-level BPE vocabulary are ordered by frequency, so the rest is not worth reading."""
         self.text, self.weights = text, weights
         self.head = text.ops.first_rows(text.weights.head, vocabulary)
+        self._replay = Replay(text.ops) if hasattr(text.ops, "Tape") else None
         self._concatenate = getattr(text.ops, "concatenate", np.concatenate)
 
     def final_norm(self, hidden: Array) -> Array:
@@ -72,9 +74,16 @@ class MtpModel:
         y = self.text.attention(y, w.layer.mixer, w.layer.input_norm, 0, batch)  # type: ignore[arg-type]
         y = self.text.feed_forward(y, w.layer.ffn, w.layer.post_norm)
         if ahead is None:
-            for state, n in zip(states, counts.tolist(), strict=True):
+            for state, n in zip(states, batch.counts, strict=True):
                 state.mtp_length += n
-        return ops.rms_norm(y, w.norm, eps)
+        return m
+
+    def _layer(self, pairs: Array, batch: Batch) -> Array:
+        text, w = self.text, self.weights
+        y = text.ops.linear(pairs, w.fc)
+        y = text.attention(y, w.layer.mixer, w.layer.input_norm, 0, batch)  # type: ignore[arg-type]
+        y = text.feed_forward(y, w.layer.ffn, w.layer.post_norm)
+        return text.ops.rms_norm(y, w.norm, text.config.rms_norm_eps)
 
     def logits(self, m: Array) -> Array:
         """Draft logits of the first ids of the vocabulary, from rows m [n, H]."""
