@@ -67,12 +67,15 @@ class MtpModel:
             state.reserve_mtp(token, (ahead or 0) + int(counts[b]))
         starts = np.array([state.mtp_length + (ahead or 0) for state in states], np.int64)
         cos, sin = self.text.rope(positions)
-        batch = _MtpBatch(states, cu_seqlens, starts, cos, sin, prefill)
+        batch = _MtpBatch(states, cu_seqlens, counts.tolist(), starts, cos, sin, prefill)
         e = ops.rms_norm(x, w.embedding_norm, eps)
         r = ops.rms_norm(h, w.hidden_norm, eps)
-        y = ops.linear(self._concatenate([e, r], axis=1), w.fc)
-        y = self.text.attention(y, w.layer.mixer, w.layer.input_norm, 0, batch)  # type: ignore[arg-type]
-        y = self.text.feed_forward(y, w.layer.ffn, w.layer.post_norm)
+        pairs = self._concatenate([e, r], axis=1)
+        if self._replay is None or prefill or not len(states) <= len(x) <= MAX_ROWS:
+            m = self._layer(pairs, batch)
+        else:
+            inputs = [pairs, cos, sin, cu_seqlens, starts, *batch.tables]
+            m = self._replay((len(x), len(states)), inputs, lambda: self._layer(pairs, batch))
         if ahead is None:
             for state, n in zip(states, batch.counts, strict=True):
                 state.mtp_length += n
