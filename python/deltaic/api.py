@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +14,9 @@ import numpy as np
 
 from .arguments import choice, describe, integer
 from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError, StateError
+from .generate.answer import Job, TextRules
 from .generate.cache import PrefixCache, Reading, split_points
-from .generate.loop import Runner, Stream, TextRules, generate_ids, ops_lock
+from .generate.loop import Runner, Stream, generate_ids, ops_lock
 from .generate.sampling import (
     MAX_NEW_TOKENS,
     Sampler,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .chat.template import ChatTemplate
     from .chat.tokenizer import Tokenizer
     from .generate.cache import Checkpoint
-    from .generate.result import GenerationResult
+    from .generate.result import GenerationResult, TokenLogprobs
     from .generate.sampling import GenerationOptions
     from .generate.spill import SpillFolder
     from .model.config import ModelConfig
@@ -531,6 +532,32 @@ class Model:
         also: checkpoints of a session, to use beside those of the cache; new ones are then made even if it is off.
         on_end: see Stream.
         """
+        job = self._job(prompt, images, thinking, tools, options, also=also)
+
+        def tokens() -> Iterator[tuple[int, TokenLogprobs | None]]:
+            return generate_ids(
+                self._runner,
+                job.prompt,
+                job.reading,
+                job.sampler,
+                blank=self.new_state,
+                end_ids=job.end_ids,
+                max_new_tokens=job.max_new_tokens,
+            )
+
+        return Stream(tokens, job, on_end=on_end)
+
+    def _job(
+        self,
+        prompt: Any,
+        images: Sequence[Any] | None,
+        thinking: bool | None,
+        tools: Sequence[dict[str, Any]] | None,
+        options: GenerationOptions,
+        *,
+        also: Sequence[Checkpoint] | None = None,
+    ) -> Job:
+        """What is to be generated, with every argument checked."""
         began = perf_counter()
         check_option_names(options)
         stop = check_stop(options.get("stop"))
@@ -546,26 +573,14 @@ class Model:
         params = resolve_sampling(options, self._generation_config, recommended)
         max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
         limit, unused = self._sampled_ids
-        sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
-        rules = TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
-        end_ids = self.end_ids
-        reading = self._reading(made, also)
-        return Stream(
-            lambda: generate_ids(
-                self._runner,
-                made,
-                reading,
-                sampler,
-                blank=self.new_state,
-                end_ids=end_ids,
-                max_new_tokens=max_new_tokens,
-            ),
-            rules,
-            end_ids=end_ids,
-            reading=reading,
-            on_end=on_end,
-            prompt_tokens=len(made.token_ids),
-            prepare_seconds=perf_counter() - began,
+        return Job(
+            made,
+            self._reading(made, also),
+            Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs),
+            TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop)),
+            self.end_ids,
+            max_new_tokens,
+            perf_counter() - began,
         )
 
     def _reading(self, prompt: Prompt, also: Sequence[Checkpoint] | None) -> Reading:

@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,19 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PromptError, StateError
+from .answer import Answer
 from .cache import FeatureCache, image_places
-from .result import FinishReason, GenerationResult, StreamPiece, TokenLogprobs
-from .stop import ReasoningSplit, StopStrings
+from .prefill import PromptReader, begin_reading
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
-    from ..chat.tokenizer import DetokenizeStream
     from ..model.graph import DecodeGraph
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
+    from .answer import Job
     from .cache import Reading
+    from .result import GenerationResult, StreamPiece, TokenLogprobs
     from .sampling import Sampler
 
 # one lock per op set: its thread pool and thread count belong to the process, not to a model
@@ -114,52 +114,50 @@ class Runner:
         skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
         it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
         """
-        ids = prompt.token_ids
-        offset = state.length - skip
-        shift = 0 if skip else state.length + state.rope_delta - int(prompt.position_ids[0, 0])
-        positions = prompt.position_ids + shift
-        places = self.places(prompt, offset)
-        features: dict[int, np.ndarray] = {}
-        start = skip
+        reader = PromptReader(self, prompt, state, skip)
         for end in pauses:
-            for i, (first, count, _) in enumerate(places):
-                if i not in features and first - offset < end and first - offset + count > start:
-                    features[i] = self.see(prompt.images[i])
-            chunk = ids[start:end]
-            with self._lock:
-                self._set_threads()
-                x = self.text.embed(chunk)
-                for i, seen in features.items():
-                    first = places[i][0] - offset
-                    low, high = max(first, start), min(first + len(seen), end)
-                    x[low - start : high - start] = seen[low - first : high - first]
-                hidden = self._advance(state, x, positions[start:end], chunk.tolist(), prefill)
-                state.rope_delta = int(positions[:end].max()) + 1 - state.length
-                state.images += [place for place in places if start <= place[0] - offset < end]
-            features = {i: seen for i, seen in features.items() if places[i][0] - offset + len(seen) > end}
-            yield hidden
-            start = end
+            reader.look(end)
+            yield self.read([(reader, end)], prefill=prefill)[0]
+
+    def read(self, chunks: Sequence[tuple[PromptReader, int]], *, prefill: bool = True) -> list[np.ndarray]:
+        """Read on in several prompts at once, each up to its number of tokens; the pictures up to there have been
+        looked at. Hidden rows [t, H] (before the final norm) of each. prefill: see TextModel.forward."""
+        parts = [reader.chunk(end) for reader, end in chunks]
+        cuts = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
+        with self._lock:
+            self._set_threads()
+            x = self.text.embed(np.concatenate([part.ids for part in parts]))
+            for part, first in zip(parts, cuts.tolist(), strict=False):
+                for row, features in part.features:
+                    x[first + row : first + row + len(features)] = features
+            positions = np.concatenate([part.positions for part in parts])
+            hidden = self.text.forward(x, positions, [reader.state for reader, _ in chunks], cuts, prefill=prefill)
+            for reader, end in chunks:
+                reader.advance(end)
+        return [hidden[a:b] for a, b in zip(cuts.tolist(), cuts[1:].tolist(), strict=False)]
 
     def step(self, token: int, state: State) -> np.ndarray:
         """Feed one token; hidden row [1, H] (before the final norm)."""
+        return self.decode([token], [state])
+
+    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> np.ndarray:
+        """Feed one token to each of B states; hidden rows [B, H] (before the final norm)."""
         with self._lock:
             self._set_threads()
-            if self._graph is not None:
-                return self._graph.step(token, state)
-            x = self.text.embed(np.array([token], np.int64))
-            positions = np.full((1, 3), state.length + state.rope_delta, np.int64)
-            return self._advance(state, x, positions, [token], prefill=False)
+            if self._graph is not None and len(states) == 1:
+                return self._graph.step(tokens[0], states[0])
+            x = self.text.embed(np.array(tokens, np.int64))
+            positions = np.array([[state.length + state.rope_delta] * 3 for state in states], np.int64)
+            hidden = self.text.forward(x, positions, list(states), np.arange(len(states) + 1, dtype=np.int64))
+            for token, state in zip(tokens, states, strict=True):
+                state.token_ids.append(token)
+        return hidden
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [n, vocab] of hidden rows [n, H]."""
         with self._lock:
             self._set_threads()
             return self.text.logits(hidden)
-
-    def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int], prefill: bool) -> np.ndarray:
-        hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64), prefill=prefill)
-        state.token_ids.extend(ids)
-        return hidden
 
 
 def generate_ids(
@@ -178,14 +176,11 @@ def generate_ids(
 
     blank: makes the state for a prompt of which the cache holds nothing.
     """
-    runner.places(prompt)  # refuses a prompt made by hand before anything is computed
-    state, found = reading.begin(blank)
-    hidden = None if found is None else found.hidden
-    pauses = reading.pauses()
-    for rows, (_, keep) in zip(
-        runner.hidden(prompt, state, [p for p, _ in pauses], skip=reading.cached_tokens), pauses, strict=True
-    ):
-        hidden = rows[-1:]
+    reader, hidden = begin_reading(runner, prompt, reading, blank)
+    state = reader.state
+    for end, keep in reading.pauses():
+        reader.look(end)
+        hidden = runner.read([(reader, end)])[0][-1:]
         if keep:
             reading.mark(state, hidden)
     assert hidden is not None  # a prompt has at least one token
@@ -202,32 +197,6 @@ def generate_ids(
     reading.end(state, hidden)
 
 
-@dataclass(slots=True)
-class TextRules:
-    """How the ids of one generation become text: its detokeniser, where thinking ends, and the stop strings."""
-
-    detokenizer: DetokenizeStream
-    reasoning: ReasoningSplit
-    stop: StopStrings
-
-    def push(self, token: int) -> tuple[str, str]:
-        """(reasoning, answer) that became certain with `token`."""
-        return self._cut(self.reasoning.push(self.detokenizer.push(token)))
-
-    def flush(self) -> tuple[str, str]:
-        """(reasoning, answer) that was held back, when no more tokens will come."""
-        reasoning, answer = self._cut(self.reasoning.push(self.detokenizer.flush()))
-        if self.stop.found is None:
-            rest, _ = self.reasoning.flush()
-            reasoning += rest
-            answer += self.stop.flush()
-        return reasoning, answer
-
-    def _cut(self, parts: tuple[str, str]) -> tuple[str, str]:
-        reasoning, answer = parts
-        return reasoning, self.stop.push(answer)
-
-
 class Stream:
     """An iterator of `StreamPiece`, and the `result` so far. Closing it, leaving its `with` block, dropping it, or
     Ctrl-C while it computes ends the generation and frees its state; the model can be used again at once.
@@ -238,30 +207,16 @@ class Stream:
     def __init__(
         self,
         tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]],
-        rules: TextRules,
+        job: Job,
         *,
-        end_ids: Collection[int],
-        reading: Reading,
-        prompt_tokens: int,
-        prepare_seconds: float,
         on_end: Callable[[GenerationResult | None], None] | None = None,
     ) -> None:
-        """on_end: called once, when the generation ends: with the result, or None after an error or before a start."""
-        self._rules = rules
-        self.reading = reading
-        self._on_end = on_end
+        """tokens: computes the job. on_end: called once, when the generation ends: with the result, or None after an
+        error or before a start."""
+        self.reading = job.reading
         self.ended = False
-        self._end_ids = end_ids
-        self._prompt_tokens = prompt_tokens
-        self._prepare_seconds = prepare_seconds
-        self._starts_in_thinking = rules.reasoning.thinking
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._finish_reason: FinishReason = "cancelled"
-        self._first_token_seconds = 0.0
-        self._decode_seconds = 0.0
+        self._answer = Answer(job)
+        self._on_end = on_end
         self._closed = False
         self._pieces = self._run(tokens)
 
@@ -298,21 +253,7 @@ class Stream:
     @property
     def result(self) -> GenerationResult:
         """What has been generated up to now; `finish_reason` is "cancelled" until the end is reached."""
-        decoded = len(self._ids) - 1
-        return GenerationResult(
-            text="".join(self._text),
-            reasoning="".join(self._reasoning) if self._starts_in_thinking else None,
-            token_ids=list(self._ids),
-            finish_reason=self._finish_reason,
-            stop_string=self._rules.stop.found,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self.reading.cached_tokens,
-            cache_miss_reason=self.reading.miss_reason,
-            completion_tokens=len(self._ids),
-            time_to_first_token=self._first_token_seconds,
-            tokens_per_second=decoded / self._decode_seconds if decoded > 0 and self._decode_seconds > 0 else 0.0,
-            logprobs=list(self._logprobs) if self._logprobs else None,
-        )
+        return self._answer.result
 
     def _end(self, result: GenerationResult | None) -> None:
         if not self.ended:
@@ -337,47 +278,13 @@ class Stream:
         self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]
     ) -> Generator[StreamPiece, None, None]:
         mark = perf_counter()
-        finish: FinishReason = "length"
         for token, logprobs in tokens():
-            self._ids.append(token)
-            if logprobs is not None:
-                self._logprobs.append(logprobs)
-            ended = token in self._end_ids
-            reasoning, answer = ("", "") if ended else self._rules.push(token)
-            seconds = perf_counter() - mark
-            if len(self._ids) == 1:
-                self._first_token_seconds = self._prepare_seconds + seconds
-            else:
-                self._decode_seconds += seconds
-            if ended or self._rules.stop.found is not None:
-                finish = "stop"
-            yield from self._emit(reasoning, answer, token, logprobs)
+            pieces = self._answer.push(token, logprobs)
+            self._answer.took(perf_counter() - mark)
+            yield from pieces
             if self._closed:
                 return
-            if finish == "stop":
+            if self._answer.stopped:
                 break
             mark = perf_counter()
-        if self._rules.stop.found is None:
-            reasoning, answer = self._rules.flush()
-            if self._rules.stop.found is not None:
-                finish = "stop"
-            self._finish_reason = finish
-            if reasoning or answer:
-                yield from self._emit(reasoning, answer, None, None)
-        self._finish_reason = finish
-
-    def _emit(
-        self, reasoning: str, answer: str, token: int | None, logprobs: TokenLogprobs | None
-    ) -> Iterator[StreamPiece]:
-        """One piece with the token; a second one without it when the token closed the thinking and began the answer."""
-        if reasoning:
-            self._reasoning.append(reasoning)
-        if answer:
-            self._text.append(answer)
-        if reasoning or not answer:
-            # a token that made nothing certain counts for the part that is being written
-            thinking = bool(reasoning) or self._rules.reasoning.thinking
-            yield StreamPiece(reasoning, token, logprobs, thinking)
-            token = logprobs = None
-        if answer:
-            yield StreamPiece(answer, token, logprobs)
+        yield from self._answer.finish()

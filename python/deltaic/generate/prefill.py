@@ -1,0 +1,82 @@
+"""How does a prompt get into a state? In chunks, with its pictures encoded when they are reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from ..chat.prompt import Prompt
+    from ..model.state import State
+    from .cache import Reading
+    from .loop import Runner
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The next rows of a prompt: ids [t], positions [t, 3], and what replaces the embedding of placeholders: (first
+    row, features [n, H])."""
+
+    ids: Ints
+    positions: Ints
+    features: list[tuple[int, Any]]
+
+
+class PromptReader:
+    """A prompt on its way into `state`; `at` of its tokens are there."""
+
+    def __init__(self, runner: Runner, prompt: Prompt, state: State, skip: int = 0) -> None:
+        """skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on
+        where it stands (spec 9.2). Raises PromptError if the model cannot see the prompt's pictures, or if placeholders
+        and pictures do not match."""
+        self.prompt, self.state, self.at = prompt, state, skip
+        self._runner = runner
+        self._offset = state.length - skip
+        shift = 0 if skip else state.length + state.rope_delta - int(prompt.position_ids[0, 0])
+        self._positions = prompt.position_ids + shift
+        self._places = runner.places(prompt, self._offset)
+        self._features: dict[int, Any] = {}
+
+    def look(self, end: int) -> None:
+        """Encode the pictures that the next rows up to `end` show."""
+        for i, (first, count, _) in enumerate(self._places):
+            first -= self._offset
+            if i not in self._features and first < end and first + count > self.at:
+                self._features[i] = self._runner.see(self.prompt.images[i])
+
+    def chunk(self, end: int) -> Chunk:
+        """The rows up to `end`."""
+        features = []
+        for i, seen in self._features.items():
+            first = self._places[i][0] - self._offset
+            low, high = max(first, self.at), min(first + len(seen), end)
+            if low < high:
+                features.append((low - self.at, seen[low - first : high - first]))
+        return Chunk(self.prompt.token_ids[self.at : end], self._positions[self.at : end], features)
+
+    def advance(self, end: int) -> None:
+        """The rows up to `end` have been fed."""
+        state = self.state
+        state.token_ids.extend(self.prompt.token_ids[self.at : end].tolist())
+        state.rope_delta = int(self._positions[:end].max()) + 1 - state.length
+        state.images += [place for place in self._places if self.at <= place[0] - self._offset < end]
+        self._features = {
+            i: seen for i, seen in self._features.items() if self._places[i][0] - self._offset + len(seen) > end
+        }
+        self.at = end
+
+
+def begin_reading(
+    runner: Runner, prompt: Prompt, reading: Reading, blank: Callable[[], State]
+) -> tuple[PromptReader, Any]:
+    """Take from the cache what it holds of the prompt: the reader of the rest, and the hidden row [1, H] after what was
+    found (None: nothing was). blank: makes the state for a prompt of which the cache holds nothing."""
+    runner.places(prompt)  # refuses a prompt made by hand before anything else is done with it
+    state, found = reading.begin(blank)
+    return PromptReader(runner, prompt, state, reading.cached_tokens), None if found is None else found.hidden
