@@ -27,6 +27,7 @@ from .generate.sampling import (
     recommended_sampling,
     resolve_sampling,
 )
+from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
 from .machine import default_threads
 from .memory import check_context, checkpoint_bytes, default_cache_bytes
@@ -515,6 +516,50 @@ class Model:
     def generate(self, prompt: Any, *, images: Any = None, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Continue raw text (special tokens in it are honoured), token ids or a Prompt."""
         return self._start(prompt, images, None, None, options).finish()
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Any],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """Answer several prompts, computing up to max_sequences of them in common steps; the results, in order. Each
+        answer is the one that its prompt gets alone.
+
+        prompts  each raw text, messages, token ids or a Prompt, as in `prepare`
+        each     for every prompt the options of its own, which come before the common ones
+        options  thinking, tools, images, and those of `generate`, for all prompts
+
+        Raises what `generate` raises, naming the prompt, before anything is computed; an error while one prompt is
+        computed, after all others are finished. `stream_batch` also gives the results of those that did not fail.
+        """
+        return self.stream_batch(prompts, each=each, max_sequences=max_sequences, **options).finish()
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Any],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        **options: Any,
+    ) -> BatchStream:
+        """As `generate_batch`, piece by piece: an iterator of (index of the prompt, StreamPiece) with `results`."""
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
+            raise PromptError(f"prompts: expected a list of prompts, found {describe(prompts)}")
+        own = [{}] * len(prompts) if each is None else each
+        if isinstance(own, (str, bytes, Mapping)) or not isinstance(own, Sequence) or len(own) != len(prompts):
+            raise ArgumentError(f"each: expected a list of {len(prompts)} dicts, one per prompt, found {describe(own)}")
+        for i, mapping in enumerate(own):
+            if not isinstance(mapping, Mapping):
+                raise ArgumentError(f"each[{i}]: expected a dict of options, found {describe(mapping)}")
+        return BatchStream(self.scheduler(max_sequences=max_sequences), prompts, own, options)
+
+    def scheduler(self, **limits: Any) -> Scheduler:
+        """A scheduler of this model's generations, for a server or any program that has several at a time. limits:
+        max_sequences, max_bytes, prefill_tokens, see `deltaic.generate.scheduler.Scheduler`."""
+        return Scheduler(self._runner, self.new_state, self._job, **limits)
 
     def _start(
         self,

@@ -43,12 +43,19 @@ class PromptReader:
         self._places = runner.places(prompt, self._offset)
         self._features: dict[int, Any] = {}
 
+    def unseen(self, end: int) -> list[int]:
+        """Which pictures the next rows up to `end` show that have not been encoded."""
+        spans = ((i, first - self._offset, count) for i, (first, count, _) in enumerate(self._places))
+        return [i for i, first, n in spans if i not in self._features and first < end and first + n > self.at]
+
+    def see(self, picture: int) -> None:
+        """Encode a picture, or find it among those that were."""
+        self._features[picture] = self._runner.see(self.prompt.images[picture])
+
     def look(self, end: int) -> None:
         """Encode the pictures that the next rows up to `end` show."""
-        for i, (first, count, _) in enumerate(self._places):
-            first -= self._offset
-            if i not in self._features and first < end and first + count > self.at:
-                self._features[i] = self._runner.see(self.prompt.images[i])
+        for picture in self.unseen(end):
+            self.see(picture)
 
     def chunk(self, end: int) -> Chunk:
         """The rows up to `end`."""

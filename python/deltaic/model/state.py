@@ -170,6 +170,11 @@ class State:
         block = int(np.prod(self._block)) * np.dtype(KV_DTYPES[self.kv_dtype]).itemsize
         return self.conv.nbytes + self.delta.nbytes + -(-tokens // BLOCK_TOKENS) * block
 
+    def tokens_within(self, nbytes: int) -> int:
+        """Tokens that a state like this one can hold in `nbytes` bytes; negative if not even an empty one fits."""
+        block = self.bytes_for(1) - self.bytes_for(0)
+        return (nbytes - self.bytes_for(0)) // block * BLOCK_TOKENS
+
     @property
     def context(self) -> int:
         """Tokens that it may hold at most."""
