@@ -106,7 +106,10 @@ def test_greedy_tokens_equal_transformers(tiny_model, reference, pictures):
             do_sample=False,
             eos_token_id=sorted(tiny_model.end_ids),
             pad_token_id=0,
-            suppress_tokens=list(range(tiny_model.tokenizer.vocab_size, vocabulary)),
+            suppress_tokens=[
+                *range(tiny_model.tokenizer.vocab_size, vocabulary),
+                *(tiny_model.config.image_token_id, tiny_model.config.video_token_id),
+            ],
         )[0, len(prompt) :].tolist()
     found = tiny_model.generate(prompt, max_new_tokens=60, **GREEDY)
     assert found.token_ids == expected
@@ -217,6 +220,20 @@ def test_ids_without_a_token_are_never_generated(tiny_model):
     for seed in range(3):
         ids = tiny_model.generate(PROMPT, max_new_tokens=200, temperature=3.0, seed=seed, top_k=0).token_ids
         assert max(ids) < tiny_model.tokenizer.vocab_size
+
+
+def test_placeholders_of_pictures_are_never_generated(tiny_model, monkeypatch):
+    """Whatever the logits say: a placeholder that the model wrote would have no picture in the next turn."""
+    config, rig = tiny_model.config, tiny_model._runner.logits
+
+    def eager(hidden):
+        logits = rig(hidden)
+        logits[:, [config.image_token_id, config.video_token_id]] = 1e9
+        return logits
+
+    monkeypatch.setattr(tiny_model._runner, "logits", eager)
+    ids = tiny_model.generate("the", max_new_tokens=20, temperature=0.0).token_ids
+    assert not {config.image_token_id, config.video_token_id} & set(ids)
 
 
 def test_length_ends_a_generation(tiny_model):

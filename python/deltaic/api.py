@@ -666,9 +666,13 @@ class Model:
 
     @cached_property
     def _sampled_ids(self) -> tuple[int, list[int]]:
-        """(limit, unused): ids below `limit` that are not in `unused` have a token in the tokeniser and in the head."""
+        """(limit, unused): ids below `limit` that are not in `unused` have a token in the tokeniser and in the head.
+        Placeholders of pictures and videos are unused too: a generated one would stand for a medium that is not there.
+        """
         tokenizer, vocabulary = self.tokenizer, self.config.text.vocab_size
-        return min(tokenizer.vocab_size, vocabulary), [i for i in tokenizer.unused_ids if i < vocabulary]
+        placeholders = self.config.image_token_id, self.config.video_token_id
+        unused = {*tokenizer.unused_ids, *(i for i in placeholders if i is not None)}
+        return min(tokenizer.vocab_size, vocabulary), sorted(i for i in unused if i < vocabulary)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

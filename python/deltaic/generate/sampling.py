@@ -214,10 +214,9 @@ class Sampler:
 
     def next(self, logits: np.ndarray) -> tuple[int, TokenLogprobs | None]:
         """The next token for `logits` [vocab] (float32), and its log-probabilities where asked for. The token is
-        counted."""
+        counted; those of ids that are never chosen are overwritten in place."""
         p, seen = self.params, len(self._slots)
         if len(self._unused):
-            logits = logits.copy()
             logits[self._unused] = -np.inf
         token = int(
             self._ops.sample(
