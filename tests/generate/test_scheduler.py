@@ -12,6 +12,7 @@ import pytest
 from deltaic.errors import ArgumentError, ImageError, PromptError, StateError
 from deltaic.generate import cache as cache_module
 from deltaic.generate.scheduler import Load, Scheduler
+from deltaic.generate.speculate import Costs, share_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,8 +37,8 @@ def folder(request):
 
 @pytest.fixture
 def model(tiny_folder, device):
-    """One whose answers end where max_new_tokens says."""
-    model = deltaic.load(tiny_folder, device=device, dtype="f32", cache_bytes=64 << 20)
+    """One whose answers end where max_new_tokens says, and whose steps give one token each."""
+    model = deltaic.load(tiny_folder, device=device, dtype="f32", cache_bytes=64 << 20, speculate="off")
     model.__dict__["end_ids"] = frozenset()
     return model
 
@@ -83,7 +84,7 @@ def alone(model, prompt, **options):
     stream = Stream(
         lambda: generate_ids(
             model._runner, job.prompt, job.reading, sampler, blank=model.new_state, end_ids=job.end_ids,
-            max_new_tokens=job.max_new_tokens,
+            max_new_tokens=job.max_new_tokens, speculator=job.speculator,
         ),
         job,
     )  # fmt: skip
@@ -108,22 +109,26 @@ PROMPTS = st.tuples(
     asked=st.lists(PROMPTS, min_size=2, max_size=6),
     limits=st.fixed_dictionaries({"max_sequences": st.integers(1, 5), "prefill_tokens": st.sampled_from([1, 16, 50])}),
     cached=st.booleans(),
+    speculate=st.sampled_from([("off", None), ("lookup", 2), ("lookup", 4), ("auto", None)]),
     leave=st.integers(0, 9),
 )
-def test_each_gets_the_bits_that_it_gets_alone(folder, ops, device, monkeypatch, dtype, asked, limits, cached, leave):
-    """Whoever joins at which step, with which chunks, from the cache or not, and whoever leaves early."""
+def test_each_gets_the_bits_that_it_gets_alone(
+    folder, ops, device, monkeypatch, dtype, asked, limits, cached, speculate, leave
+):
+    """Whoever joins at which step, with which chunks and drafts, from the cache or not, and whoever leaves early."""
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "PREFILL_TOKENS", 32)
         patch.setattr(cache_module, "CHECKPOINT_TOKENS", 64)
         model, cold = models(folder, device, dtype)
         model.cache.clear()
         model.cache.budget = 64 << 20 if cached else 0
+        mode, model._runner.fixed_depth = speculate
         scheduler, samplers = recording(model, **limits)
         requests, prompts = [], []
         for system, text, images, new, wait, options in asked:
             prompt = [*([SYSTEM] if system else []), user(text, *map(picture, images))]
             prompts.append((prompt, {"max_new_tokens": new, **options}))
-            requests.append(scheduler.submit(prompt, max_new_tokens=new, **options))
+            requests.append(scheduler.submit(prompt, max_new_tokens=new, speculate=mode, **options))
             for _ in range(wait):
                 scheduler.step()
         if leave < len(requests):
@@ -132,13 +137,53 @@ def test_each_gets_the_bits_that_it_gets_alone(folder, ops, device, monkeypatch,
             pass
         assert scheduler.load == Load(0, 0, 0, 0)
         for i, (request, sampler, (prompt, options)) in enumerate(zip(requests, samplers, prompts, strict=True)):
-            result, logits = alone(cold, prompt, **options)
+            result, logits = alone(cold, prompt, speculate="off", **options)
             if i == leave:
                 assert request.result.token_ids == result.token_ids[: len(request.result.token_ids)]
             else:
                 assert facts(request.finish()) == facts(result)
             if ops.SPLIT_INVARIANT and sampler.logits:
                 assert np.array_equal(np.stack(sampler.logits), logits[: len(sampler.logits)])
+
+
+@pytest.mark.parametrize("depth", [None, 1, 3])
+@pytest.mark.parametrize("mode", ["mtp", "auto"])
+def test_drafts_change_no_token(miniature, mode, depth):
+    """The miniature's MTP layer is trained: drafts are right and wrong, of several sequences in one step."""
+    prompts = [[user(f"What is {word}?")] for word in ("red", "a circle", "left of the star", "red red red", "3")]
+    each = [GREEDY, {"temperature": 0.8, "seed": 1}, GREEDY, {"temperature": 0.8, "seed": 2}, GREEDY]
+    options = {"each": each, "max_new_tokens": 40, "thinking": False}
+    expected = [miniature.stream(p, max_new_tokens=40, thinking=False, speculate="off", **own).finish()
+                for p, own in zip(prompts, each, strict=True)]  # fmt: skip
+    miniature.cache.clear()
+    miniature._runner.fixed_depth = depth
+    found = miniature.generate_batch(prompts, speculate=mode, **options)
+    assert [facts(result) for result in found] == [facts(result) for result in expected]
+    assert sum(result.accepted for result in found) > 0 or depth is None
+    again = miniature.generate_batch(prompts, speculate=mode, **options)  # from checkpoints, with entries of the layer
+    assert [facts(result) for result in again] == [facts(result) for result in expected]
+
+
+@pytest.fixture
+def miniature(device):
+    from deltaic.cli import MINIATURE
+
+    model = deltaic.load(MINIATURE, device=device, cache_bytes=64 << 20)
+    return model
+
+
+def test_rows_are_shared_by_what_they_promise():
+    costs = Costs()
+    assert share_rows([[1.9, 2.7]], [False], 1, costs) == [0]  # nothing is known
+    for rows, seconds in ((1, 1.0), (2, 1.1), (3, 1.2), (4, 2.0), (5, 3.0)):
+        costs.record_step(rows, seconds)
+    costs.record_draft(1, 0.0)
+    costs.record_draft(2, 0.0)
+    assert share_rows([[1.9, 2.7], [1.1, 1.2]], [False, False], 2, costs) == [2, 0]
+    assert share_rows([[1.05], [1.05]], [False, False], 2, costs) == [0, 0]
+    assert share_rows([[1.05], []], [True, True], 2, costs) == [1, 0]
+    assert share_rows([[1.9], [1.8], [1.7]], [False] * 3, 3, costs) == [1, 1, 0]
+    assert sum(share_rows([[1.9, 2.7]] * 20, [True] * 20, 20, costs)) == 12  # 32 rows at most
 
 
 MODELS = {}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..chat.tokenizer import DetokenizeStream
     from .cache import Reading
     from .sampling import Sampler
+    from .speculate import Speculator
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Job:
     rules: TextRules
     end_ids: Collection[int]
     max_new_tokens: int
+    speculator: Speculator | None  # makes drafts
     prepare_seconds: float
 
 
@@ -128,7 +130,7 @@ class Answer:
     @property
     def result(self) -> GenerationResult:
         """What has been generated up to now; `finish_reason` is "cancelled" until `finish`."""
-        decoded, reading = len(self.token_ids) - 1, self._job.reading
+        decoded, reading, speculator = len(self.token_ids) - 1, self._job.reading, self._job.speculator
         return GenerationResult(
             text="".join(self._text),
             reasoning="".join(self._reasoning) if self._starts_in_thinking else None,
@@ -142,4 +144,6 @@ class Answer:
             time_to_first_token=self._first_token_seconds,
             tokens_per_second=decoded / self._decode_seconds if decoded > 0 and self._decode_seconds > 0 else 0.0,
             logprobs=list(self._logprobs) if self._logprobs else None,
+            drafted=speculator.drafted if speculator else 0,
+            accepted=speculator.accepted if speculator else 0,
         )

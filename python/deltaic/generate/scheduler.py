@@ -13,20 +13,19 @@ from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..arguments import integer
 from ..errors import ArgumentError, DeltaicError, StateError
 from ..memory import default_sequence_bytes
-from ..model.state import copy_array
 from . import cache as cache_module
 from .answer import Answer, Job
 from .prefill import PromptReader, begin_reading
 from .result import GenerationResult, StreamPiece
+from .speculate import Costs, draft_together
 
 if TYPE_CHECKING:
     from ..model.state import State
-    from .loop import Runner
+    from .loop import Runner, Verification
+    from .speculate import Speculator
 
 MAX_SEQUENCES = 8
 PREFILL_TOKENS = 128
@@ -55,7 +54,9 @@ class _Sequence:
         self.ended = self.cancelled = False
         self.reader: PromptReader | None = None
         self.pauses: deque[tuple[int, bool]] = deque()  # of the reading that are ahead
-        self.hidden: Any = None  # [1, H] after the last token fed
+        self.hidden: Any = None  # [1 + drafts, H]: rows of the last step, of the token that was fed and of the drafts
+        self.drafts: list[int] = []
+        self.row = 0  # how many of these were right; `hidden[row]` is that of the last token the state has
         self.token: int | None = None  # chosen, not fed yet
         self._notify = notify
         self._mark = perf_counter()
@@ -75,35 +76,62 @@ class _Sequence:
         return len(self.job.prompt) - (0 if self.reader is None else self.reader.at)
 
     def begin(self, runner: Runner, blank: Callable[[], State]) -> None:
-        self.reader, self.hidden = begin_reading(runner, self.job.prompt, self.job.reading, blank)
+        speculator = self.job.speculator
+        mtp = speculator is not None and speculator.uses_mtp
+        self.reader = begin_reading(runner, self.job.prompt, self.job.reading, blank, mtp=mtp)
         self.pauses = deque(self.job.reading.pauses())
 
-    def has_read(self, end: int, hidden: Any) -> None:
-        """The prompt has been read up to `end`, which gave the hidden rows [t, H]."""
-        if end != self.pauses[0][0]:
-            return
-        _, keep = self.pauses.popleft()
-        self.hidden = copy_array(hidden[-1:])  # not the whole chunk
-        if keep:
-            self.job.reading.mark(self.state, self.hidden)
+    def has_read(self, end: int) -> None:
+        """The prompt has been read up to `end`."""
+        assert self.reader is not None
+        if end == self.pauses[0][0]:
+            _, keep = self.pauses.popleft()
+            if keep:
+                self.job.reading.mark(self.state, self.reader.last)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may come after the one that has been chosen."""
+        return min(self.job.max_new_tokens - len(self.answer.token_ids), self.state.context - self.state.length)
+
+    def step(self, hidden: Any, drafts: list[int]) -> None:
+        """The token that had been chosen was fed, and `drafts` after it."""
+        self.hidden, self.drafts, self.row, self.token = hidden, drafts, 0, None
 
     def choose(self, logits: Any) -> None:
-        """Choose the next token and pass on what it says."""
-        self.token, logprobs = self.job.sampler.next(logits)
-        pieces = self.answer.push(self.token, logprobs)
-        now = perf_counter()
-        self.answer.took(now - self._mark)
-        self._mark = now
-        if self.answer.complete:
-            pieces += self.answer.finish()
-        for piece in pieces:
-            self.pieces.put(piece)
+        """Choose the tokens after the last one that was fed, as far as drafts turn out right, and pass on what they
+        say. logits [1 + drafts, vocab]."""
+        for row in range(len(self.drafts) + 1):
+            self.token, logprobs = self.job.sampler.next(logits[row])
+            self.row = row
+            pieces = self.answer.push(self.token, logprobs)
+            now = perf_counter()
+            self.answer.took(now - self._mark)
+            self._mark = now
+            if self.answer.complete:
+                pieces += self.answer.finish()
+            for piece in pieces:
+                self.pieces.put(piece)
+            if self.answer.complete or row == len(self.drafts) or self.drafts[row] != self.token:
+                break
         self.tell()
+
+    def observe(self) -> Speculator | None:
+        """Show the speculator, if there is one, what the last step has brought."""
+        speculator = self.job.speculator
+        if speculator is not None and self.token is not None:
+            speculator.observe(self.hidden[: self.row + 1], [*self.drafts[: self.row], self.token])
+        return speculator
 
     def end(self, error: BaseException | None) -> None:
         """Leave a checkpoint, and let go of the state."""
-        if self.reader is not None and self.hidden is not None and error is None:
-            self.job.reading.end(self.state, self.hidden)
+        if self.reader is not None and self.hidden is not None and error is None and self.state.intact:
+            speculator = self.job.speculator
+            if speculator is not None:
+                speculator.observe(self.hidden[: self.row], self.drafts[: self.row])
+                with contextlib.suppress(StateError):  # no memory for the MTP layer: its entries are then missing
+                    speculator.close(self.state)
+            self.job.reading.end(self.state, self.hidden[self.row : self.row + 1])
         self.reader = self.hidden = None
         self.error, self.ended = error, True
         self.pieces.put(None)
@@ -234,6 +262,8 @@ class Scheduler:
         self._running: list[_Sequence] = []  # in the order in which they started
         self._cancelled: deque[_Sequence] = deque()
         self._reserved = 0
+        self._costs: dict[int, Costs] = {}
+        self._seconds = 0.0  # that the forward pass of this step took
         self._oldest_first = True
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -340,9 +370,8 @@ class Scheduler:
         try:
             self._reap()
             self._admit()
-            ready = self._decode()
-            ready += self._read()
-            self._choose([sequence for sequence in ready if not sequence.ended])
+            decoded, verification = self._decode()
+            self._choose(decoded, self._read(), verification)
             self._reap()
         except BaseException as error:  # not one request's: what was computed and what was noted may not agree
             for sequence in list(self._running):
@@ -376,20 +405,50 @@ class Scheduler:
             for sequence in sequences:
                 self._end(sequence, error)
 
-    def _decode(self) -> list[_Sequence]:
-        """Feed the tokens that were chosen; the sequences that have new hidden rows."""
+    def _decode(self) -> tuple[list[_Sequence], Verification | None]:
+        """Feed the tokens that were chosen, and drafts of what may follow. The sequences that have new hidden rows, and
+        what is to be committed when it is known which drafts are right."""
+        chosen = [sequence for sequence in self._running if sequence.token is not None]
+        drafts = self._draft(chosen)
+        began = perf_counter()
         fed = []
-        for sequence in [sequence for sequence in self._running if sequence.token is not None]:
+        for sequence in chosen:
             with self._blaming([sequence]):
-                sequence.state.reserve(sequence.state.length + 1)
+                sequence.state.reserve(sequence.state.length + 1 + len(drafts.get(sequence, [])))
                 fed.append(sequence)
-        if fed:
-            with self._blaming(fed):
-                tokens = [sequence.token for sequence in fed if sequence.token is not None]
-                hidden = self._runner.decode(tokens, [sequence.state for sequence in fed])
-                for i, sequence in enumerate(fed):
-                    sequence.hidden, sequence.token = hidden[i : i + 1], None
-        return fed
+        if not fed:
+            return [], None
+        verification = None
+        with self._blaming(fed):
+            tokens = [[sequence.token or 0, *drafts.get(sequence, [])] for sequence in fed]
+            states = [sequence.state for sequence in fed]
+            if any(len(ids) > 1 for ids in tokens):
+                verification = self._runner.verify(states, tokens)
+                hidden = verification.hidden
+            else:
+                hidden = self._runner.decode([ids[0] for ids in tokens], states)
+            row = 0
+            for sequence, ids in zip(fed, tokens, strict=True):
+                sequence.step(hidden[row : row + len(ids)], ids[1:])
+                row += len(ids)
+        self._seconds = perf_counter() - began
+        return fed, verification
+
+    def _draft(self, chosen: list[_Sequence]) -> dict[_Sequence, list[int]]:
+        """Drafts for the sequences that have a speculator."""
+        drafting = [sequence for sequence in chosen if sequence.observe() is not None]
+        if not drafting:
+            return {}
+        wanted = [(s.job.speculator, s.state, s.room - 1) for s in drafting if s.job.speculator is not None]
+        try:
+            drafts = draft_together(self._runner, wanted, len(chosen), self._costs_of(len(chosen)))
+        except StateError:  # no memory for the MTP layer: plain steps need none
+            return {}
+        return dict(zip(drafting, drafts, strict=True))
+
+    def _costs_of(self, sequences: int) -> Costs:
+        """What steps of so many sequences cost, by 1 + the drafts of all."""
+        return self._costs.setdefault(sequences, self._runner.costs if sequences == 1 else Costs())
 
     def _read(self) -> list[_Sequence]:
         """Read one chunk of prompts; the sequences whose prompt is complete."""
@@ -428,10 +487,14 @@ class Scheduler:
                 break
         if chunks:
             with self._blaming([sequence for sequence, _ in chunks]):
-                hidden = self._runner.read([(s.reader, end) for s, end in chunks if s.reader is not None])
-                for (sequence, end), rows in zip(chunks, hidden, strict=True):
-                    sequence.has_read(end, rows)
-        return [sequence for sequence in waiting if sequence.reader is not None and not sequence.pauses]
+                self._runner.read([(s.reader, end) for s, end in chunks if s.reader is not None])
+                for sequence, end in chunks:
+                    sequence.has_read(end)
+        complete = [sequence for sequence in waiting if sequence.reader is not None and not sequence.pauses]
+        for sequence in complete:
+            assert sequence.reader is not None
+            sequence.hidden = sequence.reader.last
+        return complete
 
     def _begin(self, sequence: _Sequence) -> bool:
         """Let it take what the cache holds of its prompt. False if another one is about to leave more there."""
@@ -445,19 +508,32 @@ class Scheduler:
         sequence.begin(self._runner, self._blank)
         return True
 
-    def _choose(self, ready: list[_Sequence]) -> None:
-        """The next token of each of the sequences, all from one product with the head."""
+    def _choose(self, decoded: list[_Sequence], read: list[_Sequence], verification: Verification | None) -> None:
+        """The next tokens of all sequences that have new hidden rows, from one product with the head."""
+        ready = [sequence for sequence in (*decoded, *read) if not sequence.ended]
         if not ready:
             return
-        join = getattr(self._runner.ops, "concatenate", np.concatenate)
-        logits = self._runner.logits(join([sequence.hidden for sequence in ready]))
-        for i, sequence in enumerate(ready):
-            if sequence.cancelled:
-                continue
-            with self._blaming([sequence]):
-                sequence.choose(logits[i])
-                if sequence.answer.complete:
-                    self._end(sequence)
+        began = perf_counter()
+        logits = self._runner.logits(self._runner.joined(sequence.hidden for sequence in ready))
+        seconds = perf_counter() - began
+        row = 0
+        for sequence in ready:
+            if not sequence.cancelled:
+                with self._blaming([sequence]):
+                    sequence.choose(logits[row : row + len(sequence.hidden)])
+            row += len(sequence.drafts) + 1
+        if verification is not None:
+            began = perf_counter()
+            self._runner.commit(verification, [sequence.row + 1 for sequence in decoded])
+            seconds += perf_counter() - began
+        if decoded and not read:
+            drafts = sum(len(sequence.drafts) for sequence in decoded)
+            self._costs_of(len(decoded)).record_step(1 + drafts, self._seconds + seconds)
+        for sequence in ready:
+            if sequence.job.speculator is not None and not sequence.cancelled and sequence in decoded:
+                sequence.job.speculator.record(len(sequence.drafts), sequence.row)
+            if not sequence.ended and sequence.answer.complete:
+                self._end(sequence)
 
     # ------------------------------------------------------------------------------- a thread of its own
 
