@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import PromptError, StateError
 from .cache import FeatureCache, image_places
 from .result import FinishReason, GenerationResult, StreamPiece, TokenLogprobs
+from .speculate import Costs
 from .stop import ReasoningSplit, StopStrings
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..chat.tokenizer import DetokenizeStream
     from ..model.graph import DecodeGraph
+    from ..model.mtp import MtpModel
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
     from .cache import Reading
     from .sampling import Sampler
+    from .speculate import Speculator
 
 # one lock per op set: its thread pool and thread count belong to the process, not to a model
 _OPS_LOCKS: dict[str, Any] = {}
@@ -37,6 +40,36 @@ _OPS_LOCKS: dict[str, Any] = {}
 def ops_lock(ops: Any) -> Any:
     """The lock of an op set (re-entrant: a signal handler may use a model between two of its operators)."""
     return _OPS_LOCKS.setdefault(ops.__name__, threading.RLock())
+
+
+@dataclass(slots=True)
+class Verification:
+    """Drafted rows of B sequences that the model has seen and their states have not, until `Runner.commit`.
+
+    tokens  per sequence the token that comes next and the drafts after it
+    hidden  [T, H] (before the final norm): of sequence b rows cu_seqlens[b] .. cu_seqlens[b + 1], one per token
+    """
+
+    states: list[State]
+    tokens: list[list[int]]
+    cu_seqlens: np.ndarray
+    hidden: np.ndarray
+    trace: np.ndarray
+
+
+@dataclass(slots=True)
+class Drafting:
+    """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
+    first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
+    up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
+    draft."""
+
+    state: State
+    first: int
+    hidden: np.ndarray
+    tokens: list[int]
+    depth: int
+    choose: Callable[[np.ndarray, int], int]
 
 
 class Runner:
@@ -55,9 +88,11 @@ class Runner:
         threads: int,
         image_token_id: int | None,
         feature_bytes: int = 0,
+        mtp: MtpModel | None = None,
     ) -> None:
-        """feature_bytes: how much memory the features of pictures seen before may take."""
+        """feature_bytes: how much memory the features of pictures seen before may take. mtp: makes drafts."""
         self.text = text
+        self.mtp = mtp
         self.vision = vision
         self.ops = ops
         self.features = FeatureCache(feature_bytes)
@@ -68,6 +103,11 @@ class Runner:
             from ..model.graph import DecodeGraph
 
             self._graph = DecodeGraph(text, ops)
+        self._concatenate = getattr(ops, "concatenate", np.concatenate)
+        self._zeros = getattr(ops, "zeros", np.zeros)
+        self._traces: list[np.ndarray] = []  # buffers that no verification uses
+        self.costs = Costs()
+        self.fixed_depth: int | None = None  # see Speculator.depth
         self._lock = ops_lock(ops)
 
     def _set_threads(self) -> None:
@@ -106,13 +146,22 @@ class Runner:
         return features
 
     def hidden(
-        self, prompt: Prompt, state: State, pauses: Sequence[int], *, skip: int = 0, prefill: bool = True
+        self,
+        prompt: Prompt,
+        state: State,
+        pauses: Sequence[int],
+        *,
+        skip: int = 0,
+        prefill: bool = True,
+        mtp: bool = False,
+        before: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Feed the prompt to `state` and yield the hidden rows [t, H] (before the final norm) up to each of `pauses`:
         rising numbers of tokens of the prompt, the last one its length.
 
         skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
         it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
+        mtp: make the entries of the MTP layer too; before: the hidden row [1, H] of the token before, where known.
         """
         ids = prompt.token_ids
         offset = state.length - skip
@@ -134,6 +183,9 @@ class Runner:
                     low, high = max(first, start), min(first + len(seen), end)
                     x[low - start : high - start] = seen[low - first : high - first]
                 hidden = self._advance(state, x, positions[start:end], chunk.tolist(), prefill)
+                if mtp:
+                    self._read_mtp(state, x, positions, start, end, before, hidden)
+                    before = hidden[-1:]
                 state.rope_delta = int(positions[:end].max()) + 1 - state.length
                 state.images += [place for place in places if start <= place[0] - offset < end]
             features = {i: seen for i, seen in features.items() if places[i][0] - offset + len(seen) > end}
@@ -156,6 +208,111 @@ class Runner:
             self._set_threads()
             return self.text.logits(hidden)
 
+    # ------------------------------------------------------------------------------- drafts
+
+    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]]) -> Verification:
+        """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
+        it. tokens: per sequence 1 to 64 ids. `commit` the result, or drop it."""
+        lengths = [len(ids) for ids in tokens]
+        cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        places = [s.length + s.rope_delta + np.arange(n) for s, n in zip(states, lengths, strict=True)]
+        positions = np.repeat(np.concatenate(places)[:, None], 3, axis=1)
+        with self._lock:
+            self._set_threads()
+            x = self.text.embed(np.concatenate([np.array(ids, np.int64) for ids in tokens]))
+            trace = self._take_trace(len(positions))
+            hidden = self.text.verify(x, positions, list(states), cu_seqlens, trace)
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace)
+
+    def commit(self, verification: Verification, counts: Sequence[int]) -> None:
+        """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
+        verification, and only while the states are where they were when it was made."""
+        v = verification
+        with self._lock:
+            self._set_threads()
+            self.text.commit(v.states, v.cu_seqlens, np.array(counts, np.int64), v.trace)
+            self._traces.append(v.trace if v.trace.base is None else v.trace.base)
+        for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
+            state.token_ids.extend(ids[:n])
+
+    def _take_trace(self, rows: int) -> np.ndarray:
+        """A trace of `rows` rows on a buffer that was used before, if one is large enough."""
+        c = self.text.config
+        size = c.num_delta_layers * rows * c.delta_trace_width
+        buffer = self._traces.pop() if self._traces else None
+        if buffer is None or buffer.shape[0] < size:
+            buffer = self._zeros((size,), np.float32)
+        return buffer[:size].reshape(c.num_delta_layers, rows, c.delta_trace_width)
+
+    def draft(self, wanted: Sequence[Drafting]) -> list[list[int]]:
+        """Drafts of the MTP layer for several sequences at once, each as many as it wants."""
+        assert self.mtp is not None
+        with self._lock:
+            self._set_threads()
+            lengths = [len(w.tokens) for w in wanted]
+            cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+            places = np.concatenate(
+                [w.first + w.state.rope_delta + np.arange(n) for w, n in zip(wanted, lengths, strict=True)]
+            )
+            m = self.mtp.forward(
+                self.mtp.final_norm(wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted)),
+                self.text.embed(np.array([t for w in wanted for t in w.tokens], np.int64)),
+                np.repeat(places[:, None], 3, axis=1),
+                [w.state for w in wanted],
+                cu_seqlens,
+                first=np.array([w.first for w in wanted], np.int64),
+            )
+            drafts: list[list[int]] = [[] for _ in wanted]
+            rows = cu_seqlens[1:] - 1
+            active = list(range(len(wanted)))
+            for depth in range(max((w.depth for w in wanted), default=0)):
+                kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
+                active, m = [active[i] for i in kept], m[rows[kept]]
+                if depth:
+                    last = [wanted[b] for b in active]
+                    places = np.array([w.first + len(w.tokens) + w.state.rope_delta + depth - 1 for w in last])
+                    m = self.mtp.forward(
+                        m,
+                        self.text.embed(np.array([drafts[b][-1] for b in active], np.int64)),
+                        np.repeat(places[:, None], 3, axis=1),
+                        [w.state for w in last],
+                        np.arange(len(last) + 1),
+                        ahead=depth - 1,
+                    )
+                for b, logits in zip(active, self.mtp.logits(m), strict=True):
+                    drafts[b].append(wanted[b].choose(logits, depth))
+                rows = np.arange(len(active))
+            return drafts
+
+    def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:
+        """Rows [n, H] one after another, where the op set has its arrays."""
+        return self._concatenate(list(rows), axis=0)
+
+    def _read_mtp(
+        self,
+        state: State,
+        x: np.ndarray,
+        positions: np.ndarray,
+        start: int,
+        end: int,
+        before: np.ndarray | None,
+        hidden: np.ndarray,
+    ) -> None:
+        """The MTP layer's entries for tokens start - 1 .. end - 2 of a prompt whose rows start .. end - 1 were x and
+        became `hidden`; without `before`, the hidden row of token start - 1, one less."""
+        assert self.mtp is not None
+        if before is None:
+            start, x, rows = start + 1, x[1:], hidden[:-1]
+        else:
+            rows = self.joined([before, hidden[:-1]])
+        if not len(rows):
+            return
+        first = state.length - len(x) - 1
+        places = np.concatenate([positions[:1] - 1, positions])[start:end]  # before the prompt there was some text
+        self.mtp.forward(
+            self.mtp.final_norm(rows), x, places, [state], np.array([0, len(x)]), first=np.array([first]), prefill=True
+        )
+
     def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int], prefill: bool) -> np.ndarray:
         hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64), prefill=prefill)
         state.token_ids.extend(ids)
@@ -171,35 +328,107 @@ def generate_ids(
     blank: Callable[[], State],
     end_ids: Collection[int],
     max_new_tokens: int,
+    speculator: Speculator | None = None,
 ) -> Iterator[tuple[int, TokenLogprobs | None]]:
     """Read what the cache does not hold of the prompt, then yield tokens up to and including an end token, at most
     `max_new_tokens`. The model runs only when the next token is asked for; the last token yielded has not been fed to
     the state. Leaves checkpoints at the pauses of the reading and where the generation ends or is closed.
 
-    blank: makes the state for a prompt of which the cache holds nothing.
+    blank: makes the state for a prompt of which the cache holds nothing. speculator: makes drafts, None for none.
     """
     runner.places(prompt)  # refuses a prompt made by hand before anything is computed
     state, found = reading.begin(blank)
     hidden = None if found is None else found.hidden
     pauses = reading.pauses()
-    for rows, (_, keep) in zip(
-        runner.hidden(prompt, state, [p for p, _ in pauses], skip=reading.cached_tokens), pauses, strict=True
-    ):
+    chunks = runner.hidden(
+        prompt,
+        state,
+        [p for p, _ in pauses],
+        skip=reading.cached_tokens,
+        mtp=speculator is not None and speculator.uses_mtp,
+        before=hidden,
+    )
+    for rows, (_, keep) in zip(chunks, pauses, strict=True):
         hidden = rows[-1:]
         if keep:
             reading.mark(state, hidden)
     assert hidden is not None  # a prompt has at least one token
+    steps = _Steps(runner, state, hidden, speculator)
     try:
         for produced in range(1, max_new_tokens + 1):
-            token, logprobs = sampler.next(runner.logits(hidden)[0])
+            token, logprobs = sampler.next(steps.logits())
             yield token, logprobs
             if token in end_ids or produced == max_new_tokens:
                 break
-            hidden = runner.step(token, state)
+            steps.go_on(token, max_new_tokens - produced)
     except GeneratorExit:
-        reading.end(state, hidden)
+        reading.end(state, steps.close())
         raise
-    reading.end(state, hidden)
+    reading.end(state, steps.close())
+
+
+class _Steps:
+    """The steps of one sequence: each is a forward pass over a token and the drafts after it, and serves as many tokens
+    as drafts turn out right, and one more. Its rows reach the state when their tokens have been asked for."""
+
+    def __init__(self, runner: Runner, state: State, hidden: np.ndarray, speculator: Speculator | None) -> None:
+        """hidden [1, H]: the row that the first token is sampled from; the state has it already."""
+        self._runner, self._state, self._speculator = runner, state, speculator
+        self._hidden = hidden
+        self._drafts: list[int] = []
+        self._row = 0
+        self._verification: Verification | None = None
+        self._logits: np.ndarray | None = None
+        self._seconds: float | None = None  # of this step
+
+    def logits(self) -> np.ndarray:
+        """Logits [vocab] for the next token."""
+        if self._logits is None:
+            began = perf_counter()
+            self._logits = self._runner.logits(self._hidden)
+            if self._seconds is not None:
+                self._seconds += perf_counter() - began
+        return self._logits[self._row]
+
+    def go_on(self, token: int, room: int) -> None:
+        """`token` was chosen, and at most `room` more are wanted: the next row, or the next step."""
+        if self._row < len(self._drafts) and self._drafts[self._row] == token:
+            self._row += 1
+            return
+        rows, drafts = self._settle(), self._drafts
+        self._drafts = []
+        if self._speculator is not None:
+            if self._seconds is not None:
+                self._speculator.learn(len(drafts), self._row, self._seconds)
+            self._speculator.observe(rows, [*drafts[: self._row], token])
+            space = self._state.context - self._state.length
+            self._drafts = self._speculator.draft(self._state, min(room, space) - 1)
+        began = perf_counter()
+        if self._drafts:
+            self._verification = self._runner.verify([self._state], [[token, *self._drafts]])
+            self._hidden = self._verification.hidden
+        else:
+            self._hidden = self._runner.step(token, self._state)
+        self._seconds, self._logits, self._row = perf_counter() - began, None, 0
+
+    def _settle(self) -> np.ndarray:
+        """Let the state have the rows whose tokens were asked for, and return these rows."""
+        if self._verification is not None:
+            began = perf_counter()
+            self._runner.commit(self._verification, [self._row + 1])
+            self._verification = None
+            assert self._seconds is not None
+            self._seconds += perf_counter() - began
+        return self._hidden[: self._row + 1]
+
+    def close(self) -> np.ndarray:
+        """Leave the state as it is when the last token that was sampled has not been fed; its hidden row [1, H]."""
+        rows = self._settle()
+        if self._speculator is not None:
+            self._speculator.count(len(self._drafts), self._row)
+            self._speculator.observe(rows[:-1], self._drafts[: self._row])
+            self._speculator.close(self._state)
+        return rows[-1:]
 
 
 @dataclass(slots=True)
@@ -245,11 +474,13 @@ class Stream:
         prompt_tokens: int,
         prepare_seconds: float,
         on_end: Callable[[GenerationResult | None], None] | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """on_end: called once, when the generation ends: with the result, or None after an error or before a start."""
         self._rules = rules
         self.reading = reading
         self._on_end = on_end
+        self._speculator = speculator
         self.ended = False
         self._end_ids = end_ids
         self._prompt_tokens = prompt_tokens
@@ -312,6 +543,8 @@ class Stream:
             time_to_first_token=self._first_token_seconds,
             tokens_per_second=decoded / self._decode_seconds if decoded > 0 and self._decode_seconds > 0 else 0.0,
             logprobs=list(self._logprobs) if self._logprobs else None,
+            drafted=self._speculator.drafted if self._speculator else 0,
+            accepted=self._speculator.accepted if self._speculator else 0,
         )
 
     def _end(self, result: GenerationResult | None) -> None:

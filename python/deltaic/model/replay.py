@@ -16,12 +16,12 @@ MAX_TAPES = 16  # each holds the buffers of one layer or two
 
 
 class Replay:
-    """`TextModel.run_layers` for batches of few rows, one tape for each (rows, sequences). The caller holds the op
-    set's lock: a tape being made is not shared."""
+    """`TextModel.run_layers` for batches of few rows, one tape for each (rows, sequences, verified or not). The caller
+    holds the op set's lock: a tape being made is not shared."""
 
     def __init__(self, text: TextModel, ops: Any):
         self._text, self._ops = text, ops
-        self._tapes: OrderedDict[tuple[int, int], tuple[Any, Array]] = OrderedDict()
+        self._tapes: OrderedDict[tuple[int, int, bool], tuple[Any, Array]] = OrderedDict()
 
     @staticmethod
     def serves(batch: Batch, rows: int) -> bool:
@@ -30,9 +30,11 @@ class Replay:
 
     def __call__(self, x: Array, batch: Batch) -> Array:
         """x [T, H] through all layers, as `run_layers`; the states change."""
-        states, key = batch.states, (x.shape[0], len(batch.states))
+        key = x.shape[0], len(batch.states), batch.trace is not None
         inputs = [x, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
-        for state in states:
+        if batch.trace is not None:
+            inputs.append(batch.trace)
+        for state in batch.states:
             inputs += (state.conv, state.delta, state.kv)
         found = self._tapes.get(key)
         if found is None:
@@ -42,7 +44,7 @@ class Replay:
         y: Array = tape.replay(inputs, output)
         return y
 
-    def _record(self, key: tuple[int, int], inputs: list[Any], x: Array, batch: Batch) -> Array:
+    def _record(self, key: tuple[int, int, bool], inputs: list[Any], x: Array, batch: Batch) -> Array:
         tape = self._ops.Tape(inputs)
         with tape:
             output = self._text.run_layers(x, batch)
