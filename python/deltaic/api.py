@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -14,8 +14,9 @@ import numpy as np
 
 from .arguments import choice, describe, integer
 from .errors import ArgumentError, CheckpointError, ContextLengthError, DeviceError, PromptError, StateError
+from .generate.answer import Job, TextRules
 from .generate.cache import PrefixCache, Reading, split_points
-from .generate.loop import Runner, Stream, TextRules, generate_ids, ops_lock
+from .generate.loop import Runner, Stream, generate_ids, ops_lock
 from .generate.sampling import (
     MAX_NEW_TOKENS,
     Sampler,
@@ -26,6 +27,7 @@ from .generate.sampling import (
     recommended_sampling,
     resolve_sampling,
 )
+from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
 from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
 from .machine import default_threads
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from .chat.template import ChatTemplate
     from .chat.tokenizer import Tokenizer
     from .generate.cache import Checkpoint
-    from .generate.result import GenerationResult
+    from .generate.result import GenerationResult, TokenLogprobs
     from .generate.sampling import GenerationOptions
     from .generate.spill import SpillFolder
     from .model.config import ModelConfig
@@ -563,6 +565,50 @@ class Model:
         """Continue raw text (special tokens in it are honoured), token ids or a Prompt."""
         return self._start(prompt, images, None, None, options).finish()
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Any],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """Answer several prompts, computing up to max_sequences of them in common steps; the results, in order. Each
+        answer is the one that its prompt gets alone.
+
+        prompts  each raw text, messages, token ids or a Prompt, as in `prepare`
+        each     for every prompt the options of its own, which come before the common ones
+        options  thinking, tools, images, and those of `generate`, for all prompts
+
+        Raises what `generate` raises, naming the prompt, before anything is computed; an error while one prompt is
+        computed, after all others are finished. `stream_batch` also gives the results of those that did not fail.
+        """
+        return self.stream_batch(prompts, each=each, max_sequences=max_sequences, **options).finish()
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Any],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        **options: Any,
+    ) -> BatchStream:
+        """As `generate_batch`, piece by piece: an iterator of (index of the prompt, StreamPiece) with `results`."""
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
+            raise PromptError(f"prompts: expected a list of prompts, found {describe(prompts)}")
+        own = [{}] * len(prompts) if each is None else each
+        if isinstance(own, (str, bytes, Mapping)) or not isinstance(own, Sequence) or len(own) != len(prompts):
+            raise ArgumentError(f"each: expected a list of {len(prompts)} dicts, one per prompt, found {describe(own)}")
+        for i, mapping in enumerate(own):
+            if not isinstance(mapping, Mapping):
+                raise ArgumentError(f"each[{i}]: expected a dict of options, found {describe(mapping)}")
+        return BatchStream(self.scheduler(max_sequences=max_sequences), prompts, own, options)
+
+    def scheduler(self, **limits: Any) -> Scheduler:
+        """A scheduler of this model's generations, for a server or any program that has several at a time. limits:
+        max_sequences, max_bytes, prefill_tokens, see `deltaic.generate.scheduler.Scheduler`."""
+        return Scheduler(self._runner, self.new_state, self._job, **limits)
+
     def _start(
         self,
         prompt: Any,
@@ -579,6 +625,33 @@ class Model:
         also: checkpoints of a session, to use beside those of the cache; new ones are then made even if it is off.
         on_end: see Stream.
         """
+        job = self._job(prompt, images, thinking, tools, options, also=also)
+
+        def tokens() -> Iterator[tuple[int, TokenLogprobs | None]]:
+            return generate_ids(
+                self._runner,
+                job.prompt,
+                job.reading,
+                job.sampler,
+                blank=self.new_state,
+                end_ids=job.end_ids,
+                max_new_tokens=job.max_new_tokens,
+                speculator=job.speculator,
+            )
+
+        return Stream(tokens, job, on_end=on_end)
+
+    def _job(
+        self,
+        prompt: Any,
+        images: Sequence[Any] | None,
+        thinking: bool | None,
+        tools: Sequence[dict[str, Any]] | None,
+        options: GenerationOptions,
+        *,
+        also: Sequence[Checkpoint] | None = None,
+    ) -> Job:
+        """What is to be generated, with every argument checked."""
         began = perf_counter()
         check_option_names(options)
         stop = check_stop(options.get("stop"))
@@ -596,28 +669,15 @@ class Model:
         max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
         limit, unused = self._sampled_ids
         sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
-        rules = TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
-        end_ids = self.end_ids
-        reading = self._reading(made, also)
-        speculator = None if mode == "off" else Speculator(self._runner, sampler, made.token_ids.tolist(), mode)
-        return Stream(
-            lambda: generate_ids(
-                self._runner,
-                made,
-                reading,
-                sampler,
-                blank=self.new_state,
-                end_ids=end_ids,
-                max_new_tokens=max_new_tokens,
-                speculator=speculator,
-            ),
-            rules,
-            end_ids=end_ids,
-            reading=reading,
-            on_end=on_end,
-            prompt_tokens=len(made.token_ids),
-            prepare_seconds=perf_counter() - began,
-            speculator=speculator,
+        return Job(
+            made,
+            self._reading(made, also),
+            sampler,
+            TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop)),
+            self.end_ids,
+            max_new_tokens,
+            None if mode == "off" else Speculator(self._runner, sampler, made.token_ids.tolist(), mode),
+            perf_counter() - began,
         )
 
     def _speculation(self, mode: str | None) -> str:

@@ -15,21 +15,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PromptError, StateError
+from .answer import Answer
 from .cache import FeatureCache, image_places
-from .result import FinishReason, GenerationResult, StreamPiece, TokenLogprobs
+from .prefill import PromptReader, begin_reading
 from .speculate import Costs
-from .stop import ReasoningSplit, StopStrings
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
-    from ..chat.tokenizer import DetokenizeStream
     from ..model.graph import DecodeGraph
     from ..model.mtp import MtpModel
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
+    from .answer import Job
     from .cache import Reading
+    from .result import GenerationResult, StreamPiece, TokenLogprobs
     from .sampling import Sampler
     from .speculate import Speculator
 
@@ -163,44 +164,48 @@ class Runner:
         it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
         mtp: make the entries of the MTP layer too; before: the hidden row [1, H] of the token before, where known.
         """
-        ids = prompt.token_ids
-        offset = state.length - skip
-        shift = 0 if skip else state.length + state.rope_delta - int(prompt.position_ids[0, 0])
-        positions = prompt.position_ids + shift
-        places = self.places(prompt, offset)
-        features: dict[int, np.ndarray] = {}
-        start = skip
+        reader = PromptReader(self, prompt, state, skip, mtp=mtp, last=before)
         for end in pauses:
-            for i, (first, count, _) in enumerate(places):
-                if i not in features and first - offset < end and first - offset + count > start:
-                    features[i] = self.see(prompt.images[i])
-            chunk = ids[start:end]
-            with self._lock:
-                self._set_threads()
-                x = self.text.embed(chunk)
-                for i, seen in features.items():
-                    first = places[i][0] - offset
-                    low, high = max(first, start), min(first + len(seen), end)
-                    x[low - start : high - start] = seen[low - first : high - first]
-                hidden = self._advance(state, x, positions[start:end], chunk.tolist(), prefill)
-                if mtp:
-                    self._read_mtp(state, x, positions, start, end, before, hidden)
-                    before = hidden[-1:]
-                state.rope_delta = int(positions[:end].max()) + 1 - state.length
-                state.images += [place for place in places if start <= place[0] - offset < end]
-            features = {i: seen for i, seen in features.items() if places[i][0] - offset + len(seen) > end}
-            yield hidden
-            start = end
+            reader.look(end)
+            yield self.read([(reader, end)], prefill=prefill)[0]
+
+    def read(self, chunks: Sequence[tuple[PromptReader, int]], *, prefill: bool = True) -> list[np.ndarray]:
+        """Read on in several prompts at once, each up to its number of tokens; the pictures up to there have been
+        looked at. Hidden rows [t, H] (before the final norm) of each. prefill: see TextModel.forward."""
+        parts = [reader.chunk(end) for reader, end in chunks]
+        cuts = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
+        with self._lock:
+            self._set_threads()
+            x = self.text.embed(np.concatenate([part.ids for part in parts]))
+            for part, first in zip(parts, cuts.tolist(), strict=False):
+                for row, features in part.features:
+                    x[first + row : first + row + len(features)] = features
+            positions = np.concatenate([part.positions for part in parts])
+            hidden = self.text.forward(x, positions, [reader.state for reader, _ in chunks], cuts, prefill=prefill)
+            rows = []
+            for (reader, end), a, b in zip(chunks, cuts.tolist(), cuts[1:].tolist(), strict=False):
+                rows.append(hidden[a:b])
+                if reader.mtp:
+                    self._read_mtp(reader, end, x[a:b], rows[-1])
+                reader.advance(end, rows[-1])
+        return rows
 
     def step(self, token: int, state: State) -> np.ndarray:
         """Feed one token; hidden row [1, H] (before the final norm)."""
+        return self.decode([token], [state])
+
+    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> np.ndarray:
+        """Feed one token to each of B states; hidden rows [B, H] (before the final norm)."""
         with self._lock:
             self._set_threads()
-            if self._graph is not None:
-                return self._graph.step(token, state)
-            x = self.text.embed(np.array([token], np.int64))
-            positions = np.full((1, 3), state.length + state.rope_delta, np.int64)
-            return self._advance(state, x, positions, [token], prefill=False)
+            if self._graph is not None and len(states) == 1:
+                return self._graph.step(tokens[0], states[0])
+            x = self.text.embed(np.array(tokens, np.int64))
+            positions = np.array([[state.length + state.rope_delta] * 3 for state in states], np.int64)
+            hidden = self.text.forward(x, positions, list(states), np.arange(len(states) + 1, dtype=np.int64))
+            for token, state in zip(tokens, states, strict=True):
+                state.token_ids.append(token)
+        return hidden
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [n, vocab] of hidden rows [n, H]."""
@@ -288,35 +293,29 @@ class Runner:
         """Rows [n, H] one after another, where the op set has its arrays."""
         return self._concatenate(list(rows), axis=0)
 
-    def _read_mtp(
-        self,
-        state: State,
-        x: np.ndarray,
-        positions: np.ndarray,
-        start: int,
-        end: int,
-        before: np.ndarray | None,
-        hidden: np.ndarray,
-    ) -> None:
-        """The MTP layer's entries for tokens start - 1 .. end - 2 of a prompt whose rows start .. end - 1 were x and
-        became `hidden`; without `before`, the hidden row of token start - 1, one less."""
+    def _read_mtp(self, reader: PromptReader, end: int, x: np.ndarray, hidden: np.ndarray) -> None:
+        """The MTP layer's entries for tokens at - 1 .. end - 2 of a prompt that has been read up to `at`, whose rows
+        at .. end - 1 were x and became `hidden`; where the hidden row before these is not known, one less."""
         assert self.mtp is not None
-        if before is None:
+        start = reader.at
+        if reader.last is None:
             start, x, rows = start + 1, x[1:], hidden[:-1]
         else:
-            rows = self.joined([before, hidden[:-1]])
+            rows = self.joined([reader.last, hidden[:-1]])
         if not len(rows):
             return
-        first = state.length - len(x) - 1
+        first = reader.state.length - len(x) - 1
+        positions = reader.positions
         places = np.concatenate([positions[:1] - 1, positions])[start:end]  # before the prompt there was some text
         self.mtp.forward(
-            self.mtp.final_norm(rows), x, places, [state], np.array([0, len(x)]), first=np.array([first]), prefill=True
+            self.mtp.final_norm(rows),
+            x,
+            places,
+            [reader.state],
+            np.array([0, len(x)]),
+            first=np.array([first]),
+            prefill=True,
         )
-
-    def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int], prefill: bool) -> np.ndarray:
-        hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64), prefill=prefill)
-        state.token_ids.extend(ids)
-        return hidden
 
 
 def generate_ids(
@@ -336,22 +335,14 @@ def generate_ids(
 
     blank: makes the state for a prompt of which the cache holds nothing. speculator: makes drafts, None for none.
     """
-    runner.places(prompt)  # refuses a prompt made by hand before anything is computed
-    state, found = reading.begin(blank)
-    hidden = None if found is None else found.hidden
-    pauses = reading.pauses()
-    chunks = runner.hidden(
-        prompt,
-        state,
-        [p for p, _ in pauses],
-        skip=reading.cached_tokens,
-        mtp=speculator is not None and speculator.uses_mtp,
-        before=hidden,
-    )
-    for rows, (_, keep) in zip(chunks, pauses, strict=True):
-        hidden = rows[-1:]
+    reader = begin_reading(runner, prompt, reading, blank, mtp=speculator is not None and speculator.uses_mtp)
+    state = reader.state
+    for end, keep in reading.pauses():
+        reader.look(end)
+        runner.read([(reader, end)])
         if keep:
-            reading.mark(state, hidden)
+            reading.mark(state, reader.last)
+    hidden = reader.last
     assert hidden is not None  # a prompt has at least one token
     steps = _Steps(runner, state, hidden, speculator)
     try:
@@ -431,32 +422,6 @@ class _Steps:
         return rows[-1:]
 
 
-@dataclass(slots=True)
-class TextRules:
-    """How the ids of one generation become text: its detokeniser, where thinking ends, and the stop strings."""
-
-    detokenizer: DetokenizeStream
-    reasoning: ReasoningSplit
-    stop: StopStrings
-
-    def push(self, token: int) -> tuple[str, str]:
-        """(reasoning, answer) that became certain with `token`."""
-        return self._cut(self.reasoning.push(self.detokenizer.push(token)))
-
-    def flush(self) -> tuple[str, str]:
-        """(reasoning, answer) that was held back, when no more tokens will come."""
-        reasoning, answer = self._cut(self.reasoning.push(self.detokenizer.flush()))
-        if self.stop.found is None:
-            rest, _ = self.reasoning.flush()
-            reasoning += rest
-            answer += self.stop.flush()
-        return reasoning, answer
-
-    def _cut(self, parts: tuple[str, str]) -> tuple[str, str]:
-        reasoning, answer = parts
-        return reasoning, self.stop.push(answer)
-
-
 class Stream:
     """An iterator of `StreamPiece`, and the `result` so far. Closing it, leaving its `with` block, dropping it, or
     Ctrl-C while it computes ends the generation and frees its state; the model can be used again at once.
@@ -467,32 +432,17 @@ class Stream:
     def __init__(
         self,
         tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]],
-        rules: TextRules,
+        job: Job,
         *,
-        end_ids: Collection[int],
-        reading: Reading,
-        prompt_tokens: int,
-        prepare_seconds: float,
         on_end: Callable[[GenerationResult | None], None] | None = None,
         speculator: Speculator | None = None,
     ) -> None:
-        """on_end: called once, when the generation ends: with the result, or None after an error or before a start."""
-        self._rules = rules
-        self.reading = reading
-        self._on_end = on_end
-        self._speculator = speculator
+        """tokens: computes the job. on_end: called once, when the generation ends: with the result, or None after an
+        error or before a start."""
+        self.reading = job.reading
         self.ended = False
-        self._end_ids = end_ids
-        self._prompt_tokens = prompt_tokens
-        self._prepare_seconds = prepare_seconds
-        self._starts_in_thinking = rules.reasoning.thinking
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._finish_reason: FinishReason = "cancelled"
-        self._first_token_seconds = 0.0
-        self._decode_seconds = 0.0
+        self._answer = Answer(job)
+        self._on_end = on_end
         self._closed = False
         self._pieces = self._run(tokens)
 
@@ -529,23 +479,7 @@ class Stream:
     @property
     def result(self) -> GenerationResult:
         """What has been generated up to now; `finish_reason` is "cancelled" until the end is reached."""
-        decoded = len(self._ids) - 1
-        return GenerationResult(
-            text="".join(self._text),
-            reasoning="".join(self._reasoning) if self._starts_in_thinking else None,
-            token_ids=list(self._ids),
-            finish_reason=self._finish_reason,
-            stop_string=self._rules.stop.found,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self.reading.cached_tokens,
-            cache_miss_reason=self.reading.miss_reason,
-            completion_tokens=len(self._ids),
-            time_to_first_token=self._first_token_seconds,
-            tokens_per_second=decoded / self._decode_seconds if decoded > 0 and self._decode_seconds > 0 else 0.0,
-            logprobs=list(self._logprobs) if self._logprobs else None,
-            drafted=self._speculator.drafted if self._speculator else 0,
-            accepted=self._speculator.accepted if self._speculator else 0,
-        )
+        return self._answer.result
 
     def _end(self, result: GenerationResult | None) -> None:
         if not self.ended:
@@ -570,47 +504,13 @@ class Stream:
         self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]
     ) -> Generator[StreamPiece, None, None]:
         mark = perf_counter()
-        finish: FinishReason = "length"
         for token, logprobs in tokens():
-            self._ids.append(token)
-            if logprobs is not None:
-                self._logprobs.append(logprobs)
-            ended = token in self._end_ids
-            reasoning, answer = ("", "") if ended else self._rules.push(token)
-            seconds = perf_counter() - mark
-            if len(self._ids) == 1:
-                self._first_token_seconds = self._prepare_seconds + seconds
-            else:
-                self._decode_seconds += seconds
-            if ended or self._rules.stop.found is not None:
-                finish = "stop"
-            yield from self._emit(reasoning, answer, token, logprobs)
+            pieces = self._answer.push(token, logprobs)
+            self._answer.took(perf_counter() - mark)
+            yield from pieces
             if self._closed:
                 return
-            if finish == "stop":
+            if self._answer.stopped:
                 break
             mark = perf_counter()
-        if self._rules.stop.found is None:
-            reasoning, answer = self._rules.flush()
-            if self._rules.stop.found is not None:
-                finish = "stop"
-            self._finish_reason = finish
-            if reasoning or answer:
-                yield from self._emit(reasoning, answer, None, None)
-        self._finish_reason = finish
-
-    def _emit(
-        self, reasoning: str, answer: str, token: int | None, logprobs: TokenLogprobs | None
-    ) -> Iterator[StreamPiece]:
-        """One piece with the token; a second one without it when the token closed the thinking and began the answer."""
-        if reasoning:
-            self._reasoning.append(reasoning)
-        if answer:
-            self._text.append(answer)
-        if reasoning or not answer:
-            # a token that made nothing certain counts for the part that is being written
-            thinking = bool(reasoning) or self._rules.reasoning.thinking
-            yield StreamPiece(reasoning, token, logprobs, thinking)
-            token = logprobs = None
-        if answer:
-            yield StreamPiece(answer, token, logprobs)
+        yield from self._answer.finish()

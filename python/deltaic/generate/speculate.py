@@ -8,14 +8,14 @@ and whenever; a draft d is accepted with its probability p(d), as rejection samp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..model.state import State
-    from .loop import Runner
+    from .loop import Drafting, Runner
     from .sampling import Sampler
 
 MODES = ("auto", "mtp", "lookup", "off")
@@ -148,6 +148,7 @@ class Speculator:
 
     drafted, accepted  counts of drafts so far
     depth              a fixed number of drafts per step instead of the measured choice (for tests and benchmarks)
+    may_rest           whether there may be steps without drafts though there are some
     """
 
     def __init__(self, runner: Runner, sampler: Sampler, prompt_ids: Iterable[int], mode: str) -> None:
@@ -156,10 +157,12 @@ class Speculator:
         self._sampler = sampler
         self._mtp = runner.mtp is not None and mode in ("auto", "mtp")
         self._lookup = Lookup(prompt_ids) if mode in ("auto", "lookup") else None
-        self._may_rest = mode == "auto"
+        self.may_rest = mode == "auto"
         self._costs = runner.costs
         self._sources = [Acceptance(MTP_DEPTH), *(Acceptance(LOOKUP_DEPTH) for _ in MATCHES)]
         self._chosen: int | None = None  # index into _sources
+        self._offered = 0
+        self._match: tuple[int, int] | None = None
         self._pending: list[Any] = []  # hidden rows that the MTP layer has not seen
         self._tokens: list[int] = []  # the token after each of them
         self.depth: int | None = runner.fixed_depth
@@ -199,6 +202,10 @@ class Speculator:
     def learn(self, drafted: int, accepted: int, seconds: float) -> None:
         """What became of the drafts, and how long the step took with logits and commit."""
         self._costs.record_step(drafted + 1, seconds)
+        self.record(drafted, accepted)
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """What became of the drafts."""
         for i, source in enumerate(self._sources):
             mine = i == self._chosen
             source.record(drafted if mine else 0, accepted if mine else 0)
@@ -216,16 +223,49 @@ class Speculator:
 
     def _run_mtp(self, state: State, end: int, depth: int) -> list[int]:
         """Make the entries that wait, the last for token end - 1, and `depth` drafts."""
+        began = perf_counter()
+        drafts = self._runner.draft([self._drafting(state, end, depth)])[0]
+        if depth:
+            self._costs.record_draft(depth, perf_counter() - began)
+        return drafts
+
+    def _drafting(self, state: State, end: int, depth: int) -> Drafting:
+        """The same for `Runner.draft`; nothing waits any more."""
         from .loop import Drafting
 
         rows = self._pending[0] if len(self._pending) == 1 else self._runner.joined(self._pending)
         wanted = Drafting(state, end - len(self._tokens), rows, self._tokens, depth, self._sampler.draft)
-        began = perf_counter()
-        drafts = self._runner.draft([wanted])[0]
-        if depth:
-            self._costs.record_draft(depth, perf_counter() - began)
         self._pending, self._tokens = [], []
-        return drafts
+        return wanted
+
+    # ------------------------------------------------------------------------------- several sequences in one step
+
+    def offers(self, room: int) -> list[float]:
+        """Tokens that a step is expected to give with 1, 2, ... of the drafts that promise most, at most `room`; []
+        without any. `prepare` then takes as many of these as are wanted."""
+        self._match = self._lookup.find() if self._lookup is not None else None
+        sources = ([0] if self._mtp else []) + ([] if self._match is None else [1 + self._match[0]])
+        if room < 1 or not sources:
+            return []
+        if self.depth is not None:
+            sources = sources[-1:]
+        self._offered = max(sources, key=lambda source: (self._sources[source].expected()[0], source))
+        return self._sources[self._offered].expected()[:room]
+
+    def prepare(self, state: State, depth: int) -> list[int] | Drafting:
+        """`depth` drafts of what was offered last, or what the MTP layer needs to make them."""
+        self._chosen = self._offered if depth else None
+        if depth and self._offered:
+            assert self._lookup is not None
+            assert self._match is not None
+            drafts = self._lookup.drafts(self._match[1], depth)
+            if len(self._tokens) < PENDING_ROWS:
+                return drafts
+            self._run_mtp(state, state.length, 0)
+            return drafts
+        if depth or len(self._tokens) >= PENDING_ROWS:
+            return self._drafting(state, state.length, depth)
+        return []
 
     def _choose(self, match: tuple[int, int] | None, room: int) -> tuple[int, int]:
         """(index of a source, number of drafts): the pair that promises the most tokens per second."""
@@ -240,10 +280,68 @@ class Speculator:
         options = [0] if self._mtp else []
         if match is not None:
             options.append(1 + match[0])
-        best, chosen = 1.0 / self._costs.step(1) if self._may_rest else 0.0, (0, 0)
+        best, chosen = 1.0 / self._costs.step(1) if self.may_rest else 0.0, (0, 0)
         for source in options:
             for depth, tokens in enumerate(islice(self._sources[source].expected(), room), 1):
                 seconds = self._costs.step(depth + 1) + (self._costs.draft(depth) if source == 0 else 0.0)
                 if tokens / seconds > best:
                     best, chosen = tokens / seconds, (source, depth)
         return chosen
+
+
+MOST_ROWS = 32  # of all sequences in one step, drafts included
+
+
+def share_rows(offers: Sequence[Sequence[float]], must: Sequence[bool], sequences: int, costs: Costs) -> list[int]:
+    """How many drafts each sequence gets so that all together make the most tokens per second.
+
+    offers: what each expects of 1, 2, ... drafts (see Speculator.offers); must: whether it has to take one; sequences:
+    how many there are in the step, those without offers included; costs: of steps of so many sequences, by 1 + drafts.
+    """
+    gains = [
+        (must[i] and depth == 0, tokens - (offer[depth - 1] if depth else 1.0), i)
+        for i, offer in enumerate(offers)
+        for depth, tokens in enumerate(offer)
+    ]
+    gains.sort(key=lambda gain: (-gain[0], -gain[1]))  # stable: of one sequence in the order of depth
+    gains = gains[: max(0, MOST_ROWS - sequences)]
+    forced = sum(gain[0] for gain in gains)
+    if not costs.known:
+        return [0] * len(offers)  # nothing can be compared with
+    best, taken, tokens = 0.0, forced, float(sequences)
+    depths = [0] * len(offers)
+    for drafts in range(len(gains) + 1):
+        if drafts:
+            _, gain, i = gains[drafts - 1]
+            tokens += gain
+            depths[i] += 1
+        if drafts >= forced:
+            seconds = costs.step(1 + drafts) + (costs.draft(max(depths)) if drafts else 0.0)
+            if tokens / seconds > best:
+                best, taken = tokens / seconds, drafts
+    depths = [0] * len(offers)
+    for _, _, i in gains[:taken]:
+        depths[i] += 1
+    return depths
+
+
+def draft_together(
+    runner: Runner, wanted: Sequence[tuple[Speculator, State, int]], sequences: int, costs: Costs
+) -> list[list[int]]:
+    """Drafts of each speculator for what follows the tokens that it has observed, at most so many. sequences, costs:
+    see share_rows."""
+    offers = [speculator.offers(room) for speculator, _, room in wanted]
+    if runner.fixed_depth is not None:
+        depths = [min(runner.fixed_depth, len(offer)) for offer in offers]
+    else:
+        depths = share_rows(offers, [not speculator.may_rest for speculator, _, _ in wanted], sequences, costs)
+    plans = [speculator.prepare(state, depth) for (speculator, state, _), depth in zip(wanted, depths, strict=True)]
+    draftings = [plan for plan in plans if not isinstance(plan, list)]
+    if not draftings:
+        return [plan for plan in plans if isinstance(plan, list)]
+    began = perf_counter()
+    made = iter(runner.draft(draftings))
+    depth = max(drafting.depth for drafting in draftings)
+    if depth:
+        costs.record_draft(depth, perf_counter() - began)
+    return [plan if isinstance(plan, list) else next(made) for plan in plans]

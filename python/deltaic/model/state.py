@@ -197,6 +197,11 @@ class State:
         block = int(np.prod(self._block) + np.prod(self._mtp_block)) * np.dtype(KV_DTYPES[self.kv_dtype]).itemsize
         return self.conv.nbytes + self.delta.nbytes + -(-tokens // BLOCK_TOKENS) * block
 
+    def tokens_within(self, nbytes: int) -> int:
+        """Tokens that a state like this one can hold in `nbytes` bytes; negative if not even an empty one fits."""
+        block = self.bytes_for(1) - self.bytes_for(0)
+        return (nbytes - self.bytes_for(0)) // block * BLOCK_TOKENS
+
     @property
     def with_mtp(self) -> bool:
         """Whether the MTP layer is in use."""
