@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
 from .config import TextConfig
-from .replay import Replay
+from .replay import MAX_ROWS, Replay
 from .rope import TextRope
 from .state import State
 from .weights import AttentionMixer, DeltaMixer, DenseFFN, SparseFFN, TextWeights
@@ -47,7 +47,7 @@ class TextModel:
     def __init__(self, config: TextConfig, weights: TextWeights, ops: ModuleType):
         self.config, self.weights, self.ops = config, weights, ops
         self.rope = TextRope(config.rope)
-        self._replay = Replay(self, ops) if hasattr(ops, "Tape") else None
+        self._replay = Replay(ops) if hasattr(ops, "Tape") else None
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
@@ -103,8 +103,16 @@ class TextModel:
             state.intact = True
 
     def _run(self, x: Array, batch: Batch) -> Array:
-        replay = self._replay
-        return replay(x, batch) if replay and replay.serves(batch, len(x)) else self.run_layers(x, batch)
+        """`run_layers`, replayed where the rows are few and decoded."""
+        states, trace = batch.states, batch.trace
+        if self._replay is None or batch.prefill or not len(states) <= len(x) <= MAX_ROWS:
+            return self.run_layers(x, batch)
+        inputs = [x, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
+        for state in states:
+            inputs += (state.conv, state.delta, state.kv)
+        if trace is not None:
+            inputs.append(trace)
+        return self._replay((len(x), len(states), trace is None), inputs, lambda: self.run_layers(x, batch))
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
