@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .replay import MAX_ROWS, Replay
 from .state import State
 from .text import Array, Batch, Ints, TextModel
 from .weights import MtpWeights
@@ -31,6 +32,7 @@ class MtpModel:
         else, and the ids of a byte-level BPE vocabulary are ordered by frequency, so the rest is not worth reading."""
         self.text, self.weights = text, weights
         self.head = text.ops.first_rows(text.weights.head, vocabulary)
+        self._replay = Replay(text.ops) if hasattr(text.ops, "Tape") else None
         self._concatenate = getattr(text.ops, "concatenate", np.concatenate)
 
     def final_norm(self, hidden: Array) -> Array:
@@ -65,16 +67,26 @@ class MtpModel:
             state.reserve_mtp(token, (ahead or 0) + int(counts[b]))
         starts = np.array([state.mtp_length + (ahead or 0) for state in states], np.int64)
         cos, sin = self.text.rope(positions)
-        batch = _MtpBatch(states, cu_seqlens, starts, cos, sin, prefill)
+        batch = _MtpBatch(states, cu_seqlens, counts.tolist(), starts, cos, sin, prefill)
         e = ops.rms_norm(x, w.embedding_norm, eps)
         r = ops.rms_norm(h, w.hidden_norm, eps)
-        y = ops.linear(self._concatenate([e, r], axis=1), w.fc)
-        y = self.text.attention(y, w.layer.mixer, w.layer.input_norm, 0, batch)  # type: ignore[arg-type]
-        y = self.text.feed_forward(y, w.layer.ffn, w.layer.post_norm)
+        pairs = self._concatenate([e, r], axis=1)
+        if self._replay is None or prefill or not len(states) <= len(x) <= MAX_ROWS:
+            m = self._layer(pairs, batch)
+        else:
+            inputs = [pairs, cos, sin, cu_seqlens, starts, *batch.tables]
+            m = self._replay((len(x), len(states)), inputs, lambda: self._layer(pairs, batch))
         if ahead is None:
-            for state, n in zip(states, counts.tolist(), strict=True):
+            for state, n in zip(states, batch.counts, strict=True):
                 state.mtp_length += n
-        return ops.rms_norm(y, w.norm, eps)
+        return m
+
+    def _layer(self, pairs: Array, batch: Batch) -> Array:
+        text, w = self.text, self.weights
+        y = text.ops.linear(pairs, w.fc)
+        y = text.attention(y, w.layer.mixer, w.layer.input_norm, 0, batch)  # type: ignore[arg-type]
+        y = text.feed_forward(y, w.layer.ffn, w.layer.post_norm)
+        return text.ops.rms_norm(y, w.norm, text.config.rms_norm_eps)
 
     def logits(self, m: Array) -> Array:
         """Draft logits of the first ids of the vocabulary, from rows m [n, H]."""
