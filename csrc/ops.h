@@ -36,8 +36,9 @@
       "mean f32[3]; std f32[3]; y f32![P,V]",                                                                          \
       (View image, const Weight& weight, View bias, View pos_embed, int64_t patch_size, int64_t merge_size, View mean, \
        View std, View y))                                                                                              \
-    X(vision_attention, "qkv f32[P,3*V]; cos f32[P,F]; sin f32[P,F]; num_heads int; cu_seqlens i64[_]; y f32![P,V]",   \
-      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y))                                      \
+    X(vision_attention,                                                                                                \
+      "qkv f32[P,3*V]; cos f32[P,F]; sin f32[P,F]; num_heads int; cu_seqlens i64[_]; rounded int; y f32![P,V]",        \
+      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, int64_t rounded, View y))                     \
     X(gated_delta_net,                                                                                                 \
       "proj f32[T,2*Hk*Dk+2*Hv*Dv+2*Hv]; conv_weight f32[4,2*Hk*Dk+Hv*Dv]; A_log f32[Hv]; dt_bias f32[Hv]; "           \
       "norm f32[Dv]; eps float; Hk int; Dk int; cu_seqlens i64[B+1]; conv_states f32!*B[3,2*Hk*Dk+Hv*Dv]; "            \

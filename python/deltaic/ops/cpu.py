@@ -236,9 +236,11 @@ def patch_embed(
     return y
 
 
-def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
+def vision_attention(
+    qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array, rounded: bool = False
+) -> Array:
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
-    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
+    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, int(rounded), y)
     return y
 
 
