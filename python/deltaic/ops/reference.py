@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from . import quantise
+from . import bpe, quantise
 from .layout import merge_order
 
 Array = npt.NDArray[np.floating]
@@ -34,6 +34,7 @@ SPLIT_INVARIANT = False  # numpy's matrix products add in another order for anot
 L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
 FORMATS = ("f32", "bf16", "int8", "int4")
 checksum = quantise.checksum
+bpe_merge = bpe.bpe_merge
 _threads = 1
 
 
