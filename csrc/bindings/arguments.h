@@ -125,6 +125,7 @@ class Call {
         const char* dtype = nullptr;
         const View v = view_of(a, &dtype);
         if (!(a.flags() & py::array::c_style)) fail(argument, "is not C-contiguous");
+        if (argument.written && !a.writeable()) fail(argument, "is read-only, but the operator writes to it");
         sizes_.shape(argument, dtype, v.shape, v.ndim);
         return v;
     }

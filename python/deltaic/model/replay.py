@@ -4,48 +4,40 @@ recorded once on a tape of the op set, and replayed on other rows and other stat
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from .text import Array, Batch, TextModel
+    from .text import Array
 
 MAX_ROWS = 32  # with more, the kernels take so long that the calls around them do not matter
 MAX_TAPES = 16  # each holds the buffers of one layer or two
 
 
 class Replay:
-    """`TextModel.run_layers` for batches of few rows, one tape for each (rows, sequences). The caller holds the op
-    set's lock: a tape being made is not shared."""
+    """A function of arrays and block tables that makes the same operator calls every time, one tape for each shape of
+    its inputs. The caller holds the op set's lock: a tape being made is not shared."""
 
-    def __init__(self, text: TextModel, ops: Any):
-        self._text, self._ops = text, ops
-        self._tapes: OrderedDict[tuple[int, int], tuple[Any, Array]] = OrderedDict()
+    def __init__(self, ops: Any):
+        self._ops = ops
+        self._tapes: OrderedDict[Hashable, tuple[Any, Array]] = OrderedDict()
 
-    @staticmethod
-    def serves(batch: Batch, rows: int) -> bool:
-        """Whether a batch is one to replay: decoding, few rows."""
-        return not batch.prefill and len(batch.states) <= rows <= MAX_ROWS
-
-    def __call__(self, x: Array, batch: Batch) -> Array:
-        """x [T, H] through all layers, as `run_layers`; the states change."""
-        states, key = batch.states, (x.shape[0], len(batch.states))
-        inputs = [x, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
-        for state in states:
-            inputs += (state.conv, state.delta, state.kv)
+    def __call__(self, key: Hashable, inputs: list[Any], run: Callable[[], Array]) -> Array:
+        """What `run` returns, which calls operators of `inputs` and of what never changes. key: of their shapes."""
         found = self._tapes.get(key)
         if found is None:
-            return self._record(key, inputs, x, batch)
+            return self._record(key, inputs, run)
         self._tapes.move_to_end(key)
         tape, output = found
         y: Array = tape.replay(inputs, output)
         return y
 
-    def _record(self, key: tuple[int, int], inputs: list[Any], x: Array, batch: Batch) -> Array:
+    def _record(self, key: Hashable, inputs: list[Any], run: Callable[[], Array]) -> Array:
         tape = self._ops.Tape(inputs)
         with tape:
-            output = self._text.run_layers(x, batch)
+            output = run()
         self._tapes[key] = tape, output
         if len(self._tapes) > MAX_TAPES:
             self._tapes.popitem(last=False)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
 from .config import TextConfig
-from .replay import Replay
+from .replay import MAX_ROWS, Replay
 from .rope import TextRope
 from .state import State
 from .weights import AttentionMixer, DeltaMixer, DenseFFN, SparseFFN, TextWeights
@@ -33,6 +33,12 @@ class Batch:
     cos: Array  # [T, R/2]
     sin: Array  # [T, R/2]
     prefill: bool
+    trace: Array | None = None  # [L_delta, T, trace width]: where given, conv and delta of the states are not written
+
+    @property
+    def tables(self) -> list[Any]:
+        """The K/V of the attention layers, by sequence."""
+        return [state.kv for state in self.states]
 
 
 class TextModel:
@@ -41,7 +47,7 @@ class TextModel:
     def __init__(self, config: TextConfig, weights: TextWeights, ops: ModuleType):
         self.config, self.weights, self.ops = config, weights, ops
         self.rope = TextRope(config.rope)
-        self._replay = Replay(self, ops) if hasattr(ops, "Tape") else None
+        self._replay = Replay(ops) if hasattr(ops, "Tape") else None
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
@@ -62,12 +68,51 @@ class TextModel:
         batch = self._batch(x, positions, states, cu_seqlens, prefill)
         for state in states:
             state.intact = False
-        replay = self._replay
-        x = replay(x, batch) if replay and replay.serves(batch, len(x)) else self.run_layers(x, batch)
+        x = self._run(x, batch)
         for state, n in zip(states, batch.counts, strict=True):
             state.length += n
             state.intact = True
         return x
+
+    def verify(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, trace: Array) -> Array:
+        """As `forward`, but the states stay where they are until `commit` tells how many rows count; on an op set that
+        is SPLIT_INVARIANT each row gets the bits of decoding.
+
+        trace [L_delta, T, config.delta_trace_width] is filled. Dropping it instead of committing leaves the states as
+        they were: of their K/V only what lies beyond `length` is written.
+        """
+        batch = self._batch(x, positions, states, cu_seqlens, False)
+        batch.trace = trace
+        return self._run(x, batch)
+
+    def commit(self, states: list[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
+        """Advance each of the states that `verify` has seen by its first counts[b] rows, int64 [B]."""
+        for state, n in zip(states, counts.tolist(), strict=True):
+            state.reserve(state.length + n)  # a fork may have come in between
+            state.intact = False
+        self.ops.gated_delta_net_commit(
+            trace,
+            num_k_heads=self.config.linear_num_key_heads,
+            cu_seqlens=cu_seqlens,
+            counts=counts,
+            conv_states=[state.conv for state in states],
+            states=[state.delta for state in states],
+        )
+        for state, n in zip(states, counts.tolist(), strict=True):
+            state.length += n
+            state.intact = True
+
+    def _run(self, x: Array, batch: Batch) -> Array:
+        """`run_layers`, replayed where the rows are few and decoded."""
+        states, trace = batch.states, batch.trace
+        if self._replay is None or batch.prefill or not len(states) <= len(x) <= MAX_ROWS:
+            return self.run_layers(x, batch)
+        inputs = [x, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
+        for state in states:
+            inputs += (state.conv, state.delta, state.kv)
+        if trace is not None:
+            inputs.append(trace)
+        return self._replay((len(x), len(states), trace is None), inputs, lambda: self.run_layers(x, batch))
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
@@ -77,9 +122,9 @@ class TextModel:
                 x = self._delta(x, layer.mixer, layer.input_norm, delta_layer, batch)
                 delta_layer += 1
             else:
-                x = self._attention(x, layer.mixer, layer.input_norm, attention_layer, batch)
+                x = self.attention(x, layer.mixer, layer.input_norm, attention_layer, batch)
                 attention_layer += 1
-            x = self._feed_forward(x, layer.ffn, layer.post_norm)
+            x = self.feed_forward(x, layer.ffn, layer.post_norm)
         return x
 
     def logits(self, hidden: Array) -> Array:
@@ -103,10 +148,11 @@ class TextModel:
             cu_seqlens=batch.cu_seqlens,
             conv_states=[state.conv[i] for state in batch.states],
             states=[state.delta[i] for state in batch.states],
+            **({} if batch.trace is None else {"trace": batch.trace[i]}),
         )
         return ops.linear(y, m.out_proj, residual=x)
 
-    def _attention(self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch) -> Array:
+    def attention(self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch) -> Array:
         ops, c = self.ops, self.config
         proj = ops.linear(x, m.qkv_proj, norm=norm, eps=c.rms_norm_eps)
         y = ops.gated_attention(
@@ -121,12 +167,12 @@ class TextModel:
             layer=i,
             cu_seqlens=batch.cu_seqlens,
             starts=batch.starts,
-            tables=[state.kv for state in batch.states],
+            tables=batch.tables,
             prefill=batch.prefill,
         )
         return ops.linear(y, m.o_proj, residual=x)
 
-    def _feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
+    def feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
         ops, eps = self.ops, self.config.rms_norm_eps
         if isinstance(f, DenseFFN):
             return ops.linear(ops.swiglu(x, f.gate_up, norm=norm, eps=eps), f.down, residual=x)

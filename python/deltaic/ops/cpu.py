@@ -22,9 +22,11 @@ __all__ = [
     "bpe_merge",
     "checksum",
     "embed",
+    "first_rows",
     "from_packed",
     "gated_attention",
     "gated_delta_net",
+    "gated_delta_net_commit",
     "isa",
     "layer_norm",
     "linear",
@@ -122,6 +124,14 @@ def packed_parts(weight: Weight) -> list[tuple[str, int, Array]]:
 def from_packed(parts: Sequence[tuple[str, int, Array]], count: int, columns: int, glu: bool) -> Weight:
     """A weight on bytes that `pack` or `pack_glu` made earlier, kept alive but not copied. They may be read-only."""
     return Weight(list(parts), count, columns, glu)
+
+
+def first_rows(weight: Weight, rows: int) -> Weight:
+    format, total, data = weight.parts[0]
+    stop = min(-(-rows // BLOCK_ROWS), -(-total // BLOCK_ROWS)) * _core.block_bytes(format, weight.shape[1])
+    part = Weight([(format, min(rows, total), data[:stop])], 1, weight.shape[1], False)
+    part.float_activations = weight.float_activations
+    return part
 
 
 def checksum(data: Array, first: int = 0) -> int:
@@ -227,9 +237,11 @@ def patch_embed(
     return y
 
 
-def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
+def vision_attention(
+    qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array, rounded: bool = False
+) -> Array:
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
-    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
+    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, int(rounded), y)
     return y
 
 
@@ -247,13 +259,26 @@ def gated_delta_net(
     cu_seqlens: Array,
     conv_states: Sequence[Array],
     states: Sequence[Array],
+    trace: Array | None = None,
 ) -> Array:
     y = _core.empty((proj.shape[0], A_log.shape[0] * head_v_dim))
     _core.gated_delta_net(
         proj, conv_weight, A_log, dt_bias, norm, eps, num_k_heads, head_k_dim,
-        cu_seqlens, list(conv_states), list(states), y,
+        cu_seqlens, list(conv_states), list(states), trace, y,
     )  # fmt: skip
     return y
+
+
+def gated_delta_net_commit(
+    trace: Array,
+    *,
+    num_k_heads: int,
+    cu_seqlens: Array,
+    counts: Array,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> None:
+    _core.gated_delta_net_commit(trace, num_k_heads, cu_seqlens, counts, list(conv_states), list(states))
 
 
 def moe(
