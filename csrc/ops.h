@@ -42,9 +42,13 @@
     X(gated_delta_net,                                                                                                 \
       "proj f32[T,2*Hk*Dk+2*Hv*Dv+2*Hv]; conv_weight f32[4,2*Hk*Dk+Hv*Dv]; A_log f32[Hv]; dt_bias f32[Hv]; "           \
       "norm f32[Dv]; eps float; Hk int; Dk int; cu_seqlens i64[B+1]; conv_states f32!*B[3,2*Hk*Dk+Hv*Dv]; "            \
-      "states f32!*B[Hv,Dk,Dv]; y f32![T,Hv*Dv]",                                                                      \
+      "states f32!*B[Hv,Dk,Dv]; trace f32?![T,3*Hk*Dk+2*Hv*Dv+Hv]; y f32![T,Hv*Dv]",                                   \
       (View proj, View conv_weight, View A_log, View dt_bias, View norm, float eps, int64_t Hk, int64_t Dk,            \
-       View cu_seqlens, Views conv_states, Views states, View y))                                                      \
+       View cu_seqlens, Views conv_states, Views states, View trace, View y))                                          \
+    X(gated_delta_net_commit,                                                                                          \
+      "trace f32[L,T,3*Hk*Dk+2*Hv*Dv+Hv]; Hk int; cu_seqlens i64[B+1]; counts i64[B]; "                                \
+      "conv_states f32!*B[L,3,2*Hk*Dk+Hv*Dv]; states f32!*B[L,Hv,Dk,Dv]",                                              \
+      (View trace, int64_t Hk, View cu_seqlens, View counts, Views conv_states, Views states))                         \
     X(moe,                                                                                                             \
       "x f32[T,H]; router weight[E,H]; gate_up weight[E,2*I,H]; down weight[E,H,I]; shared_gate_up weight[2*Is,H]; "   \
       "shared_down weight[H,Is]; shared_gate weight[1,H]; norm f32[H]; eps float; top_k int; residual f32?[T,H]; "     \
@@ -62,6 +66,8 @@
     X(log_softmax_top,                                                                                                 \
       "logits f32[V]; limit int; k int; token int; logprob f32![1]; top_ids i64![k]; top_logprobs f32![k]",            \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \
+    X(bpe_merge, "ids i64[n]; begins i64[p]; slots i64[s]; pairs i64[m]; merged i64[m]; out i64![n]; count i64![1]",   \
+      (View ids, View begins, View slots, View pairs, View merged, View out, View count))                              \
     X(checksum, "data u8[_]; first int; sum i64![1]", (View data, int64_t first, View sum))                            \
     X(probe_read, "data u8[_]; sum i64![1]", (View data, View sum))                                                    \
     X(probe_peak, "kind int; rounds int; operations i64![1]", (int64_t kind, int64_t rounds, View operations))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CASES, KV_LAYER, POISON, Case, arguments_for
+from deltaic import _core
 from deltaic.ops import reference
 
 EPS = 2.0**-24
@@ -37,15 +38,15 @@ def generator(case: Case) -> np.random.Generator:
 @pytest.fixture
 def poisoned(monkeypatch):
     """Fresh arrays hold NaN (or ones in all bits) instead of whatever lay there: an element left unwritten shows."""
-    for name in ("empty", "empty_like"):
-        plain = getattr(np, name)
+    for module, name in ((np, "empty"), (np, "empty_like"), (_core, "empty")):
+        plain = getattr(module, name)
 
         def fill(*args: Any, plain: Callable[..., np.ndarray] = plain, **kwargs: Any) -> np.ndarray:
             array = plain(*args, **kwargs)
             array.fill(np.nan if array.dtype.kind == "f" else np.array(-1).astype(array.dtype))
             return array
 
-        monkeypatch.setattr(np, name, fill)
+        monkeypatch.setattr(module, name, fill)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
