@@ -1,4 +1,4 @@
-"""For which cards does CMake build the kernels? With compilers and cards that are made up, and the real ones if there."""
+"""For which cards does CMake build the kernels? With compilers and cards that are made up, or real ones."""
 
 from __future__ import annotations
 
