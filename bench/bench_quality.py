@@ -4,7 +4,7 @@
    the questions are those of bench/miniature/evaluate.py).
 2. Mean squared error of int4 and of Q4_0 (`gguf` package) on the same matrices, with the bits per weight of both.
 
-Needs gguf, pillow and numpy.
+Needs the gguf package, and deltaic with its kernels.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import time
 from pathlib import Path
 
 import deltaic
-import gguf
 import numpy as np
-from deltaic.ops import cpu, quantise
 
 sys.path.insert(0, str(Path(__file__).parent / "miniature"))
 
@@ -29,8 +27,8 @@ ROWS, COLUMNS = 1024, 2048
 Q4_0_BITS = 18 * 8 / 32  # 16 bytes of codes and a float16 per 32 weights
 
 
-def answer(model: deltaic.Model, example: questions.Example) -> str:
-    """What the model writes after the prompt, greedily."""
+def is_right(model: deltaic.Model, example: questions.Example) -> bool:
+    """Whether greedy generation gives the right answer, and the right thoughts if it shall think, to the letter."""
     pictures = iter(example.pictures)
     messages = [
         {
@@ -44,13 +42,14 @@ def answer(model: deltaic.Model, example: questions.Example) -> str:
         for message in example.messages
     ]
     prompt = model.prepare(messages, thinking=example.reasoning is not None)
-    return model.generate(prompt, temperature=0, max_new_tokens=120).text
+    result = model.generate(prompt, temperature=0, max_new_tokens=120)
+    return result.text == example.answer and (result.reasoning or "").strip() == (example.reasoning or "")
 
 
 def accuracy(dtype: str, examples: list[questions.Example], folder: Path = MINIATURE) -> list[bool]:
     """Whether each answer is exact, with weights in `dtype` (the vision tower in bf16, deltaic's default)."""
-    model = deltaic.load(folder, dtype=dtype)
-    return [answer(model, example) == example.expected for example in examples]
+    model = deltaic.load(folder, dtype=dtype, threads=1)
+    return [is_right(model, example) for example in examples]
 
 
 def matrices(seed: int = 0) -> dict[str, np.ndarray]:
@@ -72,6 +71,8 @@ def matrices(seed: int = 0) -> dict[str, np.ndarray]:
 
 def int4_error(matrix: np.ndarray) -> tuple[float, float]:
     """Mean squared error and bits per weight of deltaic's int4, through the packer of the package."""
+    from deltaic.ops import cpu, quantise
+
     ((_, rows, packed),) = cpu.packed_parts(cpu.pack([matrix], "int4"))
     numbers = quantise.unpack(packed, "int4", 1, rows, matrix.shape[1])[0]
     return mean_square(numbers - matrix), 8 * packed.nbytes / matrix.size
@@ -79,6 +80,8 @@ def int4_error(matrix: np.ndarray) -> tuple[float, float]:
 
 def q4_0_error(matrix: np.ndarray) -> float:
     """Mean squared error of Q4_0."""
+    import gguf
+
     kind = gguf.GGMLQuantizationType.Q4_0
     return mean_square(gguf.dequantize(gguf.quantize(matrix, kind), kind) - matrix)
 
