@@ -215,9 +215,11 @@ struct ChunkBuffers {
 };
 
 constexpr int kPrepareThreads = 128;
-constexpr size_t kPrepareShared = sizeof(float) * (2 * kChunk * kPitch + 2 * kChunk * kSquare + 3 * kChunk);
+constexpr size_t kPrepareShared = sizeof(float) * (kChunk * kPitch + kChunk * kSquare + 5 * kChunk);
+static_assert(kPrepareShared <= 64 * 1024, "a block of compute capability 7.5 cannot have more");
 
-// Block (chunk of the sequence, head, sequence).
+// Block (chunk of the sequence, head, sequence). A and T share one matrix: A strictly below the diagonal, T (whose
+// diagonal is 1) transposed above it.
 template <class T>
 __global__ void __launch_bounds__(kPrepareThreads)
     chunk_prepare_kernel(const T* proj, const float* c, const float* A_log, const float* dt_bias,
@@ -230,29 +232,27 @@ __global__ void __launch_bounds__(kPrepareThreads)
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int Dk = static_cast<int>(s.Dk), Dv = static_cast<int>(s.Dv), depth = (Dk + 7) / 8 * 8;
     const int64_t key_head = h / (s.Hv / s.Hk);
-    constexpr size_t kMatrix = sizeof(float) * kChunk * kPitch, kSquareBytes = sizeof(float) * kChunk * kSquare;
-    const Shared<float> Q = carve<float>(base, 0, kChunk * kPitch), K = carve<float>(base, kMatrix, kChunk * kPitch);
-    const Shared<float> A = carve<float>(base, 2 * kMatrix, kChunk * kSquare),
-                        inverse = carve<float>(base, 2 * kMatrix + kSquareBytes, kChunk * kSquare);
-    const Shared<float> G = carve<float>(base, 2 * kMatrix + 2 * kSquareBytes, kChunk);
-    const Shared<float> beta = carve<float>(base, 2 * kMatrix + 2 * kSquareBytes + sizeof(float) * kChunk, kChunk);
-    const Shared<float> decay = carve<float>(base, 2 * kMatrix + 2 * kSquareBytes + 2 * sizeof(float) * kChunk, kChunk);
+    constexpr size_t kMatrix = sizeof(float) * kChunk * kPitch, kVector = sizeof(float) * kChunk,
+                     kVectors = kMatrix + sizeof(float) * kChunk * kSquare;
+    const Shared<float> K = carve<float>(base, 0, kChunk * kPitch), A = carve<float>(base, kMatrix, kChunk * kSquare);
+    const Shared<float> G = carve<float>(base, kVectors, kChunk), beta = carve<float>(base, kVectors + kVector, kChunk);
+    const Shared<float> decay = carve<float>(base, kVectors + 2 * kVector, kChunk);
+    const Shared<float> q_scale = carve<float>(base, kVectors + 3 * kVector, kChunk);
+    const Shared<float> fading = carve<float>(base, kVectors + 4 * kVector, kChunk);  // e^(G_last - G)
     const ChunkBuffers out(buffers, (b * max_chunks + chunk) * s.Hv + h, s.Dk, s.Dv);
+    const float* cq = c + begin * s.C + key_head * s.Dk;
+    const float* ck = cq + s.Hk * s.Dk;
 
     for (int i = warp; i < kChunk; i += kPrepareThreads / kWarp) {
-        const int64_t t = begin + (i < n ? i : 0);
-        const float* cq = c + t * s.C + key_head * s.Dk;
-        const float* ck = cq + s.Hk * s.Dk;
-        const float q_scale = l2_scale(cq, s.Dk) * rsqrtf(static_cast<float>(s.Dk)), k_scale = l2_scale(ck, s.Dk);
-        for (int j = lane; j < kMaxWidth; j += kWarp) {
-            const bool inside = i < n && j < Dk;
-            Q[i * kPitch + j] = inside ? cq[j] * q_scale : 0.0f;
-            K[i * kPitch + j] = inside ? ck[j] * k_scale : 0.0f;
-        }
+        const int64_t row = (i < n ? i : 0) * s.C;
+        const float scale = l2_scale(cq + row, s.Dk) * rsqrtf(static_cast<float>(s.Dk)),
+                    k_scale = l2_scale(ck + row, s.Dk);
+        for (int j = lane; j < kMaxWidth; j += kWarp)
+            K[i * kPitch + j] = i < n && j < Dk ? ck[row + j] * k_scale : 0.0f;
         if (lane == 0) {
             float gate = 0, log_decay = 0;
-            if (i < n) gates(proj, A_log, dt_bias, s, t, h, &gate, &log_decay);
-            beta[i] = gate, G[i] = log_decay;
+            if (i < n) gates(proj, A_log, dt_bias, s, begin + i, h, &gate, &log_decay);
+            beta[i] = gate, G[i] = log_decay, q_scale[i] = scale;
         }
     }
     __syncthreads();
@@ -265,23 +265,27 @@ __global__ void __launch_bounds__(kPrepareThreads)
         *out.decay = expf(sum);
     }
     __syncthreads();
-    if (threadIdx.x < kChunk) decay[threadIdx.x] = expf(G[threadIdx.x]);
+    if (threadIdx.x < kChunk) {
+        const int i = threadIdx.x;
+        decay[i] = expf(G[i]), fading[i] = expf(G[kChunk - 1] - G[i]);
+    }
 
     // A (strictly lower) and P (lower): each warp computes 16 rows. The difference G_i - G_j is masked before the
     // exponential.
     const int g = lane / 4, t2 = lane % 4 * 2, r0 = warp * 16;
+    const auto query = [&](int i, int k) -> float { return i < n && k < Dk ? cq[i * s.C + k] * q_scale[i] : 0.0f; };
     for (int n0 = 0; n0 < kChunk; n0 += 8) {
         float kk[4] = {}, qk[4] = {};
         if (n0 < r0 + 16) {
             const auto column = [&](int k, int j) -> float { return K[j * kPitch + k]; };
             tile_product(kk, depth, r0, n0, [&](int i, int k) -> float { return K[i * kPitch + k]; }, column);
-            tile_product(qk, depth, r0, n0, [&](int i, int k) -> float { return Q[i * kPitch + k]; }, column);
+            tile_product(qk, depth, r0, n0, query, column);
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int i = r0 + g + e / 2 * 8, j = n0 + t2 + e % 2;
             const float fall = j <= i ? expf(G[i] - G[j]) : 0.0f;
-            A[i * kSquare + j] = j < i ? beta[i] * fall * kk[e] : 0.0f;
+            if (j < i) A[i * kSquare + j] = beta[i] * fall * kk[e];
             out.P[i * kChunk + j] = fall * qk[e];
         }
     }
@@ -290,25 +294,24 @@ __global__ void __launch_bounds__(kPrepareThreads)
     // T = (I + A)^-1 by forward substitution, a thread per column: T_ij = [i = j] - sum_{j <= m < i} A_im T_mj.
     if (threadIdx.x < kChunk) {
         const int j = threadIdx.x;
-        for (int i = 0; i < kChunk; ++i) {
-            float v = i == j ? 1.0f : 0.0f;
-            for (int m = j; m < i; ++m) v = fmaf(-A[i * kSquare + m], inverse[m * kSquare + j], v);
-            inverse[i * kSquare + j] = i < j ? 0.0f : v;
+        for (int i = j + 1; i < kChunk; ++i) {
+            float v = -A[i * kSquare + j];
+            for (int m = j + 1; m < i; ++m) v = fmaf(-A[i * kSquare + m], A[j * kSquare + m], v);
+            A[j * kSquare + i] = v;
         }
     }
     __syncthreads();
+    const auto inverse = [&](int i, int k) -> float { return k < i ? static_cast<float>(A[k * kSquare + i]) : k == i; };
 
-    const float last = G[kChunk - 1];
     for (int i = warp; i < kChunk; i += kPrepareThreads / kWarp)
         for (int j = lane; j < Dk; j += kWarp) {
-            out.Q[i * s.Dk + j] = decay[i] * Q[i * kPitch + j];
-            out.K[i * s.Dk + j] = expf(last - G[i]) * K[i * kPitch + j];
+            out.Q[i * s.Dk + j] = decay[i] * query(i, j);
+            out.K[i * s.Dk + j] = fading[i] * K[i * kPitch + j];
         }
     for (int n0 = 0; n0 < Dk; n0 += 8) {
         float w[4] = {};
-        tile_product(
-            w, r0 + 16, r0, n0, [&](int i, int k) -> float { return inverse[i * kSquare + k]; },
-            [&](int k, int j) -> float { return beta[k] * decay[k] * K[k * kPitch + j]; });
+        tile_product(w, r0 + 16, r0, n0, inverse,
+                     [&](int k, int j) -> float { return beta[k] * decay[k] * K[k * kPitch + j]; });
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int i = r0 + g + e / 2 * 8, j = n0 + t2 + e % 2;
@@ -318,9 +321,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     const float* v = c + begin * s.C + 2 * s.Hk * s.Dk + h * s.Dv;
     for (int n0 = 0; n0 < Dv; n0 += 8) {
         float w[4] = {};
-        tile_product(
-            w, r0 + 16, r0, n0, [&](int i, int k) -> float { return inverse[i * kSquare + k]; },
-            [&](int k, int j) -> float { return k < n && j < Dv ? beta[k] * v[k * s.C + j] : 0.0f; });
+        tile_product(w, r0 + 16, r0, n0, inverse,
+                     [&](int k, int j) -> float { return k < n && j < Dv ? beta[k] * v[k * s.C + j] : 0.0f; });
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const int i = r0 + g + e / 2 * 8, j = n0 + t2 + e % 2;

@@ -35,6 +35,12 @@ def check_context(weights: int, blank: State, context: int) -> None:
         )
 
 
+def default_sequence_bytes() -> int:
+    """Half of the memory that is free now: what the sequences of a scheduler may take by default."""
+    free = available_bytes()
+    return (free if free is not None else FALLBACK_BYTES) // 2
+
+
 def default_cache_bytes(blank: State, context: int | None) -> int:
     """A quarter of the free memory, after taking off what one sequence of the `context` that was asked for needs."""
     free = available_bytes()

@@ -48,20 +48,22 @@ def length(model, text):
 
 
 class Watch:
-    """A sampler that takes the best token and keeps the logits."""
+    """A sampler that takes the best token that may be generated, and keeps the logits."""
 
-    def __init__(self):
-        self.logits = []
+    def __init__(self, model):
+        self.logits, self._sampled_ids = [], model._sampled_ids
 
     def next(self, logits):
         self.logits.append(logits.copy())
-        return int(logits.argmax()), None
+        limit, unused = self._sampled_ids
+        logits[unused] = -np.inf
+        return int(logits[:limit].argmax()), None
 
 
 def run(model, prompt, new_tokens=1):
     """(tokens, logits [n, vocab], how the prompt went through the cache)."""
     prompt = model.prepare(prompt)
-    watch, reading = Watch(), model._reading(prompt, None)
+    watch, reading = Watch(model), model._reading(prompt, None)
     stream = generate_ids(
         model._runner, prompt, reading, watch, blank=model.new_state, end_ids=(), max_new_tokens=new_tokens
     )

@@ -44,8 +44,7 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._ids = frozenset(backend.get_vocab(with_added_tokens=True).values())
-        if not self._ids:
+        if not backend.get_vocab_size(with_added_tokens=True):
             raise ConfigError("tokenizer: expected a vocabulary, found no tokens")
         self.eos_token_id = None if eos_token is None else self.id_of(eos_token)
 
@@ -74,15 +73,24 @@ class Tokenizer:
             raise ConfigError(f"{path}: {error}") from error
 
     @cached_property
+    def _holes(self) -> tuple[int, tuple[int, ...]]:
+        """(one more than the largest id with a token, ids below without one)."""
+        count = self.backend.get_vocab_size(with_added_tokens=True)
+        if None not in map(self.backend.id_to_token, range(count)):
+            return count, ()  # so many tokens for so many ids: there are no others
+        ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
+        return max(ids) + 1, tuple(i for i in range(max(ids)) if i not in ids)
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id that has a token: ids from here on must never be sampled (the model's table
         may be larger)."""
-        return max(self._ids) + 1
+        return self._holes[0]
 
-    @cached_property
+    @property
     def unused_ids(self) -> tuple[int, ...]:
         """Ids below `vocab_size` without a token. Empty for the family's own vocabularies."""
-        return tuple(i for i in range(self.vocab_size) if i not in self._ids)
+        return self._holes[1]
 
     def id_of(self, token: str) -> int | None:
         """Id of a whole token as written in the vocabulary (for example "<|im_end|>"), or None."""

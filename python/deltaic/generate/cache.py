@@ -16,6 +16,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -342,24 +343,37 @@ class Reading:
 
     def look(self) -> Checkpoint | None:
         """The checkpoint to go on from; sets `cached_tokens` and `miss_reason`."""
-        ids = self._prompt.token_ids
-        self._points = split_points(ids, self._border_id)
-        self._keys = sequence_keys(ids, image_places(self._prompt, self._image_token_id))
         self._digest = PrefixDigest(self._keys)
-        pauses = {position for position, _ in self._points}
-
-        def usable(c: Checkpoint) -> bool:
-            return self._split_invariant or c.generated or c.length in pauses
-
         if not self._canonical:
             self.miss_reason = "the positions of the prompt were made by hand"
             return None
-        match = self._cache.find(self._keys, usable, self._also)
+        match = self._cache.find(self._keys, lambda c: c.generated or self._may_start_at(c.length), self._also)
         self.miss_reason = match.miss_reason
         if match.checkpoint is not None:
             self.cached_tokens = match.checkpoint.length
             self._generated = match.checkpoint.generated
         return match.checkpoint
+
+    @cached_property
+    def _points(self) -> list[tuple[int, bool]]:
+        return split_points(self._prompt.token_ids, self._border_id)
+
+    @cached_property
+    def _keys(self) -> Ints:
+        return sequence_keys(self._prompt.token_ids, image_places(self._prompt, self._image_token_id))
+
+    def _may_start_at(self, position: int) -> bool:
+        """Whether going on from a checkpoint there that was read repeats the cold computation."""
+        return self._split_invariant or any(p == position for p, _ in self._points)
+
+    def gains(self, other: Reading, at: int) -> int:
+        """Up to which token this prompt need not be read once `other`, which has read `at` tokens of its own prompt,
+        has left the checkpoints that are ahead of it; 0 if none of them serves."""
+        if not (self._stores and other._stores):
+            return 0
+        shared = shared_length(self._keys, other._keys)
+        ahead = (p for p, keep in reversed(other._points) if keep and at < p <= shared and self._may_start_at(p))
+        return next(ahead, 0)
 
     def begin(self, blank: Callable[[], State]) -> tuple[State, Checkpoint | None]:
         """A state of its own that holds the first `cached_tokens` of the prompt, and the checkpoint it came from."""

@@ -107,7 +107,7 @@ class _Captured:
         text, part = self._text, self._inputs
         x = self._ops.embed(part[0:1], text.weights.embed)
         cos, sin = self._ops.rope_table(part[1:4].reshape(1, 3), self._frequencies, self._axes, text.rope.scale)
-        batch = Batch([self._slot], part[5:7], part[4:5], cos, sin, prefill=False)  # type: ignore[list-item, arg-type]
+        batch = Batch([self._slot], part[5:7], [1], part[4:5], cos, sin, prefill=False)  # type: ignore[list-item, arg-type]
         return text.run_layers(x, batch)
 
     def _fill(self, token: int, state: State) -> None:

@@ -2,11 +2,13 @@
 checksum as the last tensor.
 
     conv, delta  F32        token_ids  I64 [n]       kv.0, kv.1, ...  F32 or BF16, the K/V blocks as they are
+    mtp.0, ...   the same for the MTP layer, where the state has entries of it
     checksum     U8 [32]    further tensors and metadata belong to whoever asked for them (sessions, cache)
 
-`__metadata__` holds format, version, fingerprint, kv_dtype, length, rope_delta, context and images. The checksum covers
-every byte before it: SHA-256 of the header and of one 64-bit sum per 256 KiB of a tensor's data, words weighted by odd
-numbers modulo 2^64 (no change of a single word goes unseen; the sums run at memory speed where SHA-256 would not).
+`__metadata__` holds format, version, fingerprint, kv_dtype, length, rope_delta, mtp (first, length), context, images.
+The checksum covers every byte before it: SHA-256 of the header and of one 64-bit sum per 256 KiB of a tensor's data,
+words weighted by odd numbers modulo 2^64 (no change of a single word goes unseen; the sums run at memory speed where
+SHA-256 would not).
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ def save_state(
     used = -(-state.length // BLOCK_TOKENS)
     contents: Arrays = {"conv": state.conv, "delta": state.delta, "token_ids": np.array(state.token_ids, np.int64)}
     contents.update((f"kv.{i}", block) for i, block in enumerate(state.kv.blocks[:used]))
+    used = -(-state.mtp_length // BLOCK_TOKENS)
+    contents.update((f"mtp.{i}", block) for i, block in enumerate(state.mtp.blocks[:used]))
     contents.update(arrays or {})
     facts = {
         "fingerprint": state.fingerprint,
@@ -71,6 +75,7 @@ def save_state(
         "kv_block": json.dumps(state._block),
         "length": str(state.length),
         "rope_delta": str(state.rope_delta),
+        "mtp": json.dumps([state.mtp_first, state.mtp_length]),
         "context": str(state._max_tokens),
         "images": json.dumps(state.images),
     }
@@ -119,6 +124,16 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         if kv.shape != block or kv.dtype != KV_DTYPES[state.kv_dtype] or block[1:4:2] != (2, BLOCK_TOKENS):
             raise ValueError(f"kv.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {block}")
         state.kv.append(kv)
+    state.mtp_first, state.mtp_length = (int(n) for n in json.loads(metadata.get("mtp", "[0, 0]")))
+    if not 0 <= state.mtp_first <= state.mtp_first + state.mtp_length <= length:
+        raise ValueError(f"entries {state.mtp_first} + {state.mtp_length} of the MTP layer, {length} tokens")
+    state.mtp, state._mtp_block = ops.BlockTable(), (1, *block[1:])
+    for i in range(-(-state.mtp_length // BLOCK_TOKENS)):
+        kv = arrays.pop(f"mtp.{i}")
+        if kv.shape != state._mtp_block or kv.dtype != KV_DTYPES[state.kv_dtype]:
+            raise ValueError(f"mtp.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {state._mtp_block}")
+        state.mtp.append(kv)
+    state._shared_mtp = 0
     state._zeros = getattr(ops, "zeros", np.zeros)
     state._shared = False
     state._shared_blocks = 0
