@@ -174,7 +174,7 @@ def load(
         mtp = has_mtp and speculate in ("auto", "mtp")
         state = State(config.text, ops, kv, context=context, fingerprint=fingerprint, mtp=mtp)
         if context is not None:
-            check_context(weight_bytes, state, context)
+            check_context(ops, weight_bytes, state, context)
         return state
 
     if (folder / PACKED_FILE).exists():
@@ -183,7 +183,7 @@ def load(
     else:
         parts = _pack(folder, config, ops, wanted, progress, blank_state)
     text, vision, mtp, precision, blank = parts
-    cache_bytes = default_cache_bytes(blank, context) if cache_bytes is None else cache_bytes
+    cache_bytes = default_cache_bytes(ops, blank, context) if cache_bytes is None else cache_bytes
     spill = None
     if cache_folder is not None:
         from .generate.spill import SpillFolder
