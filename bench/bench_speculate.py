@@ -211,7 +211,9 @@ def bench_equal(model: deltaic.Model | None, args: argparse.Namespace) -> dict[s
             "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "presence_penalty": 1.5},
         }.items():
             total = args.tokens if m.folder == MINIATURE else args.tokens // 50
-            found[f"{m.folder.name} {m.dtype} {name}"] = compare(m, total, options)
+            title = f"{m.folder.name} {m.dtype} {name}"
+            found[title] = compare(m, total, options)
+            print(title, found[title], file=sys.stderr, flush=True)
     return found
 
 
