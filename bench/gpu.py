@@ -315,10 +315,10 @@ def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size
             state = State(text.config, ops, "bf16")
             prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
             graph = DecodeGraph(text, ops)
-            token = int(text.logits(graph.step(1, state)).argmax())
+            token = int(text.logits(graph.decode([1], [state])).argmax())
             start = time.perf_counter()
             for _ in range(steps):  # with the token read back every time, as in generation
-                token = int(text.logits(graph.step(token, state)).argmax())
+                token = int(text.logits(graph.decode([token], [state])).argmax())
             seconds = (time.perf_counter() - start) / steps
             parameters = sum(w.shape[0] * w.shape[1] for w in matrices(text.weights))
             flops = 2 * parameters * prompt / prefill_seconds
