@@ -304,9 +304,16 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
         return;
     }
     const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
+    // No logit below this passes min_p; the rounding of float is left to the draw.
+    float lowest = -kInfinity;
+    if (min_p > 0.0) {
+        const double edge = l.top + temperature * ::log(min_p);
+        lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
+    }
     for (int64_t groups = kFirstGroups;; groups *= 16) {
-        const float least = threshold(l.maxima, l.groups, groups);
-        const bool all = least == -kInfinity;
+        float least = threshold(l.maxima, l.groups, groups);
+        if (!(least > lowest)) least = lowest;
+        const bool all = least == lowest;
         const Ordered c = gather(l, least);
         const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
         if (chosen >= 0) {

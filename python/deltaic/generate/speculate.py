@@ -9,7 +9,7 @@ and whenever; a draft d is accepted with its probability p(d), as rejection samp
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ MATCHES = (4, 2)  # lengths of the n-grams that are looked up, the longest that 
 LOOKUP_PLACES = 1 << 17
 PENDING_ROWS = 32  # hidden rows that wait for the MTP layer at most
 
-PRIOR, PRIOR_TRIALS = 0.6, 2.0  # the acceptance that is assumed at first, and how many trials that is worth
+PRIOR, PRIOR_TRIALS = 0.6, 1.0  # the acceptance that is assumed at first, and how many trials that is worth
+PROOF = 0.5  # hits at a place after which places behind it are tried
 FORGET_TRIED, FORGET_IDLE = 0.93, 0.9975  # what remains of the evidence after a trial, after a step without one
 ROW_GUESS = 0.1  # cost of one more row, in plain steps, where nothing has been measured
 DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
@@ -83,9 +84,10 @@ class Acceptance:
             self._trials[i] = keep * self._trials[i] + (i < tried)
 
     def expected(self) -> list[float]:
-        """Tokens that a step is expected to give with 1, 2, ... drafts."""
+        """Tokens that a step is expected to give with 1, 2, ... drafts; of more than one as far as some were right."""
         tokens, run, rate, all_tokens = 1.0, 1.0, PRIOR, []
-        for hits, trials in zip(self._hits, self._trials, strict=True):
+        proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
+        for hits, trials in zip(self._hits[: 1 + 2 * proved], self._trials, strict=False):
             rate = (hits + PRIOR_TRIALS * rate) / (trials + PRIOR_TRIALS)  # a place is taken to be like the one before
             run *= rate
             tokens += run
@@ -248,7 +250,8 @@ class Speculator:
         if room < 1 or not sources:
             return []
         if self.depth is not None:
-            sources = sources[-1:]
+            self._offered = sources[-1]
+            return [1.0] * min(room, LOOKUP_DEPTH if self._offered else MTP_DEPTH)
         self._offered = max(sources, key=lambda source: (self._sources[source].expected()[0], source))
         return self._sources[self._offered].expected()[:room]
 

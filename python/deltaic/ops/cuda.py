@@ -506,7 +506,9 @@ def patch_embed(
     return y
 
 
-def vision_attention(qkv: Tensor, cos: Any, sin: Any, *, num_heads: int, cu_seqlens: Any) -> Tensor:
+def vision_attention(
+    qkv: Tensor, cos: Any, sin: Any, *, num_heads: int, cu_seqlens: Any, rounded: bool = False
+) -> Tensor:
     import torch
 
     P, V = qkv.shape[0], qkv.shape[1] // 3
