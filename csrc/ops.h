@@ -36,8 +36,9 @@
       "mean f32[3]; std f32[3]; y f32![P,V]",                                                                          \
       (View image, const Weight& weight, View bias, View pos_embed, int64_t patch_size, int64_t merge_size, View mean, \
        View std, View y))                                                                                              \
-    X(vision_attention, "qkv f32[P,3*V]; cos f32[P,F]; sin f32[P,F]; num_heads int; cu_seqlens i64[_]; y f32![P,V]",   \
-      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y))                                      \
+    X(vision_attention,                                                                                                \
+      "qkv f32[P,3*V]; cos f32[P,F]; sin f32[P,F]; num_heads int; cu_seqlens i64[_]; rounded int; y f32![P,V]",        \
+      (View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, int64_t rounded, View y))                     \
     X(gated_delta_net,                                                                                                 \
       "proj f32[T,2*Hk*Dk+2*Hv*Dv+2*Hv]; conv_weight f32[4,2*Hk*Dk+Hv*Dv]; A_log f32[Hv]; dt_bias f32[Hv]; "           \
       "norm f32[Dv]; eps float; Hk int; Dk int; cu_seqlens i64[B+1]; conv_states f32!*B[3,2*Hk*Dk+Hv*Dv]; "            \
@@ -65,6 +66,8 @@
     X(log_softmax_top,                                                                                                 \
       "logits f32[V]; limit int; k int; token int; logprob f32![1]; top_ids i64![k]; top_logprobs f32![k]",            \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \
+    X(bpe_merge, "ids i64[n]; begins i64[p]; slots i64[s]; pairs i64[m]; merged i64[m]; out i64![n]; count i64![1]",   \
+      (View ids, View begins, View slots, View pairs, View merged, View out, View count))                              \
     X(checksum, "data u8[_]; first int; sum i64![1]", (View data, int64_t first, View sum))                            \
     X(probe_read, "data u8[_]; sum i64![1]", (View data, View sum))                                                    \
     X(probe_peak, "kind int; rounds int; operations i64![1]", (int64_t kind, int64_t rounds, View operations))

@@ -13,6 +13,9 @@ extern const Ops kOps;
 namespace avx512 {
 extern const Ops kOps;
 }
+namespace avx512bf16 {
+extern const Ops kOps;
+}
 #elif defined(__aarch64__)
 namespace neon {
 extern const Ops kOps;
@@ -28,8 +31,11 @@ const Isa* isa_list(int* count) {
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512vnni");
-    static const Isa list[] = {
-        {"avx512", has_avx512, &avx512::kOps}, {"avx2", has_avx2, &avx2::kOps}, {"baseline", true, &baseline::kOps}};
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    static const Isa list[] = {{"avx512bf16", has_bf16, &avx512bf16::kOps},
+                               {"avx512", has_avx512, &avx512::kOps},
+                               {"avx2", has_avx2, &avx2::kOps},
+                               {"baseline", true, &baseline::kOps}};
 #elif defined(__aarch64__)
     static const Isa list[] = {{"neon", true, &neon::kOps}, {"baseline", true, &baseline::kOps}};
 #else

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import StateError
-from .state import BLOCK_TOKENS, KV_DTYPES, State
+from .state import BLOCK_TOKENS, KV_DTYPES, State, host_array
 
 FORMAT, VERSION = "deltaic-state", "1"
 CHECKSUM = "checksum"
@@ -64,11 +64,12 @@ def save_state(
     """
     state._check_intact("save")
     used = -(-state.length // BLOCK_TOKENS)
-    contents: Arrays = {"conv": state.conv, "delta": state.delta, "token_ids": np.array(state.token_ids, np.int64)}
-    contents.update((f"kv.{i}", block) for i, block in enumerate(state.kv.blocks[:used]))
+    contents: Arrays = {"conv": host_array(state.conv), "delta": host_array(state.delta)}
+    contents["token_ids"] = np.array(state.token_ids, np.int64)
+    contents.update((f"kv.{i}", host_array(block)) for i, block in enumerate(state.kv.blocks[:used]))
     used = -(-state.mtp_length // BLOCK_TOKENS)
-    contents.update((f"mtp.{i}", block) for i, block in enumerate(state.mtp.blocks[:used]))
-    contents.update(arrays or {})
+    contents.update((f"mtp.{i}", host_array(block)) for i, block in enumerate(state.mtp.blocks[:used]))
+    contents.update((name, host_array(array)) for name, array in (arrays or {}).items())
     facts = {
         "fingerprint": state.fingerprint,
         "kv_dtype": state.kv_dtype,
@@ -89,6 +90,8 @@ def load_state(path: str | os.PathLike[str], ops: ModuleType | None = None) -> t
         state = _assemble(metadata, arrays, ops or _default_ops())
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise StateError(f"{path}: not a usable state: {error!r}"[:300]) from error
+    except MemoryError as error:
+        raise StateError(f"{path}: no memory on the device: {error}") from None
     return state, metadata, arrays
 
 
@@ -104,6 +107,7 @@ def _default_ops() -> ModuleType:
 
 def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> State:
     """Take the state's tensors out of `arrays`. Raises KeyError, TypeError or ValueError where they do not fit."""
+    move = getattr(ops, "from_host", None) or (lambda array: array)
     state = object.__new__(State)
     state.conv, state.delta = arrays.pop("conv"), arrays.pop("delta")
     ids = arrays.pop("token_ids")
@@ -123,7 +127,7 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         kv = arrays.pop(f"kv.{i}")
         if kv.shape != block or kv.dtype != KV_DTYPES[state.kv_dtype] or block[1:4:2] != (2, BLOCK_TOKENS):
             raise ValueError(f"kv.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {block}")
-        state.kv.append(kv)
+        state.kv.append(move(kv))
     state.mtp_first, state.mtp_length = (int(n) for n in json.loads(metadata.get("mtp", "[0, 0]")))
     if not 0 <= state.mtp_first <= state.mtp_first + state.mtp_length <= length:
         raise ValueError(f"entries {state.mtp_first} + {state.mtp_length} of the MTP layer, {length} tokens")
@@ -132,7 +136,8 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         kv = arrays.pop(f"mtp.{i}")
         if kv.shape != state._mtp_block or kv.dtype != KV_DTYPES[state.kv_dtype]:
             raise ValueError(f"mtp.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {state._mtp_block}")
-        state.mtp.append(kv)
+        state.mtp.append(move(kv))
+    state.conv, state.delta = move(state.conv), move(state.delta)
     state._shared_mtp = 0
     state._zeros = getattr(ops, "zeros", np.zeros)
     state._shared = False

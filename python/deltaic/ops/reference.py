@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from . import quantise
+from . import bpe, quantise
 from .layout import merge_order
 
 Array = npt.NDArray[np.floating]
@@ -35,6 +35,7 @@ MAX_TRACED = 64  # rows of a sequence that a verify step may have
 L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
 FORMATS = ("f32", "bf16", "int8", "int4")
 checksum = quantise.checksum
+bpe_merge = bpe.bpe_merge
 _threads = 1
 
 
@@ -527,6 +528,8 @@ def gated_attention(
         o = causal_attention(q, stored k, stored v)  ;  y = o * sigmoid(gate)
 
     K and V are used as stored (rounded to the blocks' dtype), so a prompt in one call equals the same prompt in many.
+    Where they are stored as bfloat16, an op set may round to it what meets them: the queries, and the probabilities
+    (before they are divided by their sum). Here neither is rounded.
     prefill: the rows are a prompt's; an op set with other code for few rows must then add in the order that it uses for
     many. (Here there is one order.)
     Source: Qwen3.5, Qwen3_5Attention.
@@ -669,10 +672,13 @@ def _corners(n: int, side: int, dtype: np.dtype) -> tuple[Ints, Ints, Array]:
     return index, np.minimum(index + 1, side - 1), s - before
 
 
-def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Ints) -> Array:
+def vision_attention(
+    qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Ints, rounded: bool = False
+) -> Array:
     """Unmasked attention inside each segment. qkv [P, 3*V]: columns all q, all k, all v -> [P, V].
 
     cos, sin [P, dh/2] with dh = V / num_heads: `rotate` over the whole head on q and k; softmax(q k^T / sqrt(dh)) v.
+    rounded: an op set may round what it multiplies (q, k, v and probabilities) to bfloat16; here nothing is rounded.
     Source: Qwen3.5, Qwen3_5VisionAttention.
     """
     P, V = qkv.shape[0], qkv.shape[1] // 3
