@@ -343,6 +343,12 @@ def test_auto_never_drafts_where_it_cannot_pay():
     assert speed > 0.97
     assert sum(depths) <= 3 * (1 + 2 + 3 + 4)  # three measurements of each
     assert sum(machine.run(300)[0]) == 0
+    assert not machine.speculator.uses_mtp  # nor are the layer's entries kept up
+    assert not Speculator(machine, None, [], "auto").uses_mtp
+    assert Speculator(machine, None, [], "mtp").uses_mtp
+    cheap = Simulated("auto", row=0.1, right=0.0)
+    cheap.run(300)
+    assert cheap.speculator.uses_mtp  # the text may become predictable
 
 
 def test_depth_follows_the_acceptance():

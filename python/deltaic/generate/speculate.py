@@ -132,6 +132,14 @@ class Costs:
             return min([depth * guess, *(a.value for d, a in self._drafts.items() if d == depth)])
         return self._estimate(self._drafts, depth, min(a.value / d for d, a in self._drafts.items() if a.sure))
 
+    def can_pay(self) -> bool:
+        """Whether drafts of the MTP layer, if all of them were right, would be faster than plain steps: not so for a
+        model whose steps are all arithmetic, as very small ones' are."""
+        if not self._steps[1].sure or not any(average.sure for average in self._drafts.values()):
+            return True
+        plain = WORTHWHILE / self._steps[1].value
+        return any((1 + d) / (self.step(1 + d) + self.draft(d)) > plain for d in range(1, MTP_DEPTH + 1))
+
     @staticmethod
     def _estimate(measured: dict[int, _Average], n: int, slope: float) -> float:
         """What was measured for `n`; as long as that is too little, no more than what follows from its neighbours, so
@@ -191,6 +199,8 @@ class Speculator:
     @property
     def uses_mtp(self) -> bool:
         """Whether the MTP layer's entries have to be kept up to date."""
+        if self._mtp and self.may_rest and self.depth is None and not self._costs.can_pay():
+            self._mtp, self._pending, self._tokens = False, [], []
         return self._mtp
 
     def observe(self, hidden: Any, tokens: list[int]) -> None:
@@ -214,7 +224,7 @@ class Speculator:
             return self._run_mtp(state, state.length, depth)
         else:
             drafts = []
-        if len(self._tokens) >= PENDING_ROWS:
+        if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
             self._run_mtp(state, state.length, 0)
         return drafts
 
@@ -279,11 +289,10 @@ class Speculator:
             assert self._lookup is not None
             assert self._match is not None
             drafts = self._lookup.drafts(self._match[1], depth)
-            if len(self._tokens) < PENDING_ROWS:
-                return drafts
-            self._run_mtp(state, state.length, 0)
+            if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
+                self._run_mtp(state, state.length, 0)
             return drafts
-        if depth or len(self._tokens) >= PENDING_ROWS:
+        if depth or (len(self._tokens) >= PENDING_ROWS and self.uses_mtp):
             return self._drafting(state, state.length, depth)
         return []
 
