@@ -28,6 +28,7 @@ PENDING_ROWS = 32  # hidden rows that wait for the MTP layer at most
 PRIOR, PRIOR_TRIALS = 0.6, 1.0  # the acceptance that is assumed at first, and how many trials that is worth
 PROOF = 0.5  # hits at a place after which places behind it are tried
 FORGET_TRIED, FORGET_IDLE = 0.93, 0.9975  # what remains of the evidence after a trial, after a step without one
+FADE_STEPS = 16  # how often the latter is applied
 ROW_GUESS = 0.1  # cost of one more row, in plain steps, where nothing has been measured
 DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
 SURE_SAMPLES = 3  # measurements that count
@@ -77,9 +78,15 @@ class Acceptance:
 
     def __init__(self, depth: int) -> None:
         self._hits, self._trials = [0.0] * depth, [0.0] * depth
+        self._idle = 0  # steps without a trial that have not faded the evidence yet
+        self._expected: list[float] | None = None
 
     def record(self, drafted: int, accepted: int) -> None:
         """Of `drafted` drafts the first `accepted` were right; those after the first wrong one were not tried."""
+        if not drafted:
+            self._idle += 1
+            return
+        self._fade()
         tried = min(accepted + 1, drafted)
         for i in range(len(self._trials)):
             keep = FORGET_TRIED if i < tried else FORGET_IDLE
@@ -88,14 +95,23 @@ class Acceptance:
 
     def expected(self) -> list[float]:
         """Tokens that a step is expected to give with 1, 2, ... drafts; of more than one as far as some were right."""
-        tokens, run, rate, all_tokens = 1.0, 1.0, PRIOR, []
-        proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
-        for hits, trials in zip(self._hits[: 1 + 2 * proved], self._trials, strict=False):
-            rate = (hits + PRIOR_TRIALS * rate) / (trials + PRIOR_TRIALS)  # a place is taken to be like the one before
-            run *= rate
-            tokens += run
-            all_tokens.append(tokens)
-        return all_tokens
+        if self._idle >= FADE_STEPS:
+            self._fade()
+        if self._expected is None:
+            tokens, run, rate, self._expected = 1.0, 1.0, PRIOR, []
+            proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
+            for hits, trials in zip(self._hits[: 1 + 2 * proved], self._trials, strict=False):
+                # a place is taken to be like the one before
+                rate = (hits + PRIOR_TRIALS * rate) / (trials + PRIOR_TRIALS)
+                run *= rate
+                tokens += run
+                self._expected.append(tokens)
+        return self._expected
+
+    def _fade(self) -> None:
+        keep = FORGET_IDLE**self._idle
+        self._hits, self._trials = [keep * n for n in self._hits], [keep * n for n in self._trials]
+        self._idle, self._expected = 0, None
 
 
 class Costs:
