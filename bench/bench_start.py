@@ -2,9 +2,9 @@
 
     python bench/bench_start.py PACKED_FOLDER --repeat 5
 
-Each repetition starts an interpreter that imports deltaic, loads the model, prepares a prompt of 20 tokens and
-generates one token. Printed are medians of the whole (as the parent sees it) and of its parts (as the child sees
-them)."""
+Each repetition starts an interpreter that imports deltaic, loads the model, prepares a prompt of about 20 tokens and
+streams until the first token is there. Printed are medians of the whole (as the parent sees it) and of its parts (as
+the child sees them)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from statistics import median
 
 CHILD = """
 import json, sys, time
-start = time.perf_counter()
-import deltaic
-options = json.loads(sys.argv[2])
-imported = time.perf_counter()
-model = deltaic.load(sys.argv[1], progress=False, **options)
-loaded = time.perf_counter()
+marks = [("interpreter", time.time())]
+import numpy
+marks.append(("import numpy", time.time()))
+import deltaic.api, deltaic.ops.cpu
+marks.append(("import deltaic", time.time()))
+model = deltaic.load(sys.argv[1], progress=False, **json.loads(sys.argv[2]))
+marks.append(("load weights", time.time()))
 if sys.argv[3] == "text":
-    tokenizer, template = model.tokenizer, model.template
-    prompt = model.prepare([{"role": "user", "content": "Why is the sky blue?"}])
+    model.tokenizer
+    marks.append(("load tokenizer", time.time()))
+    prompt = model.prepare([{"role": "user", "content": "Why is the sky blue?"}], thinking=False)
 else:
     prompt = model.prepare(list(range(1000, 1020)))
-prepared = time.perf_counter()
-logits = model._runner.prefill(prompt, model.new_state())
-int(logits.argmax())
-done = time.perf_counter()
+marks.append(("prepare prompt", time.time()))
+stream = model.stream(prompt)
+marks.append(("start stream", time.time()))
+next(stream)
+marks.append(("first token", time.time()))
 from deltaic.machine import resident_bytes
-print(json.dumps({"import": imported - start, "load": loaded - imported, "prepare": prepared - loaded,
-                  "first token": done - prepared, "prompt tokens": len(prompt.token_ids),
-                  "resident": (resident_bytes() or {}).get("now")}), flush=True)
+print(json.dumps({"marks": marks, "tokens": len(prompt), "resident": (resident_bytes() or {}).get("now")}), flush=True)
 """
 
 
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--memory", default="map", choices=["map", "copy"])
+    parser.add_argument("--memory", default="auto", choices=["auto", "map", "copy"])
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--ids", action="store_true", help="a prompt of token ids: without tokeniser and template")
     parser.add_argument("--json", action="store_true")
@@ -56,14 +58,17 @@ def main() -> None:
     command = [sys.executable, "-c", CHILD, args.model, json.dumps(options), "ids" if args.ids else "text"]
     runs = []
     for _ in range(args.repeat + 1):  # the first one warms the file cache
-        start = time.perf_counter()
+        start = time.time()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as child:
             assert child.stdout is not None
             line = child.stdout.readline()
-            total = time.perf_counter() - start
         if child.returncode:
             sys.exit(child.returncode)
-        runs.append({"total": total, **json.loads(line)})
+        report = json.loads(line)
+        marks = [("", start), *report["marks"]]
+        run = {name: now - before for (_, before), (name, now) in pairwise(marks)}
+        tokens, resident = report["tokens"], report["resident"]
+        runs.append({**run, "total": marks[-1][1] - start, "prompt tokens": tokens, "resident": resident})
     result = {key: median(run[key] for run in runs[1:]) for key in runs[0]}
     if args.json:
         print(json.dumps(result))

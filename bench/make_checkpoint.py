@@ -272,17 +272,25 @@ def write_weights(folder: Path, table: dict[str, TensorSpec], seed: int) -> int:
 
 
 def make_tokenizer(path: Path) -> dict[str, int]:
-    """A byte-level tokenizer with the family's special ids: bytes as ids 0..255, then made-up tokens of two and three
-    bytes, so that every sampled id has a text. Returns the ids of the special tokens."""
+    """A byte-level tokenizer of the family's size, with its special ids: bytes as ids 0..255, then made-up words, each
+    merged from two earlier ones as byte-pair encoding makes them. Returns the ids of the special tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = [symbol for symbol in symbols if symbol.isascii() and symbol.isalpha()]
-    words = symbols + [a + b for a in symbols for b in symbols]
-    words += [a + b + c for a in letters for b in letters for c in symbols]
-    vocab = {word: i for i, word in enumerate(words[:FIRST_SPECIAL_ID])}
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known, merges = set(words), []
+    rng = np.random.default_rng(0)
+    while len(words) < FIRST_SPECIAL_ID:
+        # mostly of short (early) words, so that the mean length is that of real vocabularies, six to seven bytes
+        for first, second in (rng.random((1 << 16, 2)) ** 6).tolist():
+            pair = words[int(first * len(words))], words[int(second * len(words))]
+            word = pair[0] + pair[1]
+            if len(word) <= 16 and word not in known and len(words) < FIRST_SPECIAL_ID:
+                known.add(word)
+                words.append(word)
+                merges.append(pair)
+    vocab = {word: i for i, word in enumerate(words)}
     special = {token: FIRST_SPECIAL_ID + i for i, token in enumerate(SPECIAL_TOKENS + ADDED_TOKENS)}
-    tokenizer = Tokenizer(models.BPE({**vocab, **special}, []))
+    tokenizer = Tokenizer(models.BPE({**vocab, **special}, merges))
     tokenizer.normalizer = normalizers.NFC()
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"

@@ -3,8 +3,9 @@
     python peer_worker.py ENGINE MODEL --threads 2 --prompt 512 --new 64
 
 Prints one JSON object. All engines get the same token ids. The prompt is evaluated in one call (in batches of 512),
-then tokens are fed one by one. Deltaic also samples after each (which is in its time); the others do not, as their own
-benchmarks do not."""
+then tokens are fed one by one. Deltaic runs through its public stream: it also samples and makes text, which is in its
+time; the others do not, as their own benchmarks do not. With --new 0 the word "started" is printed when the first token
+is there, for whoever times the whole process."""
 
 from __future__ import annotations
 
@@ -30,6 +31,10 @@ def token_ids(count: int, seed: int = SEED) -> list[int]:
     return ids
 
 
+class Started(Exception):
+    """The first token is there, and nothing more was asked for."""
+
+
 def time_run(
     prefill: Callable[[Sequence[int]], Any], step: Callable[[int], Any], prompt: int, new: int
 ) -> dict[str, Any]:
@@ -38,6 +43,9 @@ def time_run(
     start = time.perf_counter()
     prefill(ids[:prompt])
     prefill_seconds = time.perf_counter() - start
+    if new == 0:
+        print("started", flush=True)
+        raise Started
     seconds = []
     for token in ids[prompt:]:
         start = time.perf_counter()
@@ -48,30 +56,21 @@ def time_run(
 
 def run_deltaic(model: str, threads: int, prompt: int, new: int, dtype: str | None) -> dict[str, Any]:
     import deltaic
-    import numpy as np
-    from deltaic.generate.sampling import Sampler, SamplingParams
 
-    loaded = deltaic.load(model, threads=threads, dtype=dtype)
-    runner = loaded._runner
-    params = SamplingParams(temperature=1.0, top_k=20, top_p=0.95, seed=SEED)
+    loaded = deltaic.load(model, threads=threads, dtype=dtype, cache_bytes=0)
 
     def measure(prompt: int, new: int) -> dict[str, Any]:
-        state = loaded.new_state()
-        sampler = Sampler(
-            loaded._ops, params, limit=loaded.config.text.vocab_size, prompt_ids=np.empty(0, np.int64), unused=()
-        )
-        logits: list[Any] = [None]
+        pieces: list[Any] = []
 
         def prefill(ids: Sequence[int]) -> None:
-            logits[0] = runner.prefill(loaded.prepare(list(ids)), state)
+            options = {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "seed": SEED}
+            pieces.append(iter(loaded.stream(loaded.prepare(list(ids)), max_new_tokens=new + 1, **options)))
+            next(pieces[0])
 
-        def step(token: int) -> None:
-            sampler.next(logits[0])
-            logits[0] = runner.step(token, state)
+        return time_run(prefill, lambda token: next(pieces[0]), prompt, new)
 
-        return time_run(prefill, step, prompt, new)
-
-    measure(*WARM_UP)
+    if new:
+        measure(*WARM_UP)
     return measure(prompt, new)
 
 
@@ -80,7 +79,8 @@ def run_llama(model: str, threads: int, prompt: int, new: int, dtype: str | None
 
     import llama_cpp
 
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), ctypes.c_void_p(0))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)  # must outlive every call
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
     settings.n_gpu_layers = 0
@@ -101,7 +101,8 @@ def run_llama(model: str, threads: int, prompt: int, new: int, dtype: str | None
                 raise SystemExit(f"llama_decode returned {code}")
         llama_cpp.llama_get_logits_ith(session, -1)  # waits until they are there
 
-    time_run(feed, lambda token: feed([token]), *WARM_UP)
+    if new:
+        time_run(feed, lambda token: feed([token]), *WARM_UP)
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(session), True)
     return time_run(feed, lambda token: feed([token]), prompt, new)
 
@@ -127,7 +128,8 @@ def run_transformers(model: str, threads: int, prompt: int, new: int, dtype: str
         return time_run(feed, lambda token: feed([token]), prompt, new)
 
     with torch.no_grad():
-        measure(*WARM_UP)
+        if new:
+            measure(*WARM_UP)
         return measure(prompt, new)
 
 
@@ -140,10 +142,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--new", type=int, default=64, help="0: only say when the first token is there")
     parser.add_argument("--dtype")
     args = parser.parse_args()
-    result = ENGINES[args.engine](args.model, args.threads, args.prompt, args.new, args.dtype)
+    try:
+        result = ENGINES[args.engine](args.model, args.threads, args.prompt, args.new, args.dtype)
+    except Started:
+        os._exit(0)
     result["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(result))
     sys.stdout.flush()

@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ PACKAGES = ("llama-cpp-python", "torch", "transformers")
 # ours -> what it is compared with
 PAIRS = {"deltaic int4": "llama Q4_0", "deltaic int8": "llama Q8_0", "deltaic bf16": "llama BF16"}
 TRANSFORMERS = "transformers bf16"
+START_PROMPT = 20
 
 
 def make_venv(folder: Path) -> Path:
@@ -60,15 +62,34 @@ def prepare(checkpoint: Path, work: Path, names: list[str]) -> dict[str, Path]:
     return models
 
 
+def worker(name: str, model: Path, python: str, threads: int, prompt: int, new: int) -> list[str]:
+    """The command that measures one engine."""
+    command = [python, str(WORKER), name.split()[0], str(model), "--threads", str(threads)]
+    return [*command, "--prompt", str(prompt), "--new", str(new)]
+
+
+def seconds_to_first_token(name: str, model: Path, python: str, args: argparse.Namespace) -> float:
+    """From starting a process to its first token after a prompt of START_PROMPT ids, as the parent sees it."""
+    start = time.perf_counter()
+    command = worker(name, model, python, args.threads, START_PROMPT, 0)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        seconds = time.perf_counter() - start
+    if line != "started\n":
+        sys.exit(f"{name} did not start (code {child.returncode})")
+    return seconds
+
+
 def run(name: str, model: Path, python: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One measurement of one engine in a fresh process."""
-    command = [python, str(WORKER), name.split()[0], str(model)]
-    command += ["--threads", str(args.threads), "--prompt", str(args.prompt), "--new", str(args.new)]
+    """One measurement of one engine in a fresh process, after one of its start."""
+    first_token = seconds_to_first_token(name, model, python, args)
+    command = worker(name, model, python, args.threads, args.prompt, args.new)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed with code {done.returncode}:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return result | {"first_token": first_token}
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -80,19 +101,24 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     for ours, theirs in [*PAIRS.items(), *((ours, TRANSFORMERS) for ours in PAIRS)]:
         if ours in medians and theirs in medians:
             ratios[f"{ours} / {theirs}"] = {
-                key: medians[ours][key] / medians[theirs][key] for key in ("prefill", "decode")
+                key: medians[ours][key] / medians[theirs][key] for key in ("prefill", "decode", "first_token")
             }
     return {"medians": medians, "ratios": ratios, "runs": runs}
 
 
 def as_table(summary: dict[str, Any], args: argparse.Namespace) -> str:
     """For people."""
-    lines = [f"{'':40} prefill-{args.prompt:<6} decode  (tokens/s, {args.threads} threads, {args.rounds} rounds)"]
+    lines = [
+        f"tokens/s, {args.threads} threads, medians of {args.rounds} rounds in alternation; seconds from starting the",
+        f"process to the first token after {START_PROMPT}; largest resident memory",
+        f"{'':34} {f'prefill-{args.prompt}':>12} {'decode':>8} {'start':>8} {'memory':>9}",
+    ]
     for name, values in summary["medians"].items():
         memory = values["peak_resident_bytes"] / 1e6
-        lines.append(f"{name:40} {values['prefill']:14.1f} {values['decode']:7.1f}   {memory:6.0f} MB")
+        speeds = f"{values['prefill']:12.1f} {values['decode']:8.1f}"
+        lines.append(f"{name:34} {speeds} {values['first_token']:6.2f} s {memory:6.0f} MB")
     for name, values in summary["ratios"].items():
-        lines.append(f"{name:40} {values['prefill']:13.2f}x {values['decode']:6.2f}x")
+        lines.append(f"{name:34} {values['prefill']:11.2f}x {values['decode']:7.2f}x {values['first_token']:7.2f}x")
     return "\n".join(lines)
 
 

@@ -106,7 +106,10 @@ def test_greedy_tokens_equal_transformers(tiny_model, reference, pictures):
             do_sample=False,
             eos_token_id=sorted(tiny_model.end_ids),
             pad_token_id=0,
-            suppress_tokens=list(range(tiny_model.tokenizer.vocab_size, vocabulary)),
+            suppress_tokens=[
+                *range(tiny_model.tokenizer.vocab_size, vocabulary),
+                *(tiny_model.config.image_token_id, tiny_model.config.video_token_id),
+            ],
         )[0, len(prompt) :].tolist()
     found = tiny_model.generate(prompt, max_new_tokens=60, **GREEDY)
     assert found.token_ids == expected
@@ -219,6 +222,20 @@ def test_ids_without_a_token_are_never_generated(tiny_model):
         assert max(ids) < tiny_model.tokenizer.vocab_size
 
 
+def test_placeholders_of_pictures_are_never_generated(tiny_model, monkeypatch):
+    """Whatever the logits say: a placeholder that the model wrote would have no picture in the next turn."""
+    config, rig = tiny_model.config, tiny_model._runner.logits
+
+    def eager(hidden):
+        logits = rig(hidden)
+        logits[:, [config.image_token_id, config.video_token_id]] = 1e9
+        return logits
+
+    monkeypatch.setattr(tiny_model._runner, "logits", eager)
+    ids = tiny_model.generate("the", max_new_tokens=20, temperature=0.0).token_ids
+    assert not {config.image_token_id, config.video_token_id} & set(ids)
+
+
 def test_length_ends_a_generation(tiny_model):
     result = tiny_model.generate([1, 2, 3], max_new_tokens=3, **GREEDY)
     assert (result.finish_reason, result.completion_tokens) == ("length", 3)
@@ -320,7 +337,7 @@ def test_ctrl_c_while_computing(tiny_model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_model._runner.text, "_feed_forward", interrupted)
+        patch.setattr(tiny_model._runner.text, "feed_forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert list(stream) == []
@@ -333,7 +350,7 @@ def test_an_interrupted_forward_makes_its_state_unusable(tiny_model, monkeypatch
     state = tiny_model.new_state()
     tiny_model.forward([1, 2], state)
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_model._runner.text, "_feed_forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tiny_model._runner.text, "feed_forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tiny_model.forward([3], state)
     with pytest.raises(StateError):

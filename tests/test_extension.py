@@ -14,7 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from deltaic import _core
+from deltaic.errors import ArgumentError
+from deltaic.ops import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER, NM = shutil.which(os.environ.get("CXX", "c++")), shutil.which("nm")
@@ -86,6 +90,27 @@ def built_objects() -> dict[str, list[Path]]:
         f for f in trees[-1].parent.glob("deltaic_*.dir") if f.name not in ("deltaic_core.dir", "deltaic_cuda.dir")
     ]
     return {f.name[len("deltaic_") : -len(".dir")]: sorted(f.glob("csrc/cpu/*.o")) for f in folders}
+
+
+def test_what_an_operator_writes_to_must_be_writeable():
+    x, y = np.ones((2, 8), np.float32), np.empty((2, 8), np.float32)
+    _core.rms_norm(x, x[0], 1e-6, y)
+    y.flags.writeable = False
+    with pytest.raises(ArgumentError, match="rms_norm: y is read-only, but the operator writes to it"):
+        _core.rms_norm(x, x[0], 1e-6, y)
+
+
+def test_a_shared_state_cannot_be_written():
+    rows, states = np.ones((1, 2 * 4 + 2 * 4 + 2), np.float32), [np.zeros((1, 4, 4), np.float32)]
+    arguments = {"eps": 1e-6, "num_k_heads": 1, "head_k_dim": 4, "head_v_dim": 4, "cu_seqlens": np.array([0, 1])}
+    weights = [np.ones(shape, np.float32) for shape in ((4, 12), 1, 1, 4)]
+    conv = [np.zeros((3, 12), np.float32)]
+    cpu.gated_delta_net(rows, *weights, **arguments, conv_states=conv, states=states)
+    before = states[0].copy()
+    states[0].flags.writeable = False
+    with pytest.raises(ArgumentError, match="gated_delta_net: states is read-only"):
+        cpu.gated_delta_net(rows, *weights, **arguments, conv_states=conv, states=states)
+    assert np.array_equal(states[0], before)
 
 
 @needs_compiler

@@ -5,136 +5,19 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <tuple>
-#include <utility>
 
-#include "core/contract.h"
-#include "core/error.h"
+#include "bindings/arguments.h"
+#include "bindings/tape.h"
 #include "core/isa.h"
 #include "core/pool.h"
 #include "ops.h"
-
-namespace py = pybind11;
 
 namespace deltaic {
 namespace {
 
 const char* const kFormats[] = {"f32", "bf16", "int8", "int4"};  // order of enum Format
-
-struct PyWeight {
-    Weight weight;
-    std::vector<py::array> arrays;  // keeps the packed bytes alive
-};
-
-struct PyBlockTable {
-    BlockTable table;
-    std::vector<void*> pointers;
-    std::vector<py::array> arrays;
-};
-
-View view_of(const py::array& array, const char** dtype_name) {
-    View v;
-    const auto dtype = array.dtype();
-    const char kind = dtype.kind();
-    const auto size = dtype.itemsize();
-    if (kind == 'f' && size == 4) {
-        v.dtype = Dtype::f32, *dtype_name = "f32";
-    } else if (kind == 'u' && size == 2) {
-        v.dtype = Dtype::u16, *dtype_name = "u16";
-    } else if (kind == 'u' && size == 1) {
-        v.dtype = Dtype::u8, *dtype_name = "u8";
-    } else if (kind == 'i' && size == 8) {
-        v.dtype = Dtype::i64, *dtype_name = "i64";
-    } else {
-        *dtype_name = "unsupported";
-    }
-    v.data = const_cast<void*>(array.data());
-    v.ndim = static_cast<int32_t>(array.ndim());
-    for (int i = 0; i < v.ndim && i < 5; ++i) v.shape[i] = array.shape(i);
-    return v;
-}
-
-// One call of an operator: converts the arguments in order and remembers the sizes.
-class Call {
-  public:
-    Call(const Contract& contract, const py::args& args) : contract_(contract), sizes_(contract), args_(args) {
-        if (args.size() != contract.arguments.size())
-            throw Error(contract.op + ": takes " + std::to_string(contract.arguments.size()) + " arguments, got " +
-                        std::to_string(args.size()));
-        size_t items = 0;  // views_ must not move while views into it are handed out
-        for (const py::handle value : args)
-            if (py::isinstance<py::list>(value)) items += py::len(value);
-        views_.reserve(items);
-    }
-
-    template <class T>
-    T next() {
-        const Argument& argument = contract_.arguments[index_];
-        const py::handle value = args_[index_++];
-        if constexpr (std::is_same_v<T, View>) {
-            return array(argument, value);
-        } else if constexpr (std::is_same_v<T, Views>) {
-            const py::sequence items = sequence(argument, value);
-            const size_t first = views_.size();
-            for (const py::handle item : items) views_.push_back(array(argument, item));
-            return Views{views_.data() + first, static_cast<int64_t>(items.size())};
-        } else if constexpr (std::is_same_v<T, const Weight&>) {
-            if (!py::isinstance<PyWeight>(value)) fail(argument, "is not a packed weight");
-            const Weight& w = value.cast<const PyWeight&>().weight;
-            const int64_t dims[3] = {w.count, w.rows, w.columns};
-            const bool experts = argument.dims.size() == 3;
-            if (!experts && w.count != 1) fail(argument, "holds several experts, expected one matrix");
-            sizes_.shape(argument, "weight", experts ? dims : dims + 1, experts ? 3 : 2);
-            return w;
-        } else if constexpr (std::is_same_v<T, Tables>) {
-            const py::sequence items = sequence(argument, value);
-            for (const py::handle item : items) {
-                if (!py::isinstance<PyBlockTable>(item)) fail(argument, "holds something that is not a BlockTable");
-                tables_.push_back(&item.cast<const PyBlockTable&>().table);
-            }
-            return Tables{tables_.data(), static_cast<int64_t>(tables_.size())};
-        } else if constexpr (std::is_integral_v<T>) {
-            if (!py::isinstance<py::int_>(value)) fail(argument, "is not an int");
-            const T number = value.cast<T>();
-            sizes_.integer(argument, number);
-            return number;
-        } else {
-            return value.cast<T>();
-        }
-    }
-
-    void finish() { sizes_.finish(); }
-
-  private:
-    [[noreturn]] void fail(const Argument& argument, const char* what) const {
-        throw Error(contract_.op + ": " + argument.name + " " + what);
-    }
-
-    py::sequence sequence(const Argument& argument, py::handle value) {
-        if (!py::isinstance<py::list>(value)) fail(argument, "is not a list");
-        auto items = py::reinterpret_borrow<py::sequence>(value);
-        sizes_.list(argument, static_cast<int64_t>(items.size()));
-        return items;
-    }
-
-    View array(const Argument& argument, py::handle value) {
-        if (value.is_none() && argument.optional) return View{};
-        if (!py::isinstance<py::array>(value)) fail(argument, "is not a numpy array");
-        const auto a = py::reinterpret_borrow<py::array>(value);
-        const char* dtype = nullptr;
-        const View v = view_of(a, &dtype);
-        if (!(a.flags() & py::array::c_style)) fail(argument, "is not C-contiguous");
-        sizes_.shape(argument, dtype, v.shape, v.ndim);
-        return v;
-    }
-
-    const Contract& contract_;
-    Sizes sizes_;
-    const py::args& args_;
-    size_t index_ = 0;
-    std::vector<View> views_;
-    std::vector<const BlockTable*> tables_;
-};
 
 const Isa* chosen = nullptr;
 
@@ -149,9 +32,12 @@ void define(py::module_& m, const char* name, const char* text, void (*function)
             Call call(*contract, args);
             std::tuple<A...> values{call.template next<A>()...};  // braces: left to right
             call.finish();
+            if (Tape* tape = Tape::recording()) {
+                tape->add(std::make_unique<Step<A...>>(function, values, call.take_views(), call.take_tables()), args);
+                return;
+            }
             const py::gil_scoped_release released;
-            const OperatorScope scope;
-            std::apply(function, values);
+            run_kernel(function, values);
         },
         text);
 }
@@ -260,6 +146,9 @@ PYBIND11_MODULE(_core, m) {
     m.attr("usable_isas") = py::tuple(usable);
     m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1], kFormats[2], kFormats[3]);
 
+    m.def(
+        "kernel_seconds", [] { return 1e-9 * static_cast<double>(kernel_nanoseconds.load()); },
+        "Seconds spent inside kernels since the start of the process; what a call takes besides is its overhead.");
     m.def("thread_count", &thread_count);
     m.def(
         "set_thread_count",
@@ -315,6 +204,23 @@ PYBIND11_MODULE(_core, m) {
                  set_block(self, index, block);
              })
         .def_property_readonly("blocks", [](const PyBlockTable& self) { return self.arrays; });
+
+    py::class_<Tape>(m, "Tape", "A recorded sequence of operator calls: see deltaic.ops.cpu.")
+        .def(py::init<const py::list&>(), py::arg("inputs"))
+        .def(
+            "__enter__",
+            [](Tape& self) -> Tape& {
+                self.start();
+                return self;
+            },
+            py::return_value_policy::reference)
+        .def("__exit__", [](Tape& self, const py::args&) { self.stop(); })
+        .def("replay", &Tape::replay, py::arg("inputs"), py::arg("output"))
+        .def("__len__", &Tape::size);
+    m.def(
+        "empty",
+        [](const py::tuple& shape) { return Tape::recording() ? Tape::recording()->buffer(shape) : new_f32(shape); },
+        "A float32 array for the output of an operator: of the tape that is being recorded, else new.");
 
 #define X(name, contract, arguments) define(m, #name, contract, chosen->ops->name);
     DELTAIC_OPS(X)

@@ -59,10 +59,8 @@ Contract::Contract(const char* op_name, const char* text) : op(op_name) {
             rest = rest.substr(0, star);
             add_name(a.list);
         }
-        if (!rest.empty() && rest.back() == '?') {
-            a.optional = true;
-            rest.pop_back();
-        }
+        for (; rest.ends_with('?') || rest.ends_with('!'); rest.pop_back())
+            (rest.back() == '?' ? a.optional : a.written) = true;
         a.type = rest;
         a.kind = rest == "weight"                      ? Kind::weight
                  : rest == "table"                     ? Kind::table

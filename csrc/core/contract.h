@@ -14,8 +14,9 @@ enum class Kind { array, weight, table, integer, number };
 struct Argument {
     std::string name;
     Kind kind = Kind::array;
-    std::string type;  // f32, u8, u16, i64, kv, weight, table, int, float, double
-    bool optional = false;
+    std::string type;               // f32, u8, u16, i64, kv, weight, table, int, float, double
+    bool optional = false;          // may be None
+    bool written = false;           // the operator writes to it
     std::string list;               // size name of a list argument, or empty
     std::vector<std::string> dims;  // size expressions
 };

@@ -1,12 +1,16 @@
 // Attention of many query rows, one block of keys after another with a running maximum (FlashAttention, Dao et al.
 // 2022): what gated_attention (prefill) and vision_attention share.
 //
-// Keys and values come packed in blocks of 16 lanes, so that both products are the tile of cpu/gemm.h without a
-// horizontal sum:
-//   keys    [keys / 16][D][16]     lanes are 16 neighbouring keys
-//   values  [D / 16][keys][16]     lanes are 16 neighbouring dimensions, zero past D
+// Keys and values come packed in lanes of 32 bits, 16 to a block, so that both products are register tiles without a
+// horizontal sum. A lane holds one float, or a pair of bfloat16 numbers that are summed (`kNumbers` = 1 or 2):
+//   keys    [keys / 16][D / kNumbers][16]     lanes are 16 neighbouring keys; pairs are neighbouring dimensions
+//   values  [D / 16][keys / kNumbers][16]     lanes are 16 neighbouring dimensions, zero past D; pairs are neighbouring
+//                                             keys, zero past the last
 // A row's blocks are fixed by the key index alone and every sum runs in key order, so what a row gets does not depend
 // on which other rows share its tile.
+//
+// Scores are powers of two, and what is subtracted from them is the highest one rounded up to an integer: rescaling is
+// exact, and a probability is rounded to bfloat16 alike whatever the maximum was when its turn came.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -17,144 +21,289 @@ namespace DELTAIC_ISA {
 // Register tile: blocks of 16 lanes x query rows.
 constexpr int kFlashBlocks = kTileTokens >= 12 ? 2 : 1;
 constexpr int kFlashRows = kTileTokens >= 12 ? 12 : kTileTokens >= 2 ? 6 : 2;
-constexpr int64_t kFlashKeys =
-    128;  // keys in one step: packed keys and values of 256 dimensions fit the second-level cache
+constexpr int64_t kFlashKeys = 128;  // keys in one step: with 256 dimensions they fit the second-level cache
+constexpr float kLog2E = 1.44269504088896341f;
 
-struct FlashTile {
-    int64_t rows, padded;  // query rows, and rounded up to kFlashRows
-    int64_t D, dims;       // head width, and rounded up to 16
-    const float* q;        // [padded][D], scaled by 1/sqrt(D)
-    float* scores;         // [padded][kFlashKeys]
-    float* out;            // [padded][dims], to be divided by `total`
-    float* highest;        // [padded], largest score so far
-    float* total;          // [padded], sum of exp(score - highest)
-};
+// How numbers lie in memory: rows of keys, values or queries.
+enum class Stored { f32, bf16 };
+constexpr int64_t stored_bytes(Stored format) { return format == Stored::f32 ? 4 : 2; }
 
-// Floats of memory that a tile of up to `rows` rows works in.
-DELTAIC_INLINE int64_t flash_floats(int64_t rows, int64_t D) {
-    return round_up(rows, kFlashRows) * (kFlashKeys + round_up(D, 16) + 2);
-}
-
-DELTAIC_INLINE FlashTile flash_begin(const float* q, int64_t rows, int64_t D, float* memory) {
-    FlashTile t;
-    t.rows = rows, t.padded = round_up(rows, kFlashRows);
-    t.D = D, t.dims = round_up(D, 16);
-    t.q = q;
-    t.scores = memory;
-    t.out = t.scores + t.padded * kFlashKeys;
-    t.highest = t.out + t.padded * t.dims;
-    t.total = t.highest + t.padded;
-    for (int64_t i = 0; i < t.padded * t.dims; ++i) t.out[i] = 0.0f;
-    for (int64_t i = 0; i < t.padded; ++i) t.highest[i] = -INFINITY, t.total[i] = 0.0f;
-    return t;
-}
-
-template <int NB>
-DELTAIC_INLINE void flash_scores(const FlashTile& t, const float* keys, int64_t block) {
-    const int64_t stride = t.D * 16;
-    for (int64_t r = 0; r < t.padded; r += kFlashRows) {
-        f32x16 acc[NB][kFlashRows];
-        for (int b = 0; b < NB; ++b)
-            for (int i = 0; i < kFlashRows; ++i) acc[b][i] = zero();
-        tile_f32<NB, kFlashRows>(keys + block * stride, stride, 16, t.q + r * t.D, t.D, t.D, acc);
-        for (int i = 0; i < kFlashRows; ++i)
-            for (int b = 0; b < NB; ++b) store(t.scores + (r + i) * kFlashKeys + (block + b) * 16, acc[b][i]);
-    }
-}
-
-template <int NB>
-DELTAIC_INLINE void flash_values(const FlashTile& t, const float* values, int64_t stride, int64_t keys, int64_t block) {
-    for (int64_t r = 0; r < t.padded; r += kFlashRows) {
-        float* out = t.out + r * t.dims + block * 16;
-        f32x16 acc[NB][kFlashRows];
-        for (int b = 0; b < NB; ++b)
-            for (int i = 0; i < kFlashRows; ++i) acc[b][i] = load(out + i * t.dims + b * 16);
-        tile_f32<NB, kFlashRows>(values + block * stride, stride, 16, t.scores + r * kFlashKeys, kFlashKeys, keys, acc);
-        for (int i = 0; i < kFlashRows; ++i)
-            for (int b = 0; b < NB; ++b) store(out + i * t.dims + b * 16, acc[b][i]);
-    }
-}
-
-// The scores of one row, of which the first `visible` count, become exp(score - highest); the others become zero.
-DELTAIC_INLINE void flash_softmax(const FlashTile& t, int64_t row, int64_t visible, int64_t keys) {
-    float* s = t.scores + row * kFlashKeys;
-    const int64_t end = round_up(keys, 16);
-    for (int64_t i = visible; i < end; ++i) s[i] = -INFINITY;
-    f32x16 most = load(s);
-    for (int64_t i = 16; i < visible; i += 16) most = max(most, load(s + i));
-    const float before = t.highest[row], now = reduce_max(most);
-    const float highest = now > before ? now : before;
-    f32x16 sum = zero();
-    for (int64_t i = 0; i < end; i += 16) {
-        if (i >= visible) {
-            store(s + i, zero());
-            continue;
-        }
-        store(s + i, exp(sub(load(s + i), set1(highest))));
-        for (int64_t j = visible; j < i + 16; ++j) s[j] = 0.0f;  // exp clamps, so -inf does not become zero by itself
-        sum = add(sum, load(s + i));
-    }
-    if (highest != before) {
-        float lanes[16];
-        store(lanes, exp(set1(before - highest)));
-        const f32x16 scale = set1(lanes[0]);
-        float* out = t.out + row * t.dims;
-        for (int64_t d = 0; d < t.dims; d += 16) store(out + d, mul(load(out + d), scale));
-        t.total[row] *= lanes[0];
-    }
-    t.highest[row] = highest;
-    t.total[row] += reduce_add(sum);
-}
-
-// Adds a block of up to kFlashKeys keys; visible(row) of them, 0..keys, are seen by a row. `stride`: floats between two
-// blocks of 16 dimensions of the values.
-template <class Visible>
-DELTAIC_INLINE void flash_keys(const FlashTile& t, const float* keys_packed, const float* values, int64_t stride,
-                               int64_t keys, const Visible& visible) {
-    const int64_t key_blocks = ceil_div(keys, 16), value_blocks = t.dims / 16;
-    int64_t b = 0;
-    for (; b + kFlashBlocks <= key_blocks; b += kFlashBlocks) flash_scores<kFlashBlocks>(t, keys_packed, b);
-    for (; b < key_blocks; ++b) flash_scores<1>(t, keys_packed, b);
-    for (int64_t r = 0; r < t.padded; ++r) {
-        const int64_t seen = r < t.rows ? visible(r) : 0;
-        if (seen > 0) {
-            flash_softmax(t, r, seen, keys);
-        } else {
-            for (int64_t i = 0; i < keys; ++i) t.scores[r * kFlashKeys + i] = 0.0f;
-        }
-    }
-    b = 0;
-    for (; b + kFlashBlocks <= value_blocks; b += kFlashBlocks) flash_values<kFlashBlocks>(t, values, stride, keys, b);
-    for (; b < value_blocks; ++b) flash_values<1>(t, values, stride, keys, b);
-}
-
-// 16 numbers from position d on of a row of D floats, or of D bfloat16 numbers; zero past the end.
-template <bool kHalf>
+// 16 numbers from position d on of a row of D numbers; zero past the end.
+template <Stored format>
 DELTAIC_INLINE f32x16 load_row(const uint8_t* row, int64_t d, int64_t D) {
-    if constexpr (kHalf) {
+    if constexpr (format == Stored::bf16) {
         return load_bf16_n(reinterpret_cast<const uint16_t*>(row) + d, D - d);
     } else {
         return load_n(reinterpret_cast<const float*>(row) + d, D - d);
     }
 }
 
-// 16 rows of D numbers -> [D][16].
-template <bool kHalf>
-DELTAIC_INLINE void pack_keys(const uint8_t* const (&rows)[16], int64_t D, float* packed) {
-    for (int64_t d = 0; d < D; d += 16) {
-        f32x16 a[16];
-        for (int i = 0; i < 16; ++i) a[i] = load_row<kHalf>(rows[i], d, D);
-        transpose(a);
-        for (int i = 0; i < 16 && d + i < D; ++i) store(packed + (d + i) * 16, a[i]);
+// Products of floats.
+struct FloatProducts {
+    using Number = float;
+    using Vector = f32x16;
+    static constexpr int64_t kNumbers = 1;
+
+    template <Stored format>
+    static DELTAIC_INLINE Vector load_lanes(const uint8_t* row, int64_t d, int64_t D) {
+        return load_row<format>(row, d, D);
+    }
+    static DELTAIC_INLINE Vector load_lanes(const float* p) { return load(p); }
+    static DELTAIC_INLINE Vector set(const float* p) { return set1(*p); }
+    static DELTAIC_INLINE f32x16 dot(Vector a, Vector b, f32x16 acc) { return fma(a, b, acc); }
+    // Numbers d .. d + 16 * GROUPS - 1 of a value, 16 to a vector.
+    template <Stored format, int GROUPS>
+    static DELTAIC_INLINE void load_value(const uint8_t* const* rows, bool, int64_t d, int64_t D,
+                                          Vector (&value)[GROUPS]) {
+        for (int g = 0; g < GROUPS; ++g) value[g] = load_row<format>(rows[0], d + g * 16, D);
+    }
+
+    template <int NB, int NT>
+    static DELTAIC_INLINE void tile(const float* w, int64_t block_stride, const float* x, int64_t x_stride,
+                                    int64_t lanes, f32x16 (&acc)[NB][NT]) {
+        tile_f32<NB, NT>(w, block_stride, 16, x, x_stride, lanes, acc);
+    }
+    static DELTAIC_INLINE void store_number(float* p, f32x16 a, int64_t n) { store_n(p, a, n); }
+
+    template <Stored format>
+    static DELTAIC_INLINE void pack_keys(const uint8_t* const (&rows)[16], int64_t D, float* packed) {
+        for (int64_t d = 0; d < D; d += 16) {
+            f32x16 a[16];
+            for (int i = 0; i < 16; ++i) a[i] = load_row<format>(rows[i], d, D);
+            transpose(a);
+            for (int i = 0; i < 16 && d + i < D; ++i) store(packed + (d + i) * 16, a[i]);
+        }
+    }
+    template <Stored format>
+    static DELTAIC_INLINE void pack_values(const uint8_t* const (&rows)[16], int64_t count, int64_t D, int64_t stride,
+                                           float* packed) {
+        for (int64_t d = 0; d < D; d += 16)
+            for (int64_t i = 0; i < count; ++i)
+                store(packed + d / 16 * stride + i * 16, load_row<format>(rows[i], d, D));
+    }
+};
+
+#if defined(__AVX512BF16__)
+// Products of bfloat16 pairs: whatever is not stored so is rounded.
+struct PairProducts {
+    using Number = uint16_t;
+    using Vector = bf16x32;
+    static constexpr int64_t kNumbers = 2;
+
+    // 32 numbers from position d on of a row of D numbers; zero past the end.
+    template <Stored format>
+    static DELTAIC_INLINE Vector load_lanes(const uint8_t* row, int64_t d, int64_t D) {
+        if constexpr (format == Stored::bf16) {
+            return load_pairs_n(reinterpret_cast<const uint16_t*>(row) + d, D - d);
+        } else {
+            return to_pairs(load_row<format>(row, d, D), D - d > 16 ? load_row<format>(row, d + 16, D) : zero());
+        }
+    }
+    static DELTAIC_INLINE Vector load_lanes(const uint16_t* p) { return load_pairs(p); }
+    static DELTAIC_INLINE Vector set(const uint16_t* p) { return set_pair(p); }
+    static DELTAIC_INLINE f32x16 dot(Vector a, Vector b, f32x16 acc) { return dot_pairs(a, b, acc); }
+    // The same of two neighbouring values, or of one beside zeros.
+    template <Stored format, int GROUPS>
+    static DELTAIC_INLINE void load_value(const uint8_t* const* rows, bool both, int64_t d, int64_t D,
+                                          Vector (&value)[GROUPS]) {
+        for (int g = 0; g < GROUPS; g += 2) {
+            const Vector first = load_lanes<format>(rows[0], d + g * 16, D);
+            Vector low, high;
+            interleave(first, both ? load_lanes<format>(rows[1], d + g * 16, D) : no_pairs(), low, high);
+            value[g] = low;
+            if (g + 1 < GROUPS) value[g + 1] = high;
+        }
+    }
+
+    template <int NB, int NT>
+    static DELTAIC_INLINE void tile(const float* w, int64_t block_stride, const uint16_t* x, int64_t x_stride,
+                                    int64_t lanes, f32x16 (&acc)[NB][NT]) {
+        for (int64_t k = 0; k < lanes; ++k) {
+            bf16x32 wk[NB];
+            for (int b = 0; b < NB; ++b) wk[b] = load_pairs(w + b * block_stride + k * 16);
+            for (int t = 0; t < NT; ++t) {
+                const bf16x32 xk = set_pair(x + t * x_stride + 2 * k);
+                for (int b = 0; b < NB; ++b) acc[b][t] = dot_pairs(wk[b], xk, acc[b][t]);
+            }
+        }
+    }
+    static DELTAIC_INLINE void store_number(uint16_t* p, f32x16 a, int64_t n) {
+        n >= 16 ? store_half(p, a) : store_bf16_n(p, a, n);
+    }
+
+    template <Stored format>
+    static DELTAIC_INLINE void pack_keys(const uint8_t* const (&rows)[16], int64_t D, float* packed) {
+        for (int64_t d = 0; d < D; d += 32) {
+            f32x16 a[16];
+            for (int i = 0; i < 16; ++i) a[i].part[0] = as_float(load_lanes<format>(rows[i], d, D).bits);
+            transpose(a);
+            for (int i = 0; i < 16 && d + 2 * i < D; ++i) store(packed + (d / 2 + i) * 16, a[i]);
+        }
+    }
+    template <Stored format>
+    static DELTAIC_INLINE void pack_values(const uint8_t* const (&rows)[16], int64_t count, int64_t D, int64_t stride,
+                                           float* packed) {
+        for (int64_t d = 0; d < D; d += 32)
+            for (int64_t i = 0; i < count; i += 2) {
+                bf16x32 low, high;
+                interleave(load_lanes<format>(rows[i], d, D),
+                           i + 1 < count ? load_lanes<format>(rows[i + 1], d, D) : no_pairs(), low, high);
+                store_pairs(packed + d / 16 * stride + i / 2 * 16, low);
+                if (D - d > 16) store_pairs(packed + (d / 16 + 1) * stride + i / 2 * 16, high);
+            }
+    }
+};
+using HalfProducts = PairProducts;
+#else
+using HalfProducts = FloatProducts;
+#endif
+
+template <class Products>
+struct FlashTile {
+    using Number = typename Products::Number;
+    int64_t rows, padded;  // query rows, and rounded up to kFlashRows
+    int64_t D, dims;       // head width, and rounded up to 16
+    const Number* q;       // [padded][stride], scaled by log2(e) / sqrt(D); zero from D to a whole lane
+    int64_t stride;        // numbers
+    float* scores;         // [padded][kFlashKeys]; then a row's probabilities in place of its scores
+    float* out;            // [padded][dims], to be divided by `total`
+    float* highest;        // [padded], largest score so far, rounded up
+    float* total;          // [padded][16], sums of 2^(score - highest), to be added up
+
+    DELTAIC_INLINE Number* probabilities(int64_t row) const {
+        return reinterpret_cast<Number*>(scores + row * kFlashKeys);
+    }
+    static constexpr int64_t kRowNumbers = kFlashKeys * Products::kNumbers;  // from one row of `scores` to the next
+};
+
+// Floats of memory that a tile of up to `rows` rows works in.
+DELTAIC_INLINE int64_t flash_floats(int64_t rows, int64_t D) {
+    return round_up(rows, kFlashRows) * (kFlashKeys + round_up(D, 16) + 17);
+}
+
+template <class Products>
+DELTAIC_INLINE FlashTile<Products> flash_begin(const typename Products::Number* q, int64_t stride, int64_t rows,
+                                               int64_t D, float* memory) {
+    FlashTile<Products> t;
+    t.rows = rows, t.padded = round_up(rows, kFlashRows);
+    t.D = D, t.dims = round_up(D, 16);
+    t.q = q, t.stride = stride;
+    t.scores = memory;
+    t.out = t.scores + t.padded * kFlashKeys;
+    t.total = t.out + t.padded * t.dims;
+    t.highest = t.total + t.padded * 16;
+    for (int64_t i = 0; i < t.padded * (t.dims + 16); i += 16) store(t.out + i, zero());
+    for (int64_t i = 0; i < t.padded; ++i) t.highest[i] = -INFINITY;
+    return t;
+}
+
+template <int NB, class Products>
+DELTAIC_INLINE void flash_scores(const FlashTile<Products>& t, const float* keys, int64_t block) {
+    const int64_t lanes = ceil_div(t.D, Products::kNumbers);
+    for (int64_t r = 0; r < t.padded; r += kFlashRows) {
+        f32x16 acc[NB][kFlashRows];
+        for (int b = 0; b < NB; ++b)
+            for (int i = 0; i < kFlashRows; ++i) acc[b][i] = zero();
+        Products::template tile<NB, kFlashRows>(keys + block * lanes * 16, lanes * 16, t.q + r * t.stride, t.stride,
+                                                lanes, acc);
+        for (int i = 0; i < kFlashRows; ++i)
+            for (int b = 0; b < NB; ++b) store(t.scores + (r + i) * kFlashKeys + (block + b) * 16, acc[b][i]);
     }
 }
 
-// The first `count` of 16 rows of D numbers -> [D / 16][count][16] with `stride` floats between blocks.
-template <bool kHalf>
-DELTAIC_INLINE void pack_values(const uint8_t* const (&rows)[16], int64_t count, int64_t D, int64_t stride,
-                                float* packed) {
-    for (int64_t d = 0; d < D; d += 16)
-        for (int64_t i = 0; i < count; ++i) store(packed + d / 16 * stride + i * 16, load_row<kHalf>(rows[i], d, D));
+template <int NB, class Products>
+DELTAIC_INLINE void flash_values(const FlashTile<Products>& t, const float* values, int64_t stride, int64_t keys,
+                                 int64_t block) {
+    for (int64_t r = 0; r < t.padded; r += kFlashRows) {
+        float* out = t.out + r * t.dims + block * 16;
+        f32x16 acc[NB][kFlashRows];
+        for (int b = 0; b < NB; ++b)
+            for (int i = 0; i < kFlashRows; ++i) acc[b][i] = load(out + i * t.dims + b * 16);
+        Products::template tile<NB, kFlashRows>(values + block * stride, stride, t.probabilities(r), t.kRowNumbers,
+                                                ceil_div(keys, Products::kNumbers), acc);
+        for (int i = 0; i < kFlashRows; ++i)
+            for (int b = 0; b < NB; ++b) store(out + i * t.dims + b * 16, acc[b][i]);
+    }
+}
+
+// The scores of kFlashRows rows from `row` on, of which a row sees the first visible(row), become 2^(score - highest),
+// zero where it does not see.
+template <class Products, class Visible>
+DELTAIC_INLINE void flash_softmax(const FlashTile<Products>& t, int64_t row, int64_t keys, const Visible& visible) {
+    const int64_t end = round_up(keys, 16);
+    int64_t seen[kFlashRows];
+    f32x16 most[16];
+    for (int i = kFlashRows; i < 16; ++i) most[i] = zero();
+    for (int i = 0; i < kFlashRows; ++i) {
+        float* s = t.scores + (row + i) * kFlashKeys;
+        seen[i] = row + i < t.rows ? visible(row + i) : 0;
+        for (int64_t j = seen[i]; j < end; ++j) s[j] = -INFINITY;
+        most[i] = load(s);
+        for (int64_t j = 16; j < end; j += 16) most[i] = max(most[i], load(s + j));
+    }
+    alignas(64) float now[16];
+    store(now, reduce_max(most));
+    for (int i = 0; i < kFlashRows; ++i) {
+        const float* s = t.scores + (row + i) * kFlashKeys;
+        typename Products::Number* p = t.probabilities(row + i);
+        if (seen[i] == 0) {  // the highest may be -inf still
+            for (int64_t j = 0; j < end; j += 16) Products::store_number(p + j, zero(), 16);
+            continue;
+        }
+        const float before = t.highest[row + i], rounded = ceilf(now[i]);
+        float* sums = t.total + (row + i) * 16;
+        f32x16 total = load(sums);
+        if (!(rounded <= before)) {
+            t.highest[row + i] = rounded;
+            const f32x16 scale = exp2(set1(before - rounded));
+            if (before != -INFINITY) {
+                float* out = t.out + (row + i) * t.dims;
+                for (int64_t d = 0; d < t.dims; d += 16) store(out + d, mul(load(out + d), scale));
+                total = mul(total, scale);
+            }
+        }
+        const f32x16 highest = set1(t.highest[row + i]);
+        const int64_t whole = seen[i] / 16 * 16;
+        for (int64_t j = 0; j < whole; j += 16) {
+            const f32x16 e = exp2(sub(load(s + j), highest));
+            total = add(total, e);
+            Products::store_number(p + j, e, 16);
+        }
+        for (int64_t j = whole; j < end; j += 16) {
+            if (j >= seen[i]) {
+                Products::store_number(p + j, zero(), 16);
+                continue;
+            }
+            // 2^x need not become zero for -inf
+            alignas(64) float lanes[16];
+            store(lanes, exp2(sub(load(s + j), highest)));
+            for (int64_t k = seen[i] - j; k < 16; ++k) lanes[k] = 0.0f;
+            total = add(total, load(lanes));
+            Products::store_number(p + j, load(lanes), 16);
+        }
+        store(sums, total);
+    }
+}
+
+// Adds a block of up to kFlashKeys keys; visible(row) of them, 0..keys, are seen by a row. `stride`: floats between two
+// blocks of 16 dimensions of the values.
+template <class Products, class Visible>
+DELTAIC_INLINE void flash_keys(const FlashTile<Products>& t, const float* keys_packed, const float* values,
+                               int64_t stride, int64_t keys, const Visible& visible) {
+    const int64_t key_blocks = ceil_div(keys, 16), value_blocks = t.dims / 16;
+    int64_t b = 0;
+    for (; b + kFlashBlocks <= key_blocks; b += kFlashBlocks) flash_scores<kFlashBlocks>(t, keys_packed, b);
+    for (; b < key_blocks; ++b) flash_scores<1>(t, keys_packed, b);
+    for (int64_t r = 0; r < t.padded; r += kFlashRows) flash_softmax(t, r, keys, visible);
+    b = 0;
+    for (; b + kFlashBlocks <= value_blocks; b += kFlashBlocks) flash_values<kFlashBlocks>(t, values, stride, keys, b);
+    for (; b < value_blocks; ++b) flash_values<1>(t, values, stride, keys, b);
+}
+
+// The sum of a row's exponentials.
+template <class Products>
+DELTAIC_INLINE float flash_total(const FlashTile<Products>& t, int64_t row) {
+    return reduce_add(load(t.total + row * 16));
 }
 
 // Rotates x [D] in place, half-split: pairs (x[f], x[f + F]) of the first 2F dimensions.

@@ -24,14 +24,22 @@ struct Attention {
     const int64_t *cut, *starts;
     Tables tables;
     bool prefill;
-    float* q;  // [Hkv][T][G][D], normed, rotated, scaled
+    // [Hkv][T][G] rows of `q_bytes` bytes, as the products with a sequence's K/V want them: normed, rotated, scaled by
+    // log2(e) / sqrt(D), zero from D to `q_width`.
+    uint8_t* q;
+    int64_t q_width, q_bytes;
 
     DELTAIC_INLINE int64_t columns() const { return proj.shape[1]; }
     DELTAIC_INLINE int64_t new_rows(int64_t b) const { return cut[b + 1] - cut[b]; }
     DELTAIC_INLINE bool decodes(int64_t b) const { return !prefill && new_rows(b) <= kDecodeRows; }
     DELTAIC_INLINE int64_t pieces(int64_t b) const { return piece_of(starts[b] + new_rows(b) - 1) + 1; }
-    DELTAIC_INLINE float* queries(int64_t kv_head, int64_t token) const {
-        return q + (kv_head * proj.shape[0] + token) * G * D;
+    template <class Products>
+    DELTAIC_INLINE typename Products::Number* queries(int64_t kv_head, int64_t token) const {
+        return reinterpret_cast<typename Products::Number*>(q + (kv_head * proj.shape[0] + token) * G * q_bytes);
+    }
+    template <class Products>
+    DELTAIC_INLINE int64_t q_stride() const {
+        return q_bytes / static_cast<int64_t>(sizeof(typename Products::Number));
     }
 };
 
@@ -54,15 +62,17 @@ DELTAIC_INLINE void store_cache(const BlockTable& table, uint8_t* row, const flo
 }
 
 // q, k and v of one token and one key-value head: q into a.q, k and v into the cache. `row`: memory of D floats.
+template <class Products>
 void prepare(const Attention& a, int64_t b, int64_t t, int64_t kv_head, float* row) {
     const int64_t D = a.D, F = a.cos.shape[1];
     const float *x = a.proj.f32() + t * a.columns(), *cos = a.cos.f32() + t * F, *sin = a.sin.f32() + t * F;
-    const f32x16 scale = set1(1.0f / sqrtf(static_cast<float>(D)));
+    const f32x16 scale = set1(kLog2E / sqrtf(static_cast<float>(D)));
     for (int64_t g = 0; g < a.G; ++g) {
-        float* q = a.queries(kv_head, t) + g * D;
-        rms_norm_row(x + (kv_head * a.G + g) * 2 * D, a.q_norm.f32(), D, a.eps, q);
-        rotate_row(q, cos, sin, F);
-        for (int64_t d = 0; d < D; d += 16) store_n(q + d, mul(load_n(q + d, D - d), scale), D - d);
+        rms_norm_row(x + (kv_head * a.G + g) * 2 * D, a.q_norm.f32(), D, a.eps, row);
+        rotate_row(row, cos, sin, F);
+        typename Products::Number* q = a.queries<Products>(kv_head, t) + g * a.q_stride<Products>();
+        for (int64_t d = 0; d < a.q_width; d += 16)
+            Products::store_number(q + d, d < D ? mul(load_n(row + d, D - d), scale) : zero(), 16);
     }
     const int64_t place = a.starts[b] + t - a.cut[b];
     const BlockTable& table = a.tables[b];
@@ -85,14 +95,15 @@ DELTAIC_INLINE void finish(const Attention& a, int64_t t, int64_t head, const fl
 
 int64_t tile_memory(int64_t rows, int64_t D) { return flash_floats(rows, D) + kFlashKeys * (D + round_up(D, 16)); }
 
-template <bool kHalf>
+template <class Products, Stored format>
 void prefill_tile(const Attention& a, const Item& item, float* memory) {
     const int64_t b = item.sequence, D = a.D, rows = item.count * a.G;
     const BlockTable& table = a.tables[b];
     const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
     float* packed_keys = memory;
     float* packed_values = packed_keys + kFlashKeys * D;
-    const FlashTile t = flash_begin(a.queries(item.kv_head, item.first), rows, D, packed_values + kFlashKeys * a.dims);
+    const auto t = flash_begin<Products>(a.queries<Products>(item.kv_head, item.first), a.q_stride<Products>(), rows, D,
+                                         packed_values + kFlashKeys * a.dims);
     const int64_t place = a.starts[b] + item.first - a.cut[b], end = place + item.count;
     for (int64_t key = 0; key < end; key += kFlashKeys) {
         const int64_t n = min64(kFlashKeys, end - key);
@@ -100,15 +111,16 @@ void prefill_tile(const Attention& a, const Item& item, float* memory) {
             const int64_t count = min64(16, n - i);
             const uint8_t* at[16];
             keys.rows(key + i, count, at);
-            pack_keys<kHalf>(at, D, packed_keys + i * D);
+            Products::template pack_keys<format>(at, D, packed_keys + i * ceil_div(D, Products::kNumbers));
             values.rows(key + i, count, at);
-            pack_values<kHalf>(at, count, D, kFlashKeys * 16, packed_values + i * 16);
+            Products::template pack_values<format>(at, count, D, kFlashKeys * 16,
+                                                   packed_values + i / Products::kNumbers * 16);
         }
         flash_keys(t, packed_keys, packed_values, kFlashKeys * 16, n,
                    [&](int64_t r) { return max64(0, min64(n, place + r / a.G + 1 - key)); });
     }
     for (int64_t r = 0; r < rows; ++r)
-        finish(a, item.first + r / a.G, item.kv_head * a.G + r % a.G, t.out + r * t.dims, t.total[r]);
+        finish(a, item.first + r / a.G, item.kv_head * a.G + r % a.G, t.out + r * t.dims, flash_total(t, r));
 }
 
 // Partial results of one piece: rows x dims sums, then the highest score and the total of each row.
@@ -116,7 +128,7 @@ DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) {
     return round_up(a.new_rows(b) * a.G * (a.dims + 2), 16);
 }
 
-template <bool kHalf>
+template <class Products, Stored format>
 void decode_piece(const Attention& a, const Item& item, float* partial, float* scores) {
     const int64_t b = item.sequence, rows = a.new_rows(b) * a.G;
     const BlockTable& table = a.tables[b];
@@ -126,8 +138,8 @@ void decode_piece(const Attention& a, const Item& item, float* partial, float* s
     const Piece piece{begin, end - begin, a.starts[b] + 1 - begin, a.G};
     float* out = partial + item.count;
     float* highest = out + rows * a.dims;
-    attend_piece<kHalf>(keys, values, piece, a.queries(item.kv_head, a.cut[b]), rows, a.D, scores, out, highest,
-                        highest + rows);
+    attend_piece<Products, format>(keys, values, piece, a.queries<Products>(item.kv_head, a.cut[b]),
+                                   a.q_stride<Products>(), rows, a.D, scores, out, highest, highest + rows);
 }
 
 // Adds up the pieces that one row sees, in order. partial: of this sequence and key-value head, [pieces][piece_floats].
@@ -141,10 +153,11 @@ void combine(const Attention& a, int64_t b, int64_t t, int64_t kv_head, int64_t 
     for (int64_t d = 0; d < a.dims; ++d) o[d] = 0.0f;
     for (int64_t p = 0; p < pieces; ++p) {
         const float* sums = partial + p * stride + row * a.dims;
+        const f32x16 scale = exp2(set1(highest[p * stride] - most));
         float lanes[16];
-        store(lanes, exp(set1(highest[p * stride] - most)));
+        store(lanes, scale);
         total += lanes[0] * highest[p * stride + rows];
-        for (int64_t d = 0; d < a.dims; d += 16) store(o + d, fma(load(sums + d), set1(lanes[0]), load(o + d)));
+        for (int64_t d = 0; d < a.dims; d += 16) store(o + d, fma(load(sums + d), scale, load(o + d)));
     }
     finish(a, t, kv_head * a.G + g, o, total);
 }
@@ -203,9 +216,11 @@ void attend(const Attention& a, int64_t first, int64_t last) {
         for (int64_t i = begin; i < end; ++i) {
             const bool half = a.tables[item[i].sequence].dtype == Dtype::u16;
             if (!a.decodes(item[i].sequence)) {
-                half ? prefill_tile<true>(a, item[i], mine) : prefill_tile<false>(a, item[i], mine);
+                half ? prefill_tile<HalfProducts, Stored::bf16>(a, item[i], mine)
+                     : prefill_tile<FloatProducts, Stored::f32>(a, item[i], mine);
             } else {
-                half ? decode_piece<true>(a, item[i], partial, mine) : decode_piece<false>(a, item[i], partial, mine);
+                half ? decode_piece<HalfProducts, Stored::bf16>(a, item[i], partial, mine)
+                     : decode_piece<FloatProducts, Stored::f32>(a, item[i], partial, mine);
             }
         }
     });
@@ -246,23 +261,30 @@ void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, fl
                      int64_t num_kv_heads, int64_t layer, View cu_seqlens, View starts, Tables tables, int64_t prefill,
                      View y) {
     const int64_t T = proj.shape[0], B = tables.size;
-    Attention a{proj,         q_norm,       k_norm,          cos,    sin, y,     eps,
-                num_heads,    num_kv_heads, q_norm.shape[0], 0,      0,   layer, cu_seqlens.i64(),
-                starts.i64(), tables,       prefill != 0,    nullptr};
+    Attention a{proj,         q_norm,       k_norm,          cos,     sin, y,     eps,
+                num_heads,    num_kv_heads, q_norm.shape[0], 0,       0,   layer, cu_seqlens.i64(),
+                starts.i64(), tables,       prefill != 0,    nullptr, 0,   0};
     check(a, cu_seqlens, T);
     if (T == 0) return;
     a.G = a.Hq / a.Hkv, a.dims = round_up(a.D, 16);
 
     // The last tile reads whole groups of kFlashRows rows.
-    a.q = scratch_f32((T * a.Hq + kFlashRows) * a.D);
-    memset(a.q + T * a.Hq * a.D, 0, static_cast<size_t>(kFlashRows * a.D) * 4);
+    a.q_width = round_up(a.D, 32), a.q_bytes = a.q_width * static_cast<int64_t>(sizeof(HalfProducts::Number));
+    for (int64_t b = 0; b < B; ++b)
+        if (tables[b].dtype == Dtype::f32) a.q_bytes = a.q_width * 4;
+    a.q = static_cast<uint8_t*>(scratch(static_cast<size_t>((T * a.Hq + kFlashRows) * a.q_bytes)));
+    memset(a.q + T * a.Hq * a.q_bytes, 0, static_cast<size_t>(kFlashRows * a.q_bytes));
     float* rows = scratch_f32(thread_count() * a.dims);
     const int64_t grain = max64(1, 8192 / ((a.G + 2) * a.D));
     parallel_for(T * a.Hkv, grain, [&](int64_t begin, int64_t end, int thread) {
         int64_t b = 0;
         for (int64_t i = begin; i < end; ++i) {
             b = sequence_of(a, b, i / a.Hkv);
-            prepare(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
+            if (tables[b].dtype == Dtype::f32) {
+                prepare<FloatProducts>(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
+            } else {
+                prepare<HalfProducts>(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
+            }
         }
     });
 

@@ -23,9 +23,11 @@ constexpr int64_t kTaps = 4;
 constexpr int64_t kChunk = 64;                  // tokens whose q, k, v are prepared at a time
 constexpr int64_t kInPlace = 4;                 // up to so many tokens the copy of S into a dense block does not pay
 constexpr int kColumns = kWidth == 16 ? 4 : 2;  // vectors of 16 columns in one block: accumulators fill the registers
-constexpr int64_t kAhead = 8;                   // rows fetched ahead: the hardware does not follow such strides
-constexpr float kL2Eps = 1e-6f;                 // fixed by the model, not rms_norm_eps
-constexpr float kSmallestExponent = -87.3f;     // below it e^x is subnormal
+constexpr int kWide = kWidth == 16 ? 8 : 2;  // the same where one token passes over S once: rows are read as they lie
+constexpr int64_t kAhead = 8;                // rows fetched ahead: the hardware does not follow such strides
+constexpr float kL2Eps = 1e-6f;              // fixed by the model, not rms_norm_eps
+constexpr float kSmallestExponent = -87.3f;  // below it e^x is subnormal
+constexpr int64_t kVerified = kChunk;        // rows of a sequence that a verify step may have
 
 struct Gates {
     float decay, beta, kq;  // e^g, beta, k.q
@@ -84,12 +86,19 @@ DELTAIC_INLINE void unit_l2(float* x, int64_t width, float factor) {
 // log(1 + e^x)
 DELTAIC_INLINE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
+// Where a verify step leaves the errors dv [n] of one value head, rows `stride` apart; `columns` of the block are real.
+struct Errors {
+    float* dv;
+    int64_t stride, columns;
+};
+
 // The delta rule for n tokens on VB * 16 columns of S (row stride `stride`); v [n, width] becomes o.
 // Products with the next token's k and q are taken while S is in registers anyway. Every sum runs over d = 0..Dk-1 in
-// order, whatever n and VB are, so that the bits do not depend on how tokens come.
+// order, whatever n and VB are, so that the bits do not depend on how tokens come. With `errors`, dv is stored and the
+// last token does not change S.
 template <int VB>
 DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float* q, const float* k, int64_t k_width,
-                               const Gates* gates, float* v, int64_t v_width, int64_t n) {
+                               const Gates* gates, float* v, int64_t v_width, int64_t n, const Errors& errors) {
     f32x16 sk[VB], sq[VB], dv[VB];
     for (int b = 0; b < VB; ++b) sk[b] = sq[b] = zero();
     for (int64_t d = 0; d < Dk; ++d) {
@@ -107,10 +116,12 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
             float* value = v + i * v_width + b * 16;
             dv[b] = mul(set1(gates[i].beta), sub(load(value), mul(decay, sk[b])));
             store(value, fma(set1(gates[i].kq), dv[b], mul(decay, sq[b])));
+            if (errors.dv) store_n(errors.dv + i * errors.stride + b * 16, dv[b], errors.columns - b * 16);
             sk[b] = sq[b] = zero();
         }
         const float* now = k + i * k_width;
         if (i + 1 == n) {
+            if (errors.dv) break;
             for (int64_t d = 0; d < Dk; ++d) {
                 const f32x16 kd = set1(now[d]);
                 for (int b = 0; b < VB; ++b) {
@@ -135,14 +146,16 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
 }
 
 // The same for all Dv columns. `dense` [Dk][VB * 16] holds the block of columns being worked on, if more tokens than a
-// few pass over it or if the columns have to be padded.
+// few pass over it or if the columns have to be padded. `dv` (rows `dv_stride` apart), where given: takes the errors,
+// and S stays as it is.
 void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const float* k, const Gates* gates, float* v,
-                     int64_t n, float* dense) {
+                     int64_t n, float* dense, float* dv, int64_t dv_stride) {
     const int64_t k_width = padded(Dk), v_width = padded(Dv);
-    const bool in_place = n <= kInPlace && Dv % 16 == 0;
+    const bool in_place = n <= (dv ? 1 : kInPlace) && Dv % 16 == 0;
     for (int64_t c = 0; c < v_width;) {
+        const bool wide = in_place && n == 1 && v_width - c >= kWide * 16;
         const bool full = v_width - c >= kColumns * 16;
-        const int64_t columns = full ? kColumns * 16 : 16;
+        const int64_t columns = wide ? kWide * 16 : full ? kColumns * 16 : 16;
         float* block = in_place ? S + c : dense;
         const int64_t stride = in_place ? Dv : columns;
         if (!in_place) {
@@ -150,12 +163,15 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
                 for (int64_t b = 0; b < columns; b += 16)
                     store(dense + d * columns + b, load_n(S + d * Dv + c + b, Dv - c - b));
         }
-        if (full) {
-            delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n);
+        const Errors errors{dv ? dv + c : nullptr, dv_stride, Dv - c};
+        if (wide) {
+            delta_rule<kWide>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
+        } else if (full) {
+            delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
         } else {
-            delta_rule<1>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n);
+            delta_rule<1>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
         }
-        if (!in_place) {
+        if (!in_place && !dv) {
             for (int64_t d = 0; d < Dk; ++d)
                 for (int64_t b = 0; b < columns; b += 16)
                     store_n(S + d * Dv + c + b, load(dense + d * columns + b), Dv - c - b);
@@ -176,7 +192,7 @@ DELTAIC_INLINE void gated_norm(const float* o, const float* norm, const float* z
 }  // namespace
 
 void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View norm, float eps, int64_t Hk,
-                     int64_t Dk, View cu_seqlens, Views conv_states, Views states, View y) {
+                     int64_t Dk, View cu_seqlens, Views conv_states, Views states, View trace, View y) {
     const int64_t T = proj.shape[0], P = proj.shape[1], Hv = A_log.shape[0], Dv = norm.shape[0];
     if (Hk < 1 || Dk < 1 || Dv < 1 || Hv % Hk != 0)
         fail("gated_delta_net", "value heads must be a multiple of key heads");
@@ -186,6 +202,10 @@ void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View
         fail("gated_delta_net", "cu_seqlens must begin with 0 and end with the number of rows");
     for (int64_t b = 0; b < B; ++b)
         if (starts[b] > starts[b + 1]) fail("gated_delta_net", "cu_seqlens must not decrease");
+    for (int64_t b = 0; b < B && trace; ++b)
+        if (starts[b + 1] - starts[b] > kVerified)
+            fail("gated_delta_net", "with a trace, a sequence may have at most 64 rows");
+    const int64_t W = trace ? trace.shape[1] : 0;
 
     const int64_t k_width = padded(Dk), v_width = padded(Dv);
     const int64_t per_thread = kChunk * (2 * k_width + v_width) + Dk * kColumns * 16;
@@ -220,13 +240,28 @@ void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View
                         gates[i].beta = 1.0f / (1.0f + expf(-row[j]));
                     }
                     convolve(window, conv_weight.f32(), v_channel + (j - kh * group) * Dv, Dv, t0, n, v);
-                    delta_rule_head(states[b].f32() + j * Dk * Dv, Dk, Dv, q, k, gates, v, n, dense);
+                    float* row =
+                        trace ? trace.f32() + starts[b] * W + C + Hk * Dk : nullptr;  // dv (Hv*Dv) | decay (Hv)
+                    for (int64_t i = 0; trace && i < n; ++i) row[i * W + Hv * Dv + j] = gates[i].decay;
+                    delta_rule_head(states[b].f32() + j * Dk * Dv, Dk, Dv, q, k, gates, v, n, dense,
+                                    trace ? row + j * Dv : nullptr, W);
                     for (int64_t i = 0; i < n; ++i) {
                         const int64_t t = starts[b] + t0 + i;
                         gated_norm(v + i * v_width, norm.f32(), first + (t0 + i) * P + C + j * Dv, Dv, eps,
                                    y.f32() + (t * Hv + j) * Dv);
                     }
                 }
+            }
+            if (trace) {
+                for (int64_t i = 0; i < rows; ++i) {
+                    float* row = trace.f32() + (starts[b] + i) * W;  // u (C) | k (Hk*Dk)
+                    const float* u = first + i * P;
+                    memcpy(row + C + kh * Dk, k + i * k_width, static_cast<size_t>(Dk) * sizeof(float));
+                    memcpy(row + q_channel, u + q_channel, static_cast<size_t>(Dk) * sizeof(float));
+                    memcpy(row + k_channel, u + k_channel, static_cast<size_t>(Dk) * sizeof(float));
+                    memcpy(row + v_channel, u + v_channel, static_cast<size_t>(group * Dv) * sizeof(float));
+                }
+                continue;
             }
             advance(window, rows, q_channel, Dk, conv_states[b].f32());
             advance(window, rows, k_channel, Dk, conv_states[b].f32());

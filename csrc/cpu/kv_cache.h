@@ -12,7 +12,7 @@ struct CacheRows {
     int64_t tokens, row_bytes, first_byte;  // tokens of a block; bytes of a row; where the head starts in a block
 
     DELTAIC_INLINE CacheRows(const BlockTable& table, int64_t layer, int64_t which, int64_t head) {
-        const int64_t bytes = table.dtype == Dtype::f32 ? 4 : 2;
+        const int64_t bytes = stored_bytes(table.dtype == Dtype::f32 ? Stored::f32 : Stored::bf16);
         blocks = table.blocks;
         tokens = table.tokens;
         row_bytes = table.head_dim * bytes;
@@ -53,58 +53,60 @@ struct Constant {
 
 // Register tiles of the decode path: keys x query rows of a dot product; query rows x groups of 16 dimensions of the
 // sum.
-constexpr int kDotKeys = kTileTokens >= 12 ? 4 : kTileTokens >= 2 ? 2 : 1;
+constexpr int kDotKeys = kTileTokens >= 2 ? 2 : 1;
 constexpr int kDotRows = kTileTokens >= 12 ? 4 : 2;
 constexpr int kSumGroups = kTileTokens >= 12 ? 4 : 1;
 constexpr int64_t kPieceRows = 16;  // query rows that share one pass over the keys
-constexpr int64_t kAhead =
-    64;  // keys or values between the one that is worked on and the one that is called from memory
+constexpr int64_t kAhead = 16;  // keys or values between what is worked on and what is called from memory  // keys or
+                                // values between the one that is worked on and the one that is called from memory
 
-// sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys.
+// sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys; q [rows][q_stride], zero past D.
 // `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware
 // recognises, so while one group of rows is worked on the group after it is called from memory, line by line in order.
-template <bool kHalf, int KEYS, int ROWS>
-DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const float* q, int64_t D, const uint8_t* ahead,
-                             f32x16 (&sums)[16], int first_key, int first_row) {
-    constexpr int64_t bytes = kHalf ? 2 : 4;
+template <class Products, Stored format, int KEYS, int ROWS>
+DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const typename Products::Number* q, int64_t q_stride,
+                             int64_t D, const uint8_t* ahead, f32x16 (&sums)[16], int first_key, int first_row) {
+    constexpr int64_t bytes = stored_bytes(format), step = 16 * Products::kNumbers;
     f32x16 acc[ROWS][KEYS];
     for (int r = 0; r < ROWS; ++r)
         for (int k = 0; k < KEYS; ++k) acc[r][k] = zero();
-    const int64_t whole = D / 16 * 16;
-    for (int64_t d = 0; d < whole; d += 16) {
-        f32x16 key[KEYS];
-        for (int k = 0; k < KEYS; ++k) key[k] = load_row<kHalf>(keys[k], d, d + 16);
-        if (ahead)
-            for (int64_t byte = 0; byte < KEYS * 16 * bytes; byte += 64) prefetch_far(ahead + d * KEYS * bytes + byte);
+    const auto add = [&](int64_t d, int64_t end) {
+        typename Products::Vector key[KEYS];
+        for (int k = 0; k < KEYS; ++k) key[k] = Products::template load_lanes<format>(keys[k], d, end);
         for (int r = 0; r < ROWS; ++r) {
-            const f32x16 x = load(q + r * D + d);
-            for (int k = 0; k < KEYS; ++k) acc[r][k] = fma(key[k], x, acc[r][k]);
+            const typename Products::Vector x = Products::load_lanes(q + r * q_stride + d);
+            for (int k = 0; k < KEYS; ++k) acc[r][k] = Products::dot(key[k], x, acc[r][k]);
         }
+    };
+    const int64_t whole = D / step * step;
+    for (int64_t d = 0; d < whole; d += step) {
+        if (ahead)
+            for (int64_t byte = 0; byte < KEYS * step * bytes; byte += 64)
+                prefetch_far(ahead + d * KEYS * bytes + byte);
+        add(d, d + step);  // this bound drops the loads of a ragged end
     }
-    if (whole < D) {
-        for (int r = 0; r < ROWS; ++r)
-            for (int k = 0; k < KEYS; ++k)
-                acc[r][k] = fma(load_row<kHalf>(keys[k], whole, D), load_n(q + r * D + whole, D - whole), acc[r][k]);
-    }
+    if (whole < D) add(whole, D);
     for (int r = 0; r < ROWS; ++r)
         for (int k = 0; k < KEYS; ++k) sums[(first_row + r) * 4 + first_key + k] = acc[r][k];
 }
 
 // scores[r * stride + k] = q[r] . key[k]: ROWS query rows (1, 2 or 4), `count` keys (1..4)
-template <bool kHalf, int ROWS>
-DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const float* q, int64_t D,
-                               const uint8_t* ahead, float* scores, int64_t stride) {
+template <class Products, Stored format, int ROWS>
+DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const typename Products::Number* q,
+                               int64_t q_stride, int64_t D, const uint8_t* ahead, float* scores, int64_t stride) {
     constexpr int R = ROWS < kDotRows ? ROWS : kDotRows;
     f32x16 sums[16];
     for (int i = 0; i < 16; ++i) sums[i] = zero();
     if (count == 4) {
         for (int r = 0; r < ROWS; r += R)
             for (int k = 0; k < 4; k += kDotKeys)
-                dot_tile<kHalf, kDotKeys, R>(keys + k, q + r * D, D,
-                                             r || !ahead ? nullptr : ahead + k * D * (kHalf ? 2 : 4), sums, k, r);
+                dot_tile<Products, format, kDotKeys, R>(keys + k, q + r * q_stride, q_stride, D,
+                                                        r || !ahead ? nullptr : ahead + k * D * stored_bytes(format),
+                                                        sums, k, r);
     } else {
         for (int r = 0; r < ROWS; r += R)
-            for (int k = 0; k < count; ++k) dot_tile<kHalf, 1, R>(keys + k, q + r * D, D, nullptr, sums, k, r);
+            for (int k = 0; k < count; ++k)
+                dot_tile<Products, format, 1, R>(keys + k, q + r * q_stride, q_stride, D, nullptr, sums, k, r);
     }
     float lanes[16];
     store(lanes, reduce_add(sums));
@@ -112,37 +114,43 @@ DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const 
         for (int64_t k = 0; k < count; ++k) scores[r * stride + k] = lanes[r * 4 + k];
 }
 
-// out[r] += sum over `count` values of weights[r * stride + i] * value[i], in order
-template <bool kHalf, int ROWS, int GROUPS>
-DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride,
-                             int64_t d, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
-    constexpr int64_t bytes = kHalf ? 2 : 4;
+// out[r] += sum over `count` values of weights[r * stride + i] * value[i], in order. `stride`: numbers.
+template <class Products, Stored format, int ROWS, int GROUPS>
+DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const typename Products::Number* weights,
+                             int64_t stride, int64_t d, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
+    constexpr int64_t bytes = stored_bytes(format);
     f32x16 acc[ROWS][GROUPS];
     for (int r = 0; r < ROWS; ++r)
         for (int g = 0; g < GROUPS; ++g) acc[r][g] = load(out + r * dims + d + g * 16);
-    for (int64_t i = 0; i < count; ++i) {
-        f32x16 value[GROUPS];
-        for (int g = 0; g < GROUPS; ++g) value[g] = load_row<kHalf>(values[i], d + g * 16, D);
+    for (int64_t i = 0; i < count; i += Products::kNumbers) {
+        typename Products::Vector value[GROUPS];
+        Products::template load_value<format, GROUPS>(values + i, i + 1 < count, d, D, value);
         if (ahead)
-            for (int64_t byte = 0; byte < GROUPS * 16 * bytes; byte += 64)
+            for (int64_t byte = 0; byte < Products::kNumbers * GROUPS * 16 * bytes; byte += 64)
                 prefetch_far(ahead + (d + i * GROUPS) * 16 * bytes + byte);
         for (int r = 0; r < ROWS; ++r) {
-            const f32x16 p = set1(weights[r * stride + i]);
-            for (int g = 0; g < GROUPS; ++g) acc[r][g] = fma(value[g], p, acc[r][g]);
+            const typename Products::Vector p = Products::set(weights + r * stride + i);
+            for (int g = 0; g < GROUPS; ++g) acc[r][g] = Products::dot(value[g], p, acc[r][g]);
         }
     }
     for (int r = 0; r < ROWS; ++r)
         for (int g = 0; g < GROUPS; ++g) store(out + r * dims + d + g * 16, acc[r][g]);
 }
 
-template <bool kHalf, int ROWS>
-DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const float* weights, int64_t stride,
-                             int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
+template <class Products, Stored format, int ROWS>
+DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const typename Products::Number* weights,
+                             int64_t stride, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
+    constexpr int G = Products::kNumbers == 2 ? 2 : 1;
     int64_t d = 0;
     // The bound says the groups are whole, so that the compiler drops the loads of a ragged end.
     for (; d + kSumGroups * 16 <= D; d += kSumGroups * 16)
-        sum_tile<kHalf, ROWS, kSumGroups>(values, count, weights, stride, d, d + kSumGroups * 16, ahead, out, dims);
-    for (; d < D; d += 16) sum_tile<kHalf, ROWS, 1>(values, count, weights, stride, d, D, ahead, out, dims);
+        sum_tile<Products, format, ROWS, kSumGroups>(values, count, weights, stride, d, d + kSumGroups * 16, ahead, out,
+                                                     dims);
+    for (; d + G * 16 <= dims; d += G * 16)
+        sum_tile<Products, format, ROWS, G>(values, count, weights, stride, d, D, ahead, out, dims);
+    if constexpr (G > 1)
+        for (; d < D; d += 16)
+            sum_tile<Products, format, ROWS, 1>(values, count, weights, stride, d, D, ahead, out, dims);
 }
 
 // A piece of the keys seen by up to 32 tokens x `group` query heads, rows in (token, head) order.
@@ -153,13 +161,17 @@ struct Piece {
     DELTAIC_INLINE int64_t visible(int64_t row) const { return max64(0, min64(keys, seen + row / group)); }
 };
 
-// Partial attention of the rows over one piece: out [rows][dims] = sum of exp(score - highest) * value, and per row the
-// highest score and the sum of the exponentials. Every row adds its keys in order, so it gets the same bits in any
-// company. scores: memory of kPieceRows * kLongPiece floats.
-template <bool kHalf>
-DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values, const Piece& piece, const float* q,
-                                 int64_t rows, int64_t D, float* scores, float* out, float* highest, float* total) {
-    const int64_t dims = round_up(D, 16), stride = kLongPiece;
+// Partial attention of the rows q [rows][q_stride] over one piece: out [rows][dims] = sum of 2^(score - highest) *
+// value, and per row the highest score (rounded up) and the sum of the exponentials. Every row adds its keys in order,
+// so it gets the same bits in any company. scores: memory of kPieceRows * kLongPiece floats.
+template <class Products, Stored format>
+DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values, const Piece& piece,
+                                 const typename Products::Number* q, int64_t q_stride, int64_t rows, int64_t D,
+                                 float* scores, float* out, float* highest, float* total) {
+    const int64_t dims = round_up(D, 16), stride = kLongPiece, p_stride = stride * Products::kNumbers;
+    using Number = typename Products::Number;
+    for (int64_t k = 0; k < min64(kAhead, piece.keys); ++k)
+        for (int64_t byte = 0; byte < keys.row_bytes; byte += 64) prefetch_far(keys.row(piece.first + k) + byte);
     for (int64_t row0 = 0; row0 < rows; row0 += kPieceRows) {
         const int64_t n = min64(kPieceRows, rows - row0), last = piece.visible(row0 + n - 1);
         if (last == 0) continue;
@@ -171,16 +183,18 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
             const uint8_t* ahead = beyond < 0 ? keys.row(piece.first + min64(k + kAhead, last - 1))
                                               : values.row(piece.first + min64(beyond, last - 1));
             for (int64_t i = 0; i < count; i += 4) {
-                float* s = scores + k + i;
                 const int64_t c = min64(4, count - i);
-                const auto next = [&](int64_t r) { return r ? nullptr : ahead + i * keys.row_bytes; };
                 int64_t r = 0;
-                for (; r + 4 <= n; r += 4)
-                    score_rows<kHalf, 4>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
-                for (; r + 2 <= n; r += 2)
-                    score_rows<kHalf, 2>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
-                for (; r < n; ++r)
-                    score_rows<kHalf, 1>(at + i, c, q + (row0 + r) * D, D, next(r), s + r * stride, stride);
+                const auto score = [&](auto constant) {
+                    constexpr int ROWS = decltype(constant)::value;
+                    score_rows<Products, format, ROWS>(at + i, c, q + (row0 + r) * q_stride, q_stride, D,
+                                                       r ? nullptr : ahead + i * keys.row_bytes,
+                                                       scores + r * stride + k + i, stride);
+                    r += ROWS;
+                };
+                while (r + 4 <= n) score(Constant<4>{});
+                while (r + 2 <= n) score(Constant<2>{});
+                while (r < n) score(Constant<1>{});
             }
         }
         for (int64_t r = 0; r < n; ++r) {
@@ -193,12 +207,19 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
             for (int64_t i = visible; i < end; ++i) s[i] = -INFINITY;
             f32x16 most = load(s);
             for (int64_t i = 16; i < end; i += 16) most = max(most, load(s + i));
-            highest[row0 + r] = reduce_max(most);
+            highest[row0 + r] = ceilf(reduce_max(most));
             f32x16 sum = zero();
+            Number* p = reinterpret_cast<Number*>(s);
             for (int64_t i = 0; i < end; i += 16) {
-                store(s + i, exp(sub(load(s + i), set1(highest[row0 + r]))));
-                for (int64_t j = visible; j < i + 16; ++j) s[j] = 0.0f;
-                sum = add(sum, load(s + i));
+                f32x16 e = exp2(sub(load(s + i), set1(highest[row0 + r])));
+                if (i + 16 > visible) {
+                    float lanes[16];
+                    store(lanes, e);
+                    for (int64_t j = visible - i; j < 16; ++j) lanes[j] = 0.0f;
+                    e = load(lanes);
+                }
+                sum = add(sum, e);
+                Products::store_number(p + i, e, 16);
             }
             total[row0 + r] = reduce_add(sum);
         }
@@ -210,15 +231,17 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
             const auto add_rows = [&](auto constant) {
                 constexpr int ROWS = decltype(constant)::value;
                 float* o = out + (row0 + r) * dims;
+                const Number* p = reinterpret_cast<const Number*>(scores) + r * p_stride + k;
                 // The rows see different numbers of keys only at the end of the sequence: there each adds the rest
-                // alone.
-                const int64_t common = max64(0, min64(16, piece.visible(row0 + r) - k));
-                sum_rows<kHalf, ROWS>(at, common, scores + r * stride + k, stride, D, r ? nullptr : next, o, dims);
-                for (int i = 1; i < ROWS; ++i) {
+                // alone. Whole lanes only are common, since nobody may touch a later row's value.
+                const int64_t fewest = max64(0, min64(16, piece.visible(row0 + r) - k));
+                const int64_t common = ROWS == 1 ? fewest : fewest / Products::kNumbers * Products::kNumbers;
+                if (common) sum_rows<Products, format, ROWS>(at, common, p, p_stride, D, r ? nullptr : next, o, dims);
+                for (int i = 0; ROWS > 1 && i < ROWS; ++i) {
                     const int64_t own = min64(16, piece.visible(row0 + r + i) - k);
                     if (own > common)
-                        sum_rows<kHalf, 1>(at + common, own - common, scores + (r + i) * stride + k + common, stride, D,
-                                           nullptr, o + i * dims, dims);
+                        sum_rows<Products, format, 1>(at + common, own - common, p + i * p_stride + common, p_stride, D,
+                                                      nullptr, o + i * dims, dims);
                 }
                 r += ROWS;
             };

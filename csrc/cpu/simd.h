@@ -580,5 +580,90 @@ DELTAIC_INLINE f32x16 to_float(i32x16 a) {
     return r;
 }
 
+// Lane i of the result is the largest lane of a[i].
+DELTAIC_INLINE f32x16 reduce_max(const f32x16 (&a)[16]) {
+    f32x16 r;
+    for (int i = 0; i < kParts; ++i) {
+        vec t[kWidth];
+        for (int j = 0; j < kWidth; ++j) {
+            t[j] = a[i * kWidth + j].part[0];
+            for (int k = 1; k < kParts; ++k) t[j] = v_max(t[j], a[i * kWidth + j].part[k]);
+        }
+        v_transpose(t);
+        for (int step = kWidth / 2; step > 0; step /= 2)
+            for (int j = 0; j < step; ++j) t[j] = v_max(t[j], t[j + step]);
+        r.part[i] = t[0];
+    }
+    return r;
+}
+
+// 2^x: x = n + r, |r| <= 1/2, Taylor to r^6 (relative error below 2e-7). x is at most 126; below -126 the result is
+// 2^-126 or zero.
+DELTAIC_INLINE f32x16 exp2(f32x16 x) {
+    f32x16 r;
+    for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+        const vec n = _mm512_roundscale_ps(x.part[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const vec t = v_sub(x.part[i], n);
+#else
+        const vec a = v_max(v_set1(-126.0f), x.part[i]);  // this operand order keeps a NaN
+        const ivec n = v_round(a);
+        const vec t = v_sub(a, i_to_float(n));
+#endif
+        vec p = v_set1(1.5403530e-4f);
+        p = v_fma(p, t, v_set1(1.3333558e-3f));
+        p = v_fma(p, t, v_set1(9.6181291e-3f));
+        p = v_fma(p, t, v_set1(5.5504109e-2f));
+        p = v_fma(p, t, v_set1(2.4022651e-1f));
+        p = v_fma(p, t, v_set1(6.9314718e-1f));
+        p = v_fma(p, t, v_set1(1.0f));
+#if defined(__AVX512F__)
+        r.part[i] = _mm512_scalef_ps(p, n);
+#else
+        r.part[i] = as_float(i_add(as_int(p), i_shl<23>(n)));
+#endif
+    }
+    return r;
+}
+
+// Products of bfloat16 pairs, where the instruction set has them: a register of 32 numbers, two neighbours a lane.
+#if defined(__AVX512BF16__)
+constexpr bool kBf16Dot = true;
+struct bf16x32 {
+    __m512i bits;
+};
+DELTAIC_INLINE bf16x32 load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
+// The first n numbers only (n may be above 32); the others read as zero.
+DELTAIC_INLINE bf16x32 load_pairs_n(const uint16_t* p, int64_t n) {
+    return {n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p)};
+}
+DELTAIC_INLINE void store_pairs(void* p, bf16x32 a) { _mm512_storeu_si512(p, a.bits); }
+DELTAIC_INLINE bf16x32 set_pair(const uint16_t* p) {
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return {_mm512_set1_epi32(pair)};
+}
+DELTAIC_INLINE bf16x32 to_pairs(f32x16 low, f32x16 high) {  // numbers 0..15 and 16..31
+    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.part[0], low.part[0]))};
+}
+DELTAIC_INLINE bf16x32 no_pairs() { return {_mm512_setzero_si512()}; }
+DELTAIC_INLINE void store_half(uint16_t* p, f32x16 a) {  // 16 numbers; subnormal ones become zero
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.part[0])));
+}
+// acc + the two products of each lane. Both are exact in float; subnormal numbers count as zero.
+DELTAIC_INLINE f32x16 dot_pairs(bf16x32 a, bf16x32 b, f32x16 acc) {
+    return {{_mm512_dpbf16_ps(acc.part[0], reinterpret_cast<__m512bh>(a.bits), reinterpret_cast<__m512bh>(b.bits))}};
+}
+// Numbers 0..15 and 16..31 of two registers, a number of `a` beside the number of `b`.
+DELTAIC_INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    low.bits = _mm512_permutex2var_epi16(a.bits, first, b.bits);
+    high.bits = _mm512_permutex2var_epi16(a.bits, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b.bits);
+}
+#else
+constexpr bool kBf16Dot = false;
+#endif
+
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

@@ -98,7 +98,12 @@ void patch_embed(View image, const Weight& weight, View bias, View pos_embed, in
     }
 }
 
-void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y) {
+namespace {
+
+// Products: of floats, or of bfloat16 pairs where that is asked for and the instruction set has them.
+template <class Products>
+void attend(View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, View y) {
+    using Number = typename Products::Number;
     const int64_t P = qkv.shape[0], V = y.shape[1], segments = cu_seqlens.shape[0] - 1;
     if (num_heads < 1 || V % num_heads) fail("vision_attention", "the width must be a multiple of num_heads");
     const int64_t D = V / num_heads, F = cos.shape[1], dims = round_up(D, 16);
@@ -128,15 +133,19 @@ void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_s
             tile[tiles++] = {s, i, min64(kQueryRows, cut[s + 1] - i)};
     }
 
-    // Per head: q [P + padding][D], keys [groups][D][16], values [segment][dims / 16][16 * groups of the segment][16].
-    const int64_t q_floats = (P + kFlashRows) * D, k_floats = groups * D * 16, v_floats = groups * dims * 16;
+    // Per head: q [P + padding][stride], keys [groups][lanes of D][16], values [segment][dims / 16][16 * groups of the
+    // segment, in lanes][16].
+    const int64_t q_stride = round_up(D, Products::kNumbers), lanes = ceil_div(D, Products::kNumbers);
+    const int64_t q_floats = ceil_div((P + kFlashRows) * q_stride, Products::kNumbers), k_floats = groups * lanes * 16,
+                  v_floats = groups * dims * 16 / Products::kNumbers;
     const int64_t together = min64(num_heads, max64(1, kHeadBytes / 4 / (q_floats + k_floats + v_floats)));
     float* queries = scratch_f32(together * q_floats);
     float* keys = scratch_f32(together * k_floats);
     float* values = scratch_f32(together * v_floats);
-    const int64_t tile_floats = flash_floats(min64(kQueryRows, P), D), row_floats = 16 * D;
+    const int64_t tile_floats = flash_floats(min64(kQueryRows, P), D), row_floats = 17 * round_up(D, 16);
     float* work = scratch_f32(thread_count() * (tile_floats + row_floats));
-    const float scale = 1.0f / sqrtf(static_cast<float>(D));
+    const float scale = kLog2E / sqrtf(static_cast<float>(D));
+    const auto head_queries = [&](int64_t h) { return reinterpret_cast<Number*>(queries + h * q_floats); };
 
     for (int64_t head0 = 0; head0 < num_heads; head0 += together) {
         const int64_t heads = min64(together, num_heads - head0);
@@ -155,41 +164,52 @@ void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_s
                     memcpy(rotated + i * D, row + V, static_cast<size_t>(D) * 4);
                     rotate_row(rotated + i * D, cos.f32() + t * F, sin.f32() + t * F, F);
                     if (i >= n) continue;
-                    float* q = queries + h * q_floats + t * D;
+                    float* q = rotated + 16 * D;
                     memcpy(q, row, static_cast<size_t>(D) * 4);
                     rotate_row(q, cos.f32() + t * F, sin.f32() + t * F, F);
-                    for (int64_t d = 0; d < D; d += 16) store_n(q + d, mul(load_n(q + d, D - d), set1(scale)), D - d);
+                    Number* numbers = head_queries(h) + t * q_stride;
+                    for (int64_t d = 0; d < D; d += 16)
+                        Products::store_number(numbers + d, mul(load_n(q + d, D - d), set1(scale)), q_stride - d);
                 }
-                pack_keys<false>(k_rows, D, keys + h * k_floats + g * D * 16);
+                Products::template pack_keys<Stored::f32>(k_rows, D, keys + h * k_floats + g * lanes * 16);
                 const int64_t length = cut[at.segment + 1] - cut[at.segment];
-                float* v = values + h * v_floats + at.segment_group * dims * 16 + (at.first - cut[at.segment]) * 16;
-                pack_values<false>(v_rows, n, D, length * 16, v);
+                float* v = values + h * v_floats +
+                           (at.segment_group * dims + at.first - cut[at.segment]) / Products::kNumbers * 16;
+                Products::template pack_values<Stored::f32>(v_rows, n, D, ceil_div(length, Products::kNumbers) * 16, v);
             }
         });
         for (int64_t h = 0; h < heads; ++h)
-            memset(queries + h * q_floats + P * D, 0, static_cast<size_t>(kFlashRows * D) * 4);
+            memset(head_queries(h) + P * q_stride, 0, static_cast<size_t>(kFlashRows * q_stride) * sizeof(Number));
 
         parallel_for(heads * tiles, 1, [&](int64_t begin, int64_t end, int thread) {
             for (int64_t item = begin; item < end; ++item) {
                 const int64_t h = item / tiles;
                 const QueryTile& at = tile[item % tiles];
                 const int64_t length = cut[at.segment + 1] - cut[at.segment], base = first_group[at.segment];
-                const float* k = keys + h * k_floats + base * D * 16;
-                const float* v = values + h * v_floats + base * dims * 16;
-                const FlashTile t = flash_begin(queries + h * q_floats + at.first * D, at.rows, D,
-                                                work + thread * (tile_floats + row_floats));
+                const float* k = keys + h * k_floats + base * lanes * 16;
+                const float* v = values + h * v_floats + base * dims / Products::kNumbers * 16;
+                const auto t = flash_begin<Products>(head_queries(h) + at.first * q_stride, q_stride, at.rows, D,
+                                                     work + thread * (tile_floats + row_floats));
                 for (int64_t key = 0; key < length; key += kFlashKeys) {
                     const int64_t n = min64(kFlashKeys, length - key);
-                    flash_keys(t, k + key * D, v + key * 16, length * 16, n, [&](int64_t) { return n; });
+                    flash_keys(t, k + key * lanes, v + key / Products::kNumbers * 16,
+                               ceil_div(length, Products::kNumbers) * 16, n, [&](int64_t) { return n; });
                 }
                 for (int64_t r = 0; r < at.rows; ++r) {
                     float* out = y.f32() + (at.first + r) * V + (head0 + h) * D;
-                    const f32x16 total = set1(t.total[r]);
+                    const f32x16 total = set1(flash_total(t, r));
                     for (int64_t d = 0; d < D; d += 16) store_n(out + d, div(load(t.out + r * dims + d), total), D - d);
                 }
             }
         });
     }
+}
+
+}  // namespace
+
+void vision_attention(View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, int64_t rounded, View y) {
+    rounded ? attend<HalfProducts>(qkv, cos, sin, num_heads, cu_seqlens, y)
+            : attend<FloatProducts>(qkv, cos, sin, num_heads, cu_seqlens, y);
 }
 
 }  // namespace DELTAIC_ISA

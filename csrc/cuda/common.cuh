@@ -210,6 +210,7 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], 
 #elif defined(__CUDACC__)
     // Turing has no bfloat16 product: the same sums through shuffles, correct and slow.
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll 1
     for (int k = 0; k < 16; ++k) {
         const int from = k % 8 / 2, high = k / 8, shift = k % 2 * 16;
         const uint32_t a_top = __shfl_sync(kAllLanes, high ? a[2] : a[0], g * 4 + from);
@@ -248,6 +249,7 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDACC__)
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll 1
     for (int k = 0; k < 8; ++k) {
         const int from = k % 4, high = k / 4;
         const float top = __uint_as_float(__shfl_sync(kAllLanes, high ? a[2] : a[0], g * 4 + from));

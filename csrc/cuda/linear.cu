@@ -10,7 +10,6 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr size_t kSharedLimit = 64 * 1024;
 
 struct Epilogue {
     const float* bias;
@@ -51,15 +50,14 @@ __global__ void __launch_bounds__(kThreads,
     }
     const Matrix m = w.part[part];
     const int64_t t0 = static_cast<int64_t>(blockIdx.y) * NT;
-    const Shared<float> h = carve<float>(base, 0, NT * m.stride);
-    stage_rows<NT>(x, norm, eps, t0, tokens, m.columns, m.stride, h, scratch);
+    const Shared<float> h = carve<float>(base, 0, NT * staged_columns(m.stride, NT));
 
     const int lane = threadIdx.x % kWarp;
     const int64_t pair = block * kWarps + threadIdx.x / kWarp, pairs = (m.rows + 1) / 2;
     const int64_t row[2] = {w.glu ? pair : 2 * pair, w.glu ? pairs + pair : 2 * pair + 1};
     const bool valid[2] = {pair < pairs, pair < pairs && row[1] < m.rows};
     float sum[2][NT];
-    with_format(m.format, [&](auto format) { warp_dot<decltype(format)::value, NT>(m, row, valid, h, sum); });
+    block_dot<NT>(x, norm, eps, t0, tokens, m, row, valid, h, scratch, sum);
 #pragma unroll
     for (int t = 0; t < NT; ++t) {
         if (lane != t || t0 + t >= tokens) continue;
@@ -94,8 +92,8 @@ void launch_gemv(const void* x, const float* norm, float eps, const Matrices& w,
     int64_t blocks = 0;
     for (int64_t p = 0; p < w.parts; ++p) blocks += ((w.part[p].rows + 1) / 2 + kWarps - 1) / kWarps;
     const dim3 grid(static_cast<unsigned>(blocks), blocks_for(tokens, NT));
-    launch("linear", gemv_kernel<T, NT>, grid, kThreads, static_cast<size_t>(NT * stride) * sizeof(float), stream,
-           static_cast<const T*>(x), norm, eps, w, e, tokens);
+    launch("linear", gemv_kernel<T, NT>, grid, kThreads, staged_bytes(stride, NT), stream, static_cast<const T*>(x),
+           norm, eps, w, e, tokens);
 }
 
 }  // namespace
@@ -112,9 +110,8 @@ void linear(const void* x, const Matrices& w, const float* norm, float eps, cons
     }
     if (w.glu) e.outputs /= 2;
     if (e.outputs == 0) return;
-    int64_t at_once = 1;  // tokens per block: as many as there are, and as fit into shared memory
-    while (at_once < 8 && at_once < tokens && static_cast<size_t>(2 * at_once * stride) * sizeof(float) <= kSharedLimit)
-        at_once *= 2;
+    int64_t at_once = 1;  // tokens per block
+    while (at_once < 8 && at_once < tokens) at_once *= 2;
     with_type("linear", type, [&](auto element) {
         using T = decltype(element);
         switch (at_once) {

@@ -63,13 +63,12 @@ __global__ void __launch_bounds__(kThreads)
     const Matrix m = is_shared ? shared : routed;
     const int64_t I = m.rows / 2, first = is_shared ? 0 : experts[t * top_k + slot] * m.rows;
     if (static_cast<int64_t>(blockIdx.x) * kWarps >= I) return;
-    const Shared<float> h = carve<float>(base, 0, m.stride);
-    stage_rows<1>(x + t * m.columns, norm, eps, 0, 1, m.columns, m.stride, h, scratch);
+    const Shared<float> h = carve<float>(base, 0, staged_columns(m.stride, 1));
     const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
     const int64_t row[2] = {first + n, first + I + n};
     const bool valid[2] = {n < I, n < I};
     float sum[2][1];
-    with_format(m.format, [&](auto format) { warp_dot<decltype(format)::value, 1>(m, row, valid, h, sum); });
+    block_dot<1>(x + t * m.columns, norm, eps, 0, 1, m, row, valid, h, scratch, sum);
     if (threadIdx.x % kWarp == 0 && n < I)
         activation[(t * (top_k + 1) + slot) * pitch + n] = silu(sum[0][0]) * sum[1][0];
 }
@@ -81,20 +80,17 @@ __global__ void __launch_bounds__(kThreads)
                        const float* coefficients, int64_t top_k, const T* residual, T* y) {
     DELTAIC_DYNAMIC_SHARED(base);
     const int64_t t = blockIdx.y, H = routed.rows;
-    const int64_t widest = routed.stride > shared.stride ? routed.stride : shared.stride;
     const int64_t n = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * 2;
     const bool valid[2] = {n < H, n + 1 < H};
-    const Shared<float> h = carve<float>(base, 0, widest);
     float total[2] = {0, 0};
     for (int64_t slot = 0; slot <= top_k; ++slot) {
         const bool is_shared = slot == top_k;
         const Matrix m = is_shared ? shared : routed;
         const int64_t first = is_shared ? 0 : experts[t * top_k + slot] * H;
-        __syncthreads();  // the last slot's activation has been read
-        stage_rows<1>(activation + (t * (top_k + 1) + slot) * pitch, nullptr, 0, 0, 1, m.columns, m.stride, h, h);
+        const Shared<float> h = carve<float>(base, 0, staged_columns(m.stride, 1));
         const int64_t row[2] = {first + n, first + n + 1};
         float sum[2][1];
-        with_format(m.format, [&](auto format) { warp_dot<decltype(format)::value, 1>(m, row, valid, h, sum); });
+        block_dot<1>(activation + (t * (top_k + 1) + slot) * pitch, nullptr, 0, 0, 1, m, row, valid, h, h, sum);
         const float c = coefficients[t * (top_k + 1) + slot];
         total[0] = fmaf(c, sum[0][0], total[0]), total[1] = fmaf(c, sum[1][0], total[1]);
     }
@@ -253,12 +249,11 @@ void moe_few(const void* x, const float* norm, float eps, const Matrices& gate_u
         using E = decltype(element);
         launch("moe_few up", expert_up_kernel<E>,
                dim3(blocks_for(I, kWarps), static_cast<unsigned>(top_k + 1), static_cast<unsigned>(T)), kThreads,
-               static_cast<size_t>(up_stride) * sizeof(float), stream, static_cast<const E*>(x), norm, eps, up,
-               shared_up, experts, top_k, activation, pitch);
+               staged_bytes(up_stride, 1), stream, static_cast<const E*>(x), norm, eps, up, shared_up, experts, top_k,
+               activation, pitch);
         launch("moe_few down", expert_down_kernel<E>, dim3(blocks_for(out.rows, 2 * kWarps), static_cast<unsigned>(T)),
-               kThreads, static_cast<size_t>(down_stride) * sizeof(float), stream,
-               static_cast<const float*>(activation), pitch, out, shared_out, experts, coefficients, top_k,
-               static_cast<const E*>(residual), static_cast<E*>(y));
+               kThreads, staged_bytes(down_stride, 1), stream, static_cast<const float*>(activation), pitch, out,
+               shared_out, experts, coefficients, top_k, static_cast<const E*>(residual), static_cast<E*>(y));
     });
 }
 

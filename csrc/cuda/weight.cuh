@@ -150,49 +150,52 @@ __device__ __forceinline__ int64_t staged(int64_t k, int64_t stride) {
     return k / 4 % 2 * (stride / 2) + k / 8 * 4 + k % 4;
 }
 
-// NT rows of x (normed, where `norm` is given) to shared memory, zeros from `columns` to `stride` and for rows past T.
+// What a block stages at once: whole rows of x, or as many columns as leave room for several blocks on a
+// multiprocessor. A multiple of what the lanes of a warp_dot read in one turn, so that the order of additions does not
+// depend on it.
+constexpr int64_t kStagedFloats = 8192;
+
+__host__ __device__ inline int64_t staged_columns(int64_t stride, int rows) {
+    const int64_t most = kStagedFloats / rows;
+    return stride < most ? stride : most;
+}
+
+inline size_t staged_bytes(int64_t stride, int rows) {
+    return static_cast<size_t>(rows * staged_columns(stride, rows)) * sizeof(float);
+}
+
+// Columns first .. first+span of NT rows of x to shared memory, times scale[t] * (1 + norm) where `norm` is given;
+// zeros past the last column and token.
 template <int NT, class T>
-__device__ __forceinline__ void stage_rows(const T* x, const float* norm, float eps, int64_t t0, int64_t tokens,
-                                           int64_t columns, int64_t stride, Shared<float> h, Shared<float> scratch) {
+__device__ __forceinline__ void stage_rows(const T* x, const float* norm, const float (&scale)[NT], int64_t t0,
+                                           int64_t tokens, int64_t columns, int64_t first, int64_t span,
+                                           Shared<float> h) {
     for (int t = 0; t < NT; ++t) {
-        const T* row = x + (t0 + t) * columns;
-        float scale = 1.0f;
-        if (norm && t0 + t < tokens) {
-            float sum = 0;
-            for (int64_t k = threadIdx.x; k < columns; k += blockDim.x) {
-                const float v = to_float(row[k]);
-                sum += v * v;
-            }
-            scale = rsqrtf(block_sum(sum, scratch) / static_cast<float>(columns) + eps);
-        }
-        for (int64_t k = threadIdx.x; k < stride; k += blockDim.x) {
-            float v = k < columns && t0 + t < tokens ? to_float(row[k]) : 0.0f;
-            if (norm && k < columns) v *= scale * (1.0f + norm[k]);
-            h[t * stride + staged(k, stride)] = v;
+        const T* row = x + (t0 + t) * columns + first;
+        for (int64_t k = threadIdx.x; k < span; k += blockDim.x) {
+            float v = first + k < columns && t0 + t < tokens ? to_float(row[k]) : 0.0f;
+            if (norm && first + k < columns) v *= scale[t] * (1.0f + norm[first + k]);
+            h[t * span + staged(k, span)] = v;
         }
     }
     __syncthreads();
 }
 
-// sum[r][t] += W[row r] . h[t], summed over the warp; the order of additions is the same for every NT. Rows past
-// `valid` give 0.
+// sum[r][t] += this lane's share of W[row r] . h[t] over the staged columns first .. first+span; the order of additions
+// is the same for every NT.
 template <Format F, int NT>
 __device__ __forceinline__ void warp_dot(const Matrix& m, const int64_t (&row)[2], const bool (&valid)[2],
-                                         Shared<float> h, float (&sum)[2][NT]) {
-    constexpr int kAhead = 4;
+                                         Shared<float> h, int64_t first, int64_t span, float (&sum)[2][NT]) {
+    constexpr int kAhead = NT == 4 ? 2 : 4;  // loads under way; with four, ptxas spills at NT = 4
     const int lane = threadIdx.x % kWarp;
-    const int64_t chunks = m.stride / 8;
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int t = 0; t < NT; ++t) sum[r][t] = 0;
+    const int64_t skipped = first / 8, chunks = span / 8;
     for (int64_t c0 = lane; c0 < chunks; c0 += kWarp * kAhead) {
         Chunk<F> chunk[kAhead][2];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u)
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-                if (valid[r] && c0 + u * kWarp < chunks) chunk[u][r].load(m, row[r], c0 + u * kWarp);
+                if (valid[r] && c0 + u * kWarp < chunks) chunk[u][r].load(m, row[r], skipped + c0 + u * kWarp);
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
             const int64_t c = c0 + u * kWarp;
@@ -202,8 +205,8 @@ __device__ __forceinline__ void warp_dot(const Matrix& m, const int64_t (&row)[2
             for (int r = 0; r < 2; ++r) scale[r] = chunk[u][r].decode(w[r]);
 #pragma unroll
             for (int t = 0; t < NT; ++t) {
-                const float4 a = load_as<float4>(shared_read(h, t * m.stride + c * 4, 4));
-                const float4 b = load_as<float4>(shared_read(h, t * m.stride + m.stride / 2 + c * 4, 4));
+                const float4 a = load_as<float4>(shared_read(h, t * span + c * 4, 4));
+                const float4 b = load_as<float4>(shared_read(h, t * span + span / 2 + c * 4, 4));
                 const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
@@ -215,10 +218,39 @@ __device__ __forceinline__ void warp_dot(const Matrix& m, const int64_t (&row)[2
             }
         }
     }
+}
+
+// sum[r][t] = W[row r] . x[t0 + t], x normed where `norm` is given; in every lane of the warp whose rows they are. All
+// threads of the block call it; rows that are not valid give 0. `h` has staged_bytes; `scratch` 32 floats.
+template <int NT, class T>
+__device__ __forceinline__ void block_dot(const T* x, const float* norm, float eps, int64_t t0, int64_t tokens,
+                                          const Matrix& m, const int64_t (&row)[2], const bool (&valid)[2],
+                                          Shared<float> h, Shared<float> scratch, float (&sum)[2][NT]) {
+    float scale[NT];
+#pragma unroll
+    for (int t = 0; t < NT; ++t) {
+        scale[t] = 1.0f, sum[0][t] = 0, sum[1][t] = 0;
+        if (!norm || t0 + t >= tokens) continue;
+        const T* from = x + (t0 + t) * m.columns;
+        float squares = 0;
+        for (int64_t k = threadIdx.x; k < m.columns; k += blockDim.x) {
+            const float v = to_float(from[k]);
+            squares += v * v;
+        }
+        scale[t] = rsqrtf(block_sum(squares, scratch) / static_cast<float>(m.columns) + eps);
+    }
+    const int64_t most = staged_columns(m.stride, NT);
+    for (int64_t first = 0; first < m.stride; first += most) {
+        const int64_t span = m.stride - first < most ? m.stride - first : most;
+        __syncthreads();  // what was staged before has been read
+        stage_rows<NT>(x, norm, scale, t0, tokens, m.columns, first, span, h);
+        with_format(m.format,
+                    [&](auto format) { warp_dot<decltype(format)::value, NT>(m, row, valid, h, first, span, sum); });
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int t = 0; t < NT; ++t) sum[r][t] = valid[r] ? warp_sum(sum[r][t]) : warp_sum(0.0f);
+        for (int t = 0; t < NT; ++t) sum[r][t] = warp_sum(valid[r] ? sum[r][t] : 0.0f);
 }
 
 }  // namespace cuda

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import choice, describe, integer
-from .errors import ArgumentError, ContextLengthError, DeviceError, PromptError, StateError
+from .errors import ArgumentError, CheckpointError, ContextLengthError, DeviceError, PromptError, StateError
+from .generate.answer import Job, TextRules
 from .generate.cache import PrefixCache, Reading, split_points
-from .generate.loop import Runner, Stream, TextRules, generate_ids, ops_lock
+from .generate.loop import Runner, Stream, generate_ids, ops_lock
 from .generate.sampling import (
     MAX_NEW_TOKENS,
     Sampler,
@@ -26,9 +27,11 @@ from .generate.sampling import (
     recommended_sampling,
     resolve_sampling,
 )
+from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
+from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
 from .machine import default_threads
-from .memory import check_context, checkpoint_bytes, default_cache_bytes
+from .memory import check_context, checkpoint_bytes, default_cache_bytes, room_for_copy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,20 +41,23 @@ if TYPE_CHECKING:
     from .chat.template import ChatTemplate
     from .chat.tokenizer import Tokenizer
     from .generate.cache import Checkpoint
-    from .generate.result import GenerationResult
+    from .generate.result import GenerationResult, TokenLogprobs
     from .generate.sampling import GenerationOptions
     from .generate.spill import SpillFolder
     from .model.config import ModelConfig
+    from .model.mtp import MtpModel
     from .model.state import State
     from .model.text import TextModel
     from .model.vision import VisionModel
     from .session import Session
     from .weights.precision import Precision
+    from .weights.source import Source
 
 KV_DTYPES = ("bf16", "f32")
-MEMORY = ("map", "copy")
+MEMORY = ("auto", "map", "copy")
 DEVICES = ("cpu", "cuda", "reference")
 MAX_THREADS = 1024
+NO_MTP = "no multi-token-prediction layer (mtp.* tensors); use speculate='lookup' or 'auto', or a checkpoint with them"
 FEATURE_SHARE = 8  # what the vision tower saw may take an eighth of the prefix cache's bytes
 
 
@@ -93,12 +99,13 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     kv_dtype: str | None = None,
-    memory: str = "map",
+    memory: str = "auto",
     verify: bool = True,
     context: int | None = None,
     cache_bytes: int | None = None,
     cache_folder: str | Path | None = None,
     cache_folder_bytes: int | None = None,
+    speculate: str = "auto",
     progress: bool | None = None,
 ) -> Model:
     """Load a checkpoint, or a folder that `deltaic quantize` packed.
@@ -117,7 +124,8 @@ def load(
     kv_dtype      how keys and values are stored: "bf16" or "f32"; None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
-                  pages
+                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" copies on the
+                  CPU if that leaves half of the free memory free, and maps otherwise
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
                   sequence is there is checked before anything is loaded. None: the model's own limit, not checked
@@ -126,6 +134,9 @@ def load(
     cache_folder  takes the checkpoints that the cache drops and, when the process ends, those it holds; may be used
                   again by later processes. None: they are gone
     cache_folder_bytes  disk space for cache_folder; None: a quarter of what is free on its disk
+    speculate     draft tokens and verify several at once; what is generated stays the same, token for token. "mtp":
+                  drafts of the checkpoint's MTP layer; "lookup": what followed the last tokens when they were there
+                  before; "auto": whichever promises more by what is measured while it runs, or none; "off"
     progress      True or False shows or hides progress bars on stderr; None: shown on a terminal
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
@@ -136,6 +147,7 @@ def load(
     from .weights.packed import PACKED_FILE
     from .weights.precision import Precision
 
+    choice("speculate", speculate, MODES)
     wanted = Precision.parse("bf16" if dtype is None else dtype, vision_dtype, activations)
     if kv_dtype is not None:
         choice("kv_dtype", kv_dtype, KV_DTYPES)
@@ -152,11 +164,19 @@ def load(
     if context is not None:
         integer("context", context, 1, config.text.max_position_embeddings)
 
-    def blank_state(fingerprint: str, weight_bytes: int, precision: Precision) -> State:
+    if speculate != "off" and not hasattr(ops, "gated_delta_net_commit"):
+        if speculate != "auto":
+            raise DeviceError(f"speculate: {speculate!r} is not available with device={device!r}; use 'auto' or 'off'")
+        speculate = "off"
+
+    def blank_state(fingerprint: str, weight_bytes: int, precision: Precision, has_mtp: bool) -> State:
+        if speculate == "mtp" and not has_mtp:
+            raise CheckpointError(f"speculate: {folder} holds {NO_MTP}")
         kv = kv_dtype or ("f32" if precision.default == "f32" else "bf16")
-        state = State(config.text, ops, kv, context=context, fingerprint=fingerprint)
+        mtp = has_mtp and speculate in ("auto", "mtp")
+        state = State(config.text, ops, kv, context=context, fingerprint=fingerprint, mtp=mtp)
         if context is not None:
-            check_context(weight_bytes, state, context)
+            check_context(ops, weight_bytes, state, context)
         return state
 
     if (folder / PACKED_FILE).exists():
@@ -164,8 +184,8 @@ def load(
         parts = _map(folder, config, ops, explicit, activations, memory, verify, progress, blank_state)
     else:
         parts = _pack(folder, config, ops, wanted, progress, blank_state)
-    text, vision, precision, blank = parts
-    cache_bytes = default_cache_bytes(blank, context) if cache_bytes is None else cache_bytes
+    text, vision, mtp, precision, blank = parts
+    cache_bytes = default_cache_bytes(ops, blank, context) if cache_bytes is None else cache_bytes
     spill = None
     if cache_folder is not None:
         from .generate.spill import SpillFolder
@@ -173,13 +193,13 @@ def load(
         spill = SpillFolder(cache_folder, blank, ops, cache_folder_bytes)
     return Model(
         folder, config, text, vision, ops, blank, device=device, precision=precision, threads=threads,
-        cache_bytes=cache_bytes, spill=spill,
+        cache_bytes=cache_bytes, spill=spill, mtp=mtp, speculate=speculate,
     )  # fmt: skip
 
 
 # How the parts of a model reach `load`: what states look like is made, and memory checked, before weights are read.
-BlankState = Callable[[str, int, "Precision"], "State"]
-Parts = tuple["TextModel", "VisionModel | None", "Precision", "State"]
+BlankState = Callable[[str, int, "Precision", bool], "State"]
+Parts = tuple["TextModel", "VisionModel | None", "MtpModel | None", "Precision", "State"]
 
 
 def _pack(
@@ -198,17 +218,17 @@ def _pack(
     from .weights.fingerprint import model_fingerprint
 
     with open_checkpoint(folder) as checkpoint:
-        blank = blank_state(
-            model_fingerprint(checkpoint, config, precision), checkpoint_bytes(checkpoint, precision.default), precision
-        )
-        _require_memory(ops, checkpoint_bytes(checkpoint, precision.default))
         source = open_source(checkpoint, config, ops, precision)
+        nbytes = checkpoint_bytes(checkpoint, precision.default)
+        blank = blank_state(model_fingerprint(checkpoint, config, precision), nbytes, precision, source.has_mtp)
+        _require_memory(ops, nbytes)
         text = TextModel(config.text, _placed(ops, text_weights(source, config, progress), precision), ops)
+        mtp = _mtp(text, source, config, ops, precision, blank, progress)
         vision = None
         if config.vision is not None:
             vision_parts = _placed(ops, vision_weights(source, config, progress), precision)
             vision = VisionModel(config.vision, vision_parts, ops)
-    return text, vision, precision, blank
+    return text, vision, mtp, precision, blank
 
 
 def _map(
@@ -231,20 +251,24 @@ def _map(
     from .weights.fingerprint import packed_fingerprint
     from .weights.packed import PackedFile
 
-    with PackedFile(folder, memory) as packed:
+    with PackedFile(folder) as packed:
         precision = replace(packed.precision, activations=activations)
         if wanted is not None and not wanted.same_formats(precision):
             raise ArgumentError(
                 f"dtype: {folder} is packed as {precision} (vision {precision.vision}), asked for is {wanted} (vision "
                 f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
             )
-        blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision)
-        packed.prepare(None)
+        blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision, packed.has_mtp)
+        if memory == "copy" or (memory == "auto" and ops.__name__.endswith(".cpu") and room_for_copy(packed.nbytes)):
+            packed.copy(None)
         if verify:
             packed.verify(ops, None, "the text model", progress)
+            if blank.with_mtp:
+                packed.verify(ops, ("mtp.",), "the MTP layer", progress)
         _require_memory(ops, packed.nbytes)
         source = open_source(packed, config, ops, precision)
         text = TextModel(config.text, _placed(ops, text_weights(source, config), precision), ops)
+        mtp = _mtp(text, source, config, ops, precision, blank, False)
         vision = None
         if config.vision is not None:
 
@@ -253,7 +277,25 @@ def _map(
 
             vision_parts = _placed(ops, vision_weights(source, config), precision)
             vision = VisionModel(config.vision, vision_parts, ops, check if verify else None)
-    return text, vision, precision, blank
+    return text, vision, mtp, precision, blank
+
+
+def _mtp(
+    text: TextModel,
+    source: Source,
+    config: ModelConfig,
+    ops: ModuleType,
+    precision: Precision,
+    blank: State,
+    progress: bool | None,
+) -> MtpModel | None:
+    """The MTP layer, if it is wanted and there."""
+    if not blank.with_mtp:
+        return None
+    from .model.mtp import MtpModel
+    from .weights.build import mtp_weights
+
+    return MtpModel(text, _placed(ops, mtp_weights(source, config, progress), precision))
 
 
 def _placed(ops: ModuleType, weights: Any, precision: Precision) -> Any:
@@ -275,7 +317,7 @@ class Model:
 
     Every method that takes generation options knows those of `deltaic.generate.sampling.GenerationOptions`:
     max_new_tokens, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, seed,
-    stop, logprobs.
+    stop, logprobs, speculate.
     """
 
     def __init__(
@@ -292,6 +334,8 @@ class Model:
         threads: int,
         cache_bytes: int,
         spill: SpillFolder | None,
+        mtp: MtpModel | None,
+        speculate: str,
     ) -> None:
         """blank: a state that is never fed, which says what states of this model look like."""
         self.folder = folder
@@ -300,12 +344,13 @@ class Model:
         self.precision = precision
         self.kv_dtype = blank.kv_dtype
         self.threads = threads
+        self.speculate = speculate
         features = 0 if vision is None else cache_bytes // FEATURE_SHARE
         self.cache = PrefixCache(cache_bytes - features, spill=spill)
         self._blank_state = blank
         self._ops = ops
         self._runner = Runner(
-            text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features
+            text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp
         )
         self._generation_config = read_generation_config(folder)
         self._files_lock = threading.Lock()
@@ -426,7 +471,14 @@ class Model:
         from .model.state import State
 
         blank = self._blank_state
-        return State(self.config.text, self._ops, blank.kv_dtype, context=blank.context, fingerprint=blank.fingerprint)
+        return State(
+            self.config.text,
+            self._ops,
+            blank.kv_dtype,
+            context=blank.context,
+            fingerprint=blank.fingerprint,
+            mtp=blank.with_mtp,
+        )
 
     def _own_state(self, state: Any) -> State:
         """`state`, bound to this model. Raises StateError where it belongs to another."""
@@ -516,6 +568,50 @@ class Model:
         """Continue raw text (special tokens in it are honoured), token ids or a Prompt."""
         return self._start(prompt, images, None, None, options).finish()
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Any],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        **options: Any,
+    ) -> list[GenerationResult]:
+        """Answer several prompts, computing up to max_sequences of them in common steps; the results, in order. Each
+        answer is the one that its prompt gets alone.
+
+        prompts  each raw text, messages, token ids or a Prompt, as in `prepare`
+        each     for every prompt the options of its own, which come before the common ones
+        options  thinking, tools, images, and those of `generate`, for all prompts
+
+        Raises what `generate` raises, naming the prompt, before anything is computed; an error while one prompt is
+        computed, after all others are finished. `stream_batch` also gives the results of those that did not fail.
+        """
+        return self.stream_batch(prompts, each=each, max_sequences=max_sequences, **options).finish()
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Any],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        max_sequences: int = MAX_SEQUENCES,
+        **options: Any,
+    ) -> BatchStream:
+        """As `generate_batch`, piece by piece: an iterator of (index of the prompt, StreamPiece) with `results`."""
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Sequence):
+            raise PromptError(f"prompts: expected a list of prompts, found {describe(prompts)}")
+        own = [{}] * len(prompts) if each is None else each
+        if isinstance(own, (str, bytes, Mapping)) or not isinstance(own, Sequence) or len(own) != len(prompts):
+            raise ArgumentError(f"each: expected a list of {len(prompts)} dicts, one per prompt, found {describe(own)}")
+        for i, mapping in enumerate(own):
+            if not isinstance(mapping, Mapping):
+                raise ArgumentError(f"each[{i}]: expected a dict of options, found {describe(mapping)}")
+        return BatchStream(self.scheduler(max_sequences=max_sequences), prompts, own, options)
+
+    def scheduler(self, **limits: Any) -> Scheduler:
+        """A scheduler of this model's generations, for a server or any program that has several at a time. limits:
+        max_sequences, max_bytes, prefill_tokens, see `deltaic.generate.scheduler.Scheduler`."""
+        return Scheduler(self._runner, self.new_state, self._job, **limits)
+
     def _start(
         self,
         prompt: Any,
@@ -532,10 +628,38 @@ class Model:
         also: checkpoints of a session, to use beside those of the cache; new ones are then made even if it is off.
         on_end: see Stream.
         """
+        job = self._job(prompt, images, thinking, tools, options, also=also)
+
+        def tokens() -> Iterator[tuple[int, TokenLogprobs | None]]:
+            return generate_ids(
+                self._runner,
+                job.prompt,
+                job.reading,
+                job.sampler,
+                blank=self.new_state,
+                end_ids=job.end_ids,
+                max_new_tokens=job.max_new_tokens,
+                speculator=job.speculator,
+            )
+
+        return Stream(tokens, job, on_end=on_end)
+
+    def _job(
+        self,
+        prompt: Any,
+        images: Sequence[Any] | None,
+        thinking: bool | None,
+        tools: Sequence[dict[str, Any]] | None,
+        options: GenerationOptions,
+        *,
+        also: Sequence[Checkpoint] | None = None,
+    ) -> Job:
+        """What is to be generated, with every argument checked."""
         began = perf_counter()
         check_option_names(options)
         stop = check_stop(options.get("stop"))
         logprobs = check_logprobs(options.get("logprobs"))
+        mode = self._speculation(options.get("speculate"))
         resolve_sampling(options, {}, {})  # a wrong option is reported before a long prompt is prepared
         if options.get("max_new_tokens") is not None:
             integer("max_new_tokens", options["max_new_tokens"], 1, 2**31 - 1)
@@ -548,26 +672,30 @@ class Model:
         max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
         limit, unused = self._sampled_ids
         sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
-        rules = TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop))
-        end_ids = self.end_ids
-        reading = self._reading(made, also)
-        return Stream(
-            lambda: generate_ids(
-                self._runner,
-                made,
-                reading,
-                sampler,
-                blank=self.new_state,
-                end_ids=end_ids,
-                max_new_tokens=max_new_tokens,
-            ),
-            rules,
-            end_ids=end_ids,
-            reading=reading,
-            on_end=on_end,
-            prompt_tokens=len(made.token_ids),
-            prepare_seconds=perf_counter() - began,
+        return Job(
+            made,
+            self._reading(made, also),
+            sampler,
+            TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop)),
+            self.end_ids,
+            max_new_tokens,
+            None if mode == "off" else Speculator(self._runner, sampler, made.token_ids.tolist(), mode),
+            perf_counter() - began,
         )
+
+    def _speculation(self, mode: str | None) -> str:
+        """The mode of one call. Raises ArgumentError where the model was loaded without what it needs."""
+        if mode is None:
+            return self.speculate
+        choice("speculate", mode, MODES)
+        if mode == "mtp" and self._runner.mtp is None:
+            found = f"the model was loaded with speculate={self.speculate!r}"
+            raise ArgumentError(f"speculate: 'mtp' needs the MTP layer, but {found}, or its checkpoint holds {NO_MTP}")
+        if mode != "off" and not hasattr(self._ops, "gated_delta_net_commit"):
+            if mode != "auto":
+                raise ArgumentError(f"speculate: {mode!r} is not available with device={self.device!r}")
+            return "off"
+        return mode
 
     def _reading(self, prompt: Prompt, also: Sequence[Checkpoint] | None) -> Reading:
         """How `prompt` goes through the cache."""
@@ -607,9 +735,13 @@ class Model:
 
     @cached_property
     def _sampled_ids(self) -> tuple[int, list[int]]:
-        """(limit, unused): ids below `limit` that are not in `unused` have a token in the tokeniser and in the head."""
+        """(limit, unused): ids below `limit` that are not in `unused` have a token in the tokeniser and in the head.
+        Placeholders of pictures and videos are unused too: a generated one would stand for a medium that is not there.
+        """
         tokenizer, vocabulary = self.tokenizer, self.config.text.vocab_size
-        return min(tokenizer.vocab_size, vocabulary), [i for i in tokenizer.unused_ids if i < vocabulary]
+        placeholders = self.config.image_token_id, self.config.video_token_id
+        unused = {*tokenizer.unused_ids, *(i for i in placeholders if i is not None)}
+        return min(tokenizer.vocab_size, vocabulary), sorted(i for i in unused if i < vocabulary)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -656,7 +788,11 @@ class Model:
             "delta_layers": text.num_delta_layers,
             "attention_layers": text.num_attention_layers,
             "vision": vision is not None,
-            "weight_bytes": weight_bytes(self._runner.text.weights) + (weight_bytes(vision.weights) if vision else 0),
+            "mtp": self._runner.mtp is not None,
+            "speculate": self.speculate,
+            "weight_bytes": sum(
+                weight_bytes(part.weights) for part in (self._runner.text, vision, self._runner.mtp) if part is not None
+            ),
             "state_bytes": self._blank_state.nbytes,
             "cache_bytes": self.cache.budget + self._runner.features.budget,
             "fingerprint": self._blank_state.fingerprint,

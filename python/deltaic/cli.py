@@ -207,6 +207,12 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory for what was read before, such as 500M or 4G; 0 = off; default: a quarter of what is free",
     )
+    group.add_argument(
+        "--speculate",
+        default="auto",
+        metavar="MODE",
+        help="auto (default), mtp, lookup or off: draft tokens and verify several at once; the answer stays the same",
+    )
     group.add_argument("--cache-folder", metavar="DIR", help="keep what was read before here, for later runs too")
     group.add_argument("--device", default="cpu", help="cpu (default), or reference: plain numpy, slow")
 
@@ -272,6 +278,7 @@ def _load(path_or_id: str, args: argparse.Namespace) -> Model:
         context=args.context,
         cache_bytes=_size("--cache-bytes", args.cache_bytes),
         cache_folder=args.cache_folder,
+        speculate=args.speculate,
     )
 
 
@@ -309,7 +316,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     from .generate.sampling import GenerationOptions, resolve_sampling
     from .generate.stop import check_stop
 
-    options = {name: getattr(args, name, None) for name in GenerationOptions.__annotations__}
+    options = {name: getattr(args, name, None) for name in GenerationOptions.__annotations__ if name != "speculate"}
     options = {name: value for name, value in options.items() if value is not None}
     resolve_sampling(options, {}, {})
     check_stop(options.get("stop"))

@@ -92,7 +92,7 @@ struct Batch {
     }
 };
 
-Floats apply(Suite& t, Layer& l, Floats& proj, const Shape& lengths, double eps, Batch& batch) {
+Floats apply(Suite& t, Layer& l, Floats& proj, const Shape& lengths, double eps, Batch& batch, View trace = {}) {
     batch.conv_views.clear(), batch.S_views.clear();
     for (Floats& x : batch.conv) batch.conv_views.push_back(x.view());
     for (Floats& x : batch.S) batch.S_views.push_back(x.view());
@@ -102,7 +102,7 @@ Floats apply(Suite& t, Layer& l, Floats& proj, const Shape& lengths, double eps,
     t.call([&] {
         t.ops.gated_delta_net(proj.view(), l.conv_weight.view(), l.A_log.view(), l.dt_bias.view(), l.norm.view(),
                               static_cast<float>(eps), l.Hk, l.Dk, cuts.view(), Views{batch.conv_views.data(), B},
-                              Views{batch.S_views.data(), B}, y.view());
+                              Views{batch.S_views.data(), B}, trace, y.view());
     });
     return y;
 }
@@ -191,6 +191,61 @@ void test_gated_delta_net(Suite& t) {
     t.refuses("cu_seqlens that ends early", [&] { apply(t, l, proj, {1, 1}, 1e-6, batch); });
     l.Hk = 3;
     t.refuses("value heads that are no multiple of key heads", [&] { apply(t, l, proj, {1, 2}, 1e-6, batch); });
+}
+
+// Verify some rows, accept fewer, and compare with decoding the accepted ones alone: outputs, states, tails.
+void test_gated_delta_net_commit(Suite& t) {
+    Random random(11);
+    const Shape sizes[] = {{1, 1, 1, 1}, {1, 3, 5, 7}, {2, 4, 16, 32}, {2, 2, 33, 80}, {1, 2, 64, 128}};
+    const Shape batches[] = {{1}, {2, 0, 5}, {5, 1, 3}, {64}};
+    for (const Shape& s : sizes)
+        for (const Shape& lengths : batches) {
+            Layer l = make_layer(random, s[0], s[1], s[2], s[3]);
+            const int64_t B = static_cast<int64_t>(lengths.size());
+            Integers cuts = offsets(lengths);
+            const int64_t T = cuts[B], W = l.channels() + l.Hk * l.Dk + l.Hv * l.Dv + l.Hv;
+            Floats proj = normal(random, {T, l.columns()}), trace = poisoned({1, T, W});
+            View row_trace = trace.view();
+            row_trace.ndim = 2, row_trace.shape[0] = T, row_trace.shape[1] = W;
+            Batch start;
+            start.draw(random, l, lengths.size());
+            Batch verified = start;
+            const Floats y = apply(t, l, proj, lengths, 1e-6, verified, row_trace);
+            for (int64_t accepted = 0; accepted <= 5; ++accepted) {
+                Batch plain = start;
+                Integers counts({B});
+                for (int64_t b = 0; b < B; ++b) {
+                    counts[b] = std::min(accepted, lengths[static_cast<size_t>(b)]);
+                    Batch one;
+                    one.conv = {plain.conv[static_cast<size_t>(b)]}, one.S = {plain.S[static_cast<size_t>(b)]};
+                    for (int64_t i = 0; i < counts[b]; ++i) {
+                        Floats token = rows(proj, cuts[b] + i, 1);
+                        t.same_bits(apply(t, l, token, {1}, 1e-6, one), rows(y, cuts[b] + i, 1), "a verified row");
+                    }
+                    plain.conv[static_cast<size_t>(b)] = one.conv[0], plain.S[static_cast<size_t>(b)] = one.S[0];
+                }
+                Batch committed = verified;
+                std::vector<View> conv_views, S_views;
+                for (Floats& x : committed.conv) {
+                    conv_views.push_back(x.view());
+                    View& v = conv_views.back();
+                    v.ndim = 3, v.shape[0] = 1, v.shape[1] = 3, v.shape[2] = l.channels();
+                }
+                for (Floats& x : committed.S) {
+                    S_views.push_back(x.view());
+                    View& v = S_views.back();
+                    v.ndim = 4, v.shape[0] = 1, v.shape[1] = l.Hv, v.shape[2] = l.Dk, v.shape[3] = l.Dv;
+                }
+                t.call([&] {
+                    t.ops.gated_delta_net_commit(trace.view(), l.Hk, cuts.view(), counts.view(),
+                                                 Views{conv_views.data(), B}, Views{S_views.data(), B});
+                });
+                for (size_t b = 0; b < lengths.size(); ++b) {
+                    t.same_bits(committed.S[b], plain.S[b], "the state after a commit");
+                    t.same_bits(committed.conv[b], plain.conv[b], "the convolution state after a commit");
+                }
+            }
+        }
 }
 
 }  // namespace deltaic::test

@@ -10,7 +10,9 @@ import oracle
 import pytest
 import torch
 from deltaic.errors import ArgumentError, ContextLengthError, StateError
+from deltaic.model.rope import TextRope
 from deltaic.model.state import State
+from deltaic.model.text import TextModel
 from deltaic.ops import reference
 from oracle import TEXT_MODELS, build_text, feed, max_error, text_positions
 
@@ -203,3 +205,33 @@ def test_an_interrupted_pass_spoils_the_state(ops, rng, monkeypatch):
     with pytest.raises(StateError, match="interrupted"):
         feed(model, state, ids)
     assert np.isfinite(feed(model, State(model.config, ops), ids)).all()
+
+
+@pytest.mark.parametrize("name", list(TEXT_MODELS))
+def test_replayed_steps_are_the_calls_themselves(rng, name):
+    """Steps of several sequences in turns and together, on tapes, against the layers called one by one."""
+    from deltaic.ops import cpu
+
+    model = model_of(name, cpu)
+    plain = TextModel(model.config, model.weights, cpu)
+    plain._replay = None
+    states = {m: [State(model.config, cpu) for _ in range(3)] for m in (model, plain)}
+    for members in ([0], [1], [0], [0, 1], [2, 0], [2], [1, 2], [0, 1, 2], [2, 1, 0]):
+        ids = random_ids(rng, len(members))
+        rows = []
+        for m in (model, plain):
+            chosen = [states[m][i] for i in members]
+            positions = np.array([[state.length] * 3 for state in chosen])
+            rows.append(m.forward(m.embed(ids), positions, chosen, np.arange(len(members) + 1)))
+        assert np.array_equal(*rows)
+    for a, b in zip(states[model], states[plain], strict=True):
+        assert_same_state(a, b, 1e-30)
+    assert len(model._replay._tapes) >= 3
+
+
+def test_angles_of_one_text_token_are_those_of_many():
+    rope = TextRope(model_of("yarn", reference).config.rope)
+    together = rope(np.repeat(np.arange(1000)[:, None], 3, axis=1))
+    for i in (0, 1, 255, 256, 999, 3):
+        for alone, row in zip(rope(np.full((1, 3), i)), together, strict=True):
+            assert np.array_equal(alone[0], row[i])

@@ -81,6 +81,15 @@ def test_a_prompt_in_two_long_parts_has_the_same_bits(rng, dtype, cut):
     np.testing.assert_array_equal(np.array(whole.blocks), np.array(parts.blocks))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_row_is_rounded_alike_read_and_generated(rng, dtype):
+    """Both paths round the same numbers, if any, in the same way: only the order of sums is left to differ."""
+    prompt = Sequence(rng, 0, 300, dtype)
+    read, table = attend([(prompt, 0, 300)], [prompt.table()])[0], prompt.table()
+    generated = np.concatenate([attend([(prompt, t, t + 1)], [table])[0] for t in range(300)])
+    np.testing.assert_allclose(generated, read, atol=3e-6 * np.abs(read).max())
+
+
 def test_threads_do_not_change_a_bit(rng):
     prompt, step = Sequence(rng, 0, 300, "bf16"), Sequence(rng, 700, 2, "f32")
     qkv, angle = rng.normal(size=(150, 3 * 72)).astype(np.float32), rng.normal(size=(150, 12)).astype(np.float32)
@@ -89,7 +98,9 @@ def test_threads_do_not_change_a_bit(rng):
         ops.set_num_threads(threads)
         found.append(attend([(prompt, 0, 300), (step, 0, 2)], [prompt.table(), step.table()]))
         cut = np.array([0, 110, 150])
-        found[-1].append(ops.vision_attention(qkv, np.cos(angle), np.sin(angle), num_heads=3, cu_seqlens=cut))
+        for rounded in (False, True):
+            cos, sin = np.cos(angle), np.sin(angle)
+            found[-1].append(ops.vision_attention(qkv, cos, sin, num_heads=3, cu_seqlens=cut, rounded=rounded))
     np.testing.assert_equal(found[1], found[0])
     np.testing.assert_equal(found[2], found[0])
 

@@ -16,12 +16,13 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..model.state import State, copy_array
+from ..model.state import State, copy_array, host_array
 
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
@@ -113,8 +114,9 @@ def shared_length(a: Ints, b: Ints) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A state that nobody feeds any more. keys int64 [length]; digest: of keys; hidden float32 [1, H]: the residual
-    stream after the last token; generated: whether some of its tokens were sampled one by one, not read."""
+    """A state that nobody feeds any more. keys int64 [length]; digest: of keys; hidden [1, H]: the residual stream
+    after the last token, as the op set has it, or float32 from a file; generated: whether some of its tokens were
+    sampled one by one, not read."""
 
     keys: Ints
     digest: bytes
@@ -125,6 +127,11 @@ class Checkpoint:
     @property
     def length(self) -> int:
         return len(self.keys)
+
+    def host_hidden(self) -> npt.NDArray[np.float32]:
+        """`hidden` as float32 in the host's memory."""
+        hidden = host_array(self.hidden)
+        return (hidden.astype(np.uint32) << 16).view(np.float32) if hidden.dtype == np.uint16 else hidden
 
     def buffers(self) -> Iterator[npt.NDArray[Any]]:
         """Arrays that hold its memory; checkpoints of one prompt share their keys' base and K/V blocks."""
@@ -342,24 +349,37 @@ class Reading:
 
     def look(self) -> Checkpoint | None:
         """The checkpoint to go on from; sets `cached_tokens` and `miss_reason`."""
-        ids = self._prompt.token_ids
-        self._points = split_points(ids, self._border_id)
-        self._keys = sequence_keys(ids, image_places(self._prompt, self._image_token_id))
         self._digest = PrefixDigest(self._keys)
-        pauses = {position for position, _ in self._points}
-
-        def usable(c: Checkpoint) -> bool:
-            return self._split_invariant or c.generated or c.length in pauses
-
         if not self._canonical:
             self.miss_reason = "the positions of the prompt were made by hand"
             return None
-        match = self._cache.find(self._keys, usable, self._also)
+        match = self._cache.find(self._keys, lambda c: c.generated or self._may_start_at(c.length), self._also)
         self.miss_reason = match.miss_reason
         if match.checkpoint is not None:
             self.cached_tokens = match.checkpoint.length
             self._generated = match.checkpoint.generated
         return match.checkpoint
+
+    @cached_property
+    def _points(self) -> list[tuple[int, bool]]:
+        return split_points(self._prompt.token_ids, self._border_id)
+
+    @cached_property
+    def _keys(self) -> Ints:
+        return sequence_keys(self._prompt.token_ids, image_places(self._prompt, self._image_token_id))
+
+    def _may_start_at(self, position: int) -> bool:
+        """Whether going on from a checkpoint there that was read repeats the cold computation."""
+        return self._split_invariant or any(p == position for p, _ in self._points)
+
+    def gains(self, other: Reading, at: int) -> int:
+        """Up to which token this prompt need not be read once `other`, which has read `at` tokens of its own prompt,
+        has left the checkpoints that are ahead of it; 0 if none of them serves."""
+        if not (self._stores and other._stores):
+            return 0
+        shared = shared_length(self._keys, other._keys)
+        ahead = (p for p, keep in reversed(other._points) if keep and at < p <= shared and self._may_start_at(p))
+        return next(ahead, 0)
 
     def begin(self, blank: Callable[[], State]) -> tuple[State, Checkpoint | None]:
         """A state of its own that holds the first `cached_tokens` of the prompt, and the checkpoint it came from."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
@@ -15,20 +15,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PromptError, StateError
+from .answer import Answer
 from .cache import FeatureCache, image_places
-from .result import FinishReason, GenerationResult, StreamPiece, TokenLogprobs
-from .stop import ReasoningSplit, StopStrings
+from .prefill import PromptReader, begin_reading
+from .speculate import Costs
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
-    from ..chat.tokenizer import DetokenizeStream
     from ..model.graph import DecodeGraph
+    from ..model.mtp import MtpModel
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
+    from .answer import Job
     from .cache import Reading
+    from .result import GenerationResult, StreamPiece, TokenLogprobs
     from .sampling import Sampler
+    from .speculate import Speculator
 
 # one lock per op set: its thread pool and thread count belong to the process, not to a model
 _OPS_LOCKS: dict[str, Any] = {}
@@ -37,6 +41,37 @@ _OPS_LOCKS: dict[str, Any] = {}
 def ops_lock(ops: Any) -> Any:
     """The lock of an op set (re-entrant: a signal handler may use a model between two of its operators)."""
     return _OPS_LOCKS.setdefault(ops.__name__, threading.RLock())
+
+
+@dataclass(slots=True)
+class Verification:
+    """Drafted rows of B sequences that the model has seen and their states have not, until `Runner.commit`.
+
+    tokens  per sequence the token that comes next and the drafts after it
+    hidden  [T, H] (before the final norm): of sequence b rows cu_seqlens[b] .. cu_seqlens[b + 1], one per token
+    """
+
+    states: list[State]
+    tokens: list[list[int]]
+    cu_seqlens: np.ndarray
+    hidden: np.ndarray
+    trace: np.ndarray
+    buffer: np.ndarray  # that the trace lies on
+
+
+@dataclass(slots=True)
+class Drafting:
+    """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
+    first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
+    up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
+    draft."""
+
+    state: State
+    first: int
+    hidden: np.ndarray
+    tokens: list[int]
+    depth: int
+    choose: Callable[[np.ndarray, int], int]
 
 
 class Runner:
@@ -55,9 +90,11 @@ class Runner:
         threads: int,
         image_token_id: int | None,
         feature_bytes: int = 0,
+        mtp: MtpModel | None = None,
     ) -> None:
-        """feature_bytes: how much memory the features of pictures seen before may take."""
+        """feature_bytes: how much memory the features of pictures seen before may take. mtp: makes drafts."""
         self.text = text
+        self.mtp = mtp
         self.vision = vision
         self.ops = ops
         self.features = FeatureCache(feature_bytes)
@@ -68,6 +105,11 @@ class Runner:
             from ..model.graph import DecodeGraph
 
             self._graph = DecodeGraph(text, ops)
+        self._concatenate = getattr(ops, "concatenate", np.concatenate)
+        self._zeros = getattr(ops, "zeros", np.zeros)
+        self._traces: list[np.ndarray] = []  # buffers that no verification uses
+        self.costs = Costs()
+        self.fixed_depth: int | None = None  # see Speculator.depth
         self._lock = ops_lock(ops)
 
     def _set_threads(self) -> None:
@@ -106,49 +148,65 @@ class Runner:
         return features
 
     def hidden(
-        self, prompt: Prompt, state: State, pauses: Sequence[int], *, skip: int = 0, prefill: bool = True
+        self,
+        prompt: Prompt,
+        state: State,
+        pauses: Sequence[int],
+        *,
+        skip: int = 0,
+        prefill: bool = True,
+        mtp: bool = False,
+        before: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Feed the prompt to `state` and yield the hidden rows [t, H] (before the final norm) up to each of `pauses`:
         rising numbers of tokens of the prompt, the last one its length.
 
         skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
         it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
+        mtp: make the entries of the MTP layer too; before: the hidden row [1, H] of the token before, where known.
         """
-        ids = prompt.token_ids
-        offset = state.length - skip
-        shift = 0 if skip else state.length + state.rope_delta - int(prompt.position_ids[0, 0])
-        positions = prompt.position_ids + shift
-        places = self.places(prompt, offset)
-        features: dict[int, np.ndarray] = {}
-        start = skip
+        reader = PromptReader(self, prompt, state, skip, mtp=mtp, last=before)
         for end in pauses:
-            for i, (first, count, _) in enumerate(places):
-                if i not in features and first - offset < end and first - offset + count > start:
-                    features[i] = self.see(prompt.images[i])
-            chunk = ids[start:end]
-            with self._lock:
-                self._set_threads()
-                x = self.text.embed(chunk)
-                for i, seen in features.items():
-                    first = places[i][0] - offset
-                    low, high = max(first, start), min(first + len(seen), end)
-                    x[low - start : high - start] = seen[low - first : high - first]
-                hidden = self._advance(state, x, positions[start:end], chunk.tolist(), prefill)
-                state.rope_delta = int(positions[:end].max()) + 1 - state.length
-                state.images += [place for place in places if start <= place[0] - offset < end]
-            features = {i: seen for i, seen in features.items() if places[i][0] - offset + len(seen) > end}
-            yield hidden
-            start = end
+            reader.look(end)
+            yield self.read([(reader, end)], prefill=prefill)[0]
+
+    def read(self, chunks: Sequence[tuple[PromptReader, int]], *, prefill: bool = True) -> list[np.ndarray]:
+        """Read on in several prompts at once, each up to its number of tokens; the pictures up to there have been
+        looked at. Hidden rows [t, H] (before the final norm) of each. prefill: see TextModel.forward."""
+        parts = [reader.chunk(end) for reader, end in chunks]
+        cuts = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
+        with self._lock:
+            self._set_threads()
+            x = self.text.embed(np.concatenate([part.ids for part in parts]))
+            for part, first in zip(parts, cuts.tolist(), strict=False):
+                for row, features in part.features:
+                    x[first + row : first + row + len(features)] = features
+            positions = np.concatenate([part.positions for part in parts])
+            hidden = self.text.forward(x, positions, [reader.state for reader, _ in chunks], cuts, prefill=prefill)
+            rows = []
+            for (reader, end), a, b in zip(chunks, cuts.tolist(), cuts[1:].tolist(), strict=False):
+                rows.append(hidden[a:b])
+                if reader.mtp:
+                    self._read_mtp(reader, end, x[a:b], rows[-1])
+                reader.advance(end, rows[-1])
+        return rows
 
     def step(self, token: int, state: State) -> np.ndarray:
         """Feed one token; hidden row [1, H] (before the final norm)."""
+        return self.decode([token], [state])
+
+    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> np.ndarray:
+        """Feed one token to each of B states; hidden rows [B, H] (before the final norm)."""
         with self._lock:
             self._set_threads()
-            if self._graph is not None:
-                return self._graph.step(token, state)
-            x = self.text.embed(np.array([token], np.int64))
-            positions = np.full((1, 3), state.length + state.rope_delta, np.int64)
-            return self._advance(state, x, positions, [token], prefill=False)
+            if self._graph is not None and self._graph.takes([[token] for token in tokens]):
+                return self._graph.decode(tokens, states)
+            x = self.text.embed(np.array(tokens, np.int64))
+            positions = np.array([[state.length + state.rope_delta] * 3 for state in states], np.int64)
+            hidden = self.text.forward(x, positions, list(states), np.arange(len(states) + 1, dtype=np.int64))
+            for token, state in zip(tokens, states, strict=True):
+                state.token_ids.append(token)
+        return hidden
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [n, vocab] of hidden rows [n, H]."""
@@ -156,10 +214,123 @@ class Runner:
             self._set_threads()
             return self.text.logits(hidden)
 
-    def _advance(self, state: State, x: np.ndarray, positions: np.ndarray, ids: list[int], prefill: bool) -> np.ndarray:
-        hidden = self.text.forward(x, positions, [state], np.array([0, len(ids)], np.int64), prefill=prefill)
-        state.token_ids.extend(ids)
-        return hidden
+    def wait(self) -> None:
+        """Let a device finish what it was given, before time is taken."""
+        if self._graph is not None:
+            self.ops.wait()
+
+    def rows(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden rows [n, H] of a file, float32, as this op set has them."""
+        if self._graph is None or not isinstance(hidden, np.ndarray):
+            return hidden
+        return self.ops.activations(hidden, self.text.weights.embed)
+
+    # ------------------------------------------------------------------------------- drafts
+
+    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]]) -> Verification:
+        """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
+        it. tokens: per sequence 1 to 64 ids. `commit` the result, or drop it."""
+        lengths = [len(ids) for ids in tokens]
+        cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        places = [s.length + s.rope_delta + np.arange(n) for s, n in zip(states, lengths, strict=True)]
+        positions = np.repeat(np.concatenate(places)[:, None], 3, axis=1)
+        with self._lock:
+            self._set_threads()
+            buffer, trace = self._take_trace(len(positions))
+            if self._graph is not None and self._graph.takes(tokens):
+                hidden = self._graph.verify(tokens, states, trace)
+            else:
+                x = self.text.embed(np.concatenate([np.array(ids, np.int64) for ids in tokens]))
+                hidden = self.text.verify(x, positions, list(states), cu_seqlens, trace)
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace, buffer)
+
+    def commit(self, verification: Verification, counts: Sequence[int]) -> None:
+        """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
+        verification, and only while the states are where they were when it was made."""
+        v = verification
+        with self._lock:
+            self._set_threads()
+            self.text.commit(v.states, v.cu_seqlens, np.array(counts, np.int64), v.trace)
+            self._traces.append(v.buffer)
+        for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
+            state.token_ids.extend(ids[:n])
+
+    def _take_trace(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """A buffer, one that was used before if that is large enough, and a trace of `rows` rows on it."""
+        c = self.text.config
+        size = c.num_delta_layers * rows * c.delta_trace_width
+        buffer = self._traces.pop() if self._traces else None
+        if buffer is None or buffer.shape[0] < size:
+            buffer = self._zeros((size,), np.float32)
+        return buffer, buffer[:size].reshape(c.num_delta_layers, rows, c.delta_trace_width)
+
+    def draft(self, wanted: Sequence[Drafting]) -> list[list[int]]:
+        """Drafts of the MTP layer for several sequences at once, each as many as it wants."""
+        assert self.mtp is not None
+        with self._lock:
+            self._set_threads()
+            lengths = [len(w.tokens) for w in wanted]
+            cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+            places = np.concatenate(
+                [w.first + w.state.rope_delta + np.arange(n) for w, n in zip(wanted, lengths, strict=True)]
+            )
+            m = self.mtp.forward(
+                self.mtp.final_norm(wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted)),
+                self.text.embed(np.array([t for w in wanted for t in w.tokens], np.int64)),
+                np.repeat(places[:, None], 3, axis=1),
+                [w.state for w in wanted],
+                cu_seqlens,
+                first=np.array([w.first for w in wanted], np.int64),
+            )
+            drafts: list[list[int]] = [[] for _ in wanted]
+            rows = cu_seqlens[1:] - 1
+            active = list(range(len(wanted)))
+            for depth in range(max((w.depth for w in wanted), default=0)):
+                kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
+                active, m = [active[i] for i in kept], m[rows[kept]]
+                if depth:
+                    last = [wanted[b] for b in active]
+                    places = np.array([w.first + len(w.tokens) + w.state.rope_delta + depth - 1 for w in last])
+                    m = self.mtp.forward(
+                        m,
+                        self.text.embed(np.array([drafts[b][-1] for b in active], np.int64)),
+                        np.repeat(places[:, None], 3, axis=1),
+                        [w.state for w in last],
+                        np.arange(len(last) + 1),
+                        ahead=depth - 1,
+                    )
+                for b, logits in zip(active, self.mtp.logits(m), strict=True):
+                    drafts[b].append(wanted[b].choose(logits, depth))
+                rows = np.arange(len(active))
+            return drafts
+
+    def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:
+        """Rows [n, H] one after another, where the op set has its arrays."""
+        return self._concatenate(list(rows), axis=0)
+
+    def _read_mtp(self, reader: PromptReader, end: int, x: np.ndarray, hidden: np.ndarray) -> None:
+        """The MTP layer's entries for tokens at - 1 .. end - 2 of a prompt that has been read up to `at`, whose rows
+        at .. end - 1 were x and became `hidden`; where the hidden row before these is not known, one less."""
+        assert self.mtp is not None
+        start = reader.at
+        if reader.last is None:
+            start, x, rows = start + 1, x[1:], hidden[:-1]
+        else:
+            rows = self.joined([reader.last, hidden[:-1]])
+        if not len(rows):
+            return
+        first = reader.state.length - len(x) - 1
+        positions = reader.positions
+        places = np.concatenate([positions[:1] - 1, positions])[start:end]  # before the prompt there was some text
+        self.mtp.forward(
+            self.mtp.final_norm(rows),
+            x,
+            places,
+            [reader.state],
+            np.array([0, len(x)]),
+            first=np.array([first]),
+            prefill=True,
+        )
 
 
 def generate_ids(
@@ -171,61 +342,101 @@ def generate_ids(
     blank: Callable[[], State],
     end_ids: Collection[int],
     max_new_tokens: int,
+    speculator: Speculator | None = None,
 ) -> Iterator[tuple[int, TokenLogprobs | None]]:
     """Read what the cache does not hold of the prompt, then yield tokens up to and including an end token, at most
     `max_new_tokens`. The model runs only when the next token is asked for; the last token yielded has not been fed to
     the state. Leaves checkpoints at the pauses of the reading and where the generation ends or is closed.
 
-    blank: makes the state for a prompt of which the cache holds nothing.
+    blank: makes the state for a prompt of which the cache holds nothing. speculator: makes drafts, None for none.
     """
-    runner.places(prompt)  # refuses a prompt made by hand before anything is computed
-    state, found = reading.begin(blank)
-    hidden = None if found is None else found.hidden
-    pauses = reading.pauses()
-    for rows, (_, keep) in zip(
-        runner.hidden(prompt, state, [p for p, _ in pauses], skip=reading.cached_tokens), pauses, strict=True
-    ):
-        hidden = rows[-1:]
+    reader = begin_reading(runner, prompt, reading, blank, mtp=speculator is not None and speculator.uses_mtp)
+    state = reader.state
+    for end, keep in reading.pauses():
+        reader.look(end)
+        runner.read([(reader, end)])
         if keep:
-            reading.mark(state, hidden)
+            reading.mark(state, reader.last)
+    hidden = reader.last
     assert hidden is not None  # a prompt has at least one token
+    steps = _Steps(runner, state, hidden, speculator)
     try:
         for produced in range(1, max_new_tokens + 1):
-            token, logprobs = sampler.next(runner.logits(hidden)[0])
+            token, logprobs = sampler.next(steps.logits())
             yield token, logprobs
             if token in end_ids or produced == max_new_tokens:
                 break
-            hidden = runner.step(token, state)
+            steps.go_on(token, max_new_tokens - produced)
     except GeneratorExit:
-        reading.end(state, hidden)
+        reading.end(state, steps.close())
         raise
-    reading.end(state, hidden)
+    reading.end(state, steps.close())
 
 
-@dataclass(slots=True)
-class TextRules:
-    """How the ids of one generation become text: its detokeniser, where thinking ends, and the stop strings."""
+class _Steps:
+    """The steps of one sequence: each is a forward pass over a token and the drafts after it, and serves as many tokens
+    as drafts turn out right, and one more. Its rows reach the state when their tokens have been asked for."""
 
-    detokenizer: DetokenizeStream
-    reasoning: ReasoningSplit
-    stop: StopStrings
+    def __init__(self, runner: Runner, state: State, hidden: np.ndarray, speculator: Speculator | None) -> None:
+        """hidden [1, H]: the row that the first token is sampled from; the state has it already."""
+        self._runner, self._state, self._speculator = runner, state, speculator
+        self._hidden = hidden
+        self._drafts: list[int] = []
+        self._row = 0
+        self._verification: Verification | None = None
+        self._logits: np.ndarray | None = None
+        self._seconds: float | None = None  # of this step
 
-    def push(self, token: int) -> tuple[str, str]:
-        """(reasoning, answer) that became certain with `token`."""
-        return self._cut(self.reasoning.push(self.detokenizer.push(token)))
+    def logits(self) -> np.ndarray:
+        """Logits [vocab] for the next token."""
+        if self._logits is None:
+            began = perf_counter()
+            self._logits = self._runner.logits(self._hidden)
+            if self._speculator is not None:
+                self._runner.wait()
+            if self._seconds is not None:
+                self._seconds += perf_counter() - began
+        return self._logits[self._row]
 
-    def flush(self) -> tuple[str, str]:
-        """(reasoning, answer) that was held back, when no more tokens will come."""
-        reasoning, answer = self._cut(self.reasoning.push(self.detokenizer.flush()))
-        if self.stop.found is None:
-            rest, _ = self.reasoning.flush()
-            reasoning += rest
-            answer += self.stop.flush()
-        return reasoning, answer
+    def go_on(self, token: int, room: int) -> None:
+        """`token` was chosen, and at most `room` more are wanted: the next row, or the next step."""
+        if self._row < len(self._drafts) and self._drafts[self._row] == token:
+            self._row += 1
+            return
+        rows, drafts = self._settle(), self._drafts
+        self._drafts = []
+        if self._speculator is not None:
+            if self._seconds is not None:
+                self._speculator.learn(len(drafts), self._row, self._seconds)
+            self._speculator.observe(rows, [*drafts[: self._row], token])
+            space = self._state.context - self._state.length
+            self._drafts = self._speculator.draft(self._state, min(room, space) - 1)
+        began = perf_counter()
+        if self._drafts:
+            self._verification = self._runner.verify([self._state], [[token, *self._drafts]])
+            self._hidden = self._verification.hidden
+        else:
+            self._hidden = self._runner.step(token, self._state)
+        self._seconds, self._logits, self._row = perf_counter() - began, None, 0
 
-    def _cut(self, parts: tuple[str, str]) -> tuple[str, str]:
-        reasoning, answer = parts
-        return reasoning, self.stop.push(answer)
+    def _settle(self) -> np.ndarray:
+        """Let the state have the rows whose tokens were asked for, and return these rows."""
+        if self._verification is not None:
+            began = perf_counter()
+            self._runner.commit(self._verification, [self._row + 1])
+            self._verification = None
+            assert self._seconds is not None
+            self._seconds += perf_counter() - began
+        return self._hidden[: self._row + 1]
+
+    def close(self) -> np.ndarray:
+        """Leave the state as it is when the last token that was sampled has not been fed; its hidden row [1, H]."""
+        rows = self._settle()
+        if self._speculator is not None:
+            self._speculator.count(len(self._drafts), self._row)
+            self._speculator.observe(rows[:-1], self._drafts[: self._row])
+            self._speculator.close(self._state)
+        return rows[-1:]
 
 
 class Stream:
@@ -238,30 +449,17 @@ class Stream:
     def __init__(
         self,
         tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]],
-        rules: TextRules,
+        job: Job,
         *,
-        end_ids: Collection[int],
-        reading: Reading,
-        prompt_tokens: int,
-        prepare_seconds: float,
         on_end: Callable[[GenerationResult | None], None] | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
-        """on_end: called once, when the generation ends: with the result, or None after an error or before a start."""
-        self._rules = rules
-        self.reading = reading
-        self._on_end = on_end
+        """tokens: computes the job. on_end: called once, when the generation ends: with the result, or None after an
+        error or before a start."""
+        self.reading = job.reading
         self.ended = False
-        self._end_ids = end_ids
-        self._prompt_tokens = prompt_tokens
-        self._prepare_seconds = prepare_seconds
-        self._starts_in_thinking = rules.reasoning.thinking
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._finish_reason: FinishReason = "cancelled"
-        self._first_token_seconds = 0.0
-        self._decode_seconds = 0.0
+        self._answer = Answer(job)
+        self._on_end = on_end
         self._closed = False
         self._pieces = self._run(tokens)
 
@@ -298,21 +496,7 @@ class Stream:
     @property
     def result(self) -> GenerationResult:
         """What has been generated up to now; `finish_reason` is "cancelled" until the end is reached."""
-        decoded = len(self._ids) - 1
-        return GenerationResult(
-            text="".join(self._text),
-            reasoning="".join(self._reasoning) if self._starts_in_thinking else None,
-            token_ids=list(self._ids),
-            finish_reason=self._finish_reason,
-            stop_string=self._rules.stop.found,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self.reading.cached_tokens,
-            cache_miss_reason=self.reading.miss_reason,
-            completion_tokens=len(self._ids),
-            time_to_first_token=self._first_token_seconds,
-            tokens_per_second=decoded / self._decode_seconds if decoded > 0 and self._decode_seconds > 0 else 0.0,
-            logprobs=list(self._logprobs) if self._logprobs else None,
-        )
+        return self._answer.result
 
     def _end(self, result: GenerationResult | None) -> None:
         if not self.ended:
@@ -337,47 +521,13 @@ class Stream:
         self, tokens: Callable[[], Iterator[tuple[int, TokenLogprobs | None]]]
     ) -> Generator[StreamPiece, None, None]:
         mark = perf_counter()
-        finish: FinishReason = "length"
         for token, logprobs in tokens():
-            self._ids.append(token)
-            if logprobs is not None:
-                self._logprobs.append(logprobs)
-            ended = token in self._end_ids
-            reasoning, answer = ("", "") if ended else self._rules.push(token)
-            seconds = perf_counter() - mark
-            if len(self._ids) == 1:
-                self._first_token_seconds = self._prepare_seconds + seconds
-            else:
-                self._decode_seconds += seconds
-            if ended or self._rules.stop.found is not None:
-                finish = "stop"
-            yield from self._emit(reasoning, answer, token, logprobs)
+            pieces = self._answer.push(token, logprobs)
+            self._answer.took(perf_counter() - mark)
+            yield from pieces
             if self._closed:
                 return
-            if finish == "stop":
+            if self._answer.stopped:
                 break
             mark = perf_counter()
-        if self._rules.stop.found is None:
-            reasoning, answer = self._rules.flush()
-            if self._rules.stop.found is not None:
-                finish = "stop"
-            self._finish_reason = finish
-            if reasoning or answer:
-                yield from self._emit(reasoning, answer, None, None)
-        self._finish_reason = finish
-
-    def _emit(
-        self, reasoning: str, answer: str, token: int | None, logprobs: TokenLogprobs | None
-    ) -> Iterator[StreamPiece]:
-        """One piece with the token; a second one without it when the token closed the thinking and began the answer."""
-        if reasoning:
-            self._reasoning.append(reasoning)
-        if answer:
-            self._text.append(answer)
-        if reasoning or not answer:
-            # a token that made nothing certain counts for the part that is being written
-            thinking = bool(reasoning) or self._rules.reasoning.thinking
-            yield StreamPiece(reasoning, token, logprobs, thinking)
-            token = logprobs = None
-        if answer:
-            yield StreamPiece(answer, token, logprobs)
+        yield from self._answer.finish()

@@ -51,6 +51,8 @@ class GenerationResult:
     tokens_per_second    decoding speed after the first token, 0.0 with fewer than two tokens; a consumer's own time
                          between two pieces does not count
     logprobs             one TokenLogprobs per token where asked for, else None
+    drafted              tokens that were drafted and verified (speculative decoding), of which
+    accepted             were right: the model ran completion_tokens - 1 - accepted times after the prompt
     """
 
     text: str
@@ -65,3 +67,5 @@ class GenerationResult:
     logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
     cache_miss_reason: str | None = None
+    drafted: int = 0
+    accepted: int = 0

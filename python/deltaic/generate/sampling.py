@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,6 +39,7 @@ class GenerationOptions(TypedDict, total=False):
     seed                same seed, prompt, settings, thread count and build: same tokens
     stop                string(s) that end the answer (they do not end thinking); the text before the match is returned
     logprobs            number of most probable tokens to report with each generated one; 0 = the chosen one only
+    speculate           "auto", "mtp", "lookup" or "off", see `deltaic.load`; the tokens are the same with each
     """
 
     max_new_tokens: int | None
@@ -51,6 +53,7 @@ class GenerationOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     logprobs: int | None
+    speculate: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +206,11 @@ class Sampler:
         self.params = params
         self._ops = ops
         self._limit = limit
-        self._unused = np.array(unused, np.int64)
+        index = np.array(unused, np.int64)
+        self._unused = ops.upload(index) if hasattr(ops, "upload") else index
         self._logprobs = logprobs
         self._rng = np.random.default_rng(params.seed)
+        self._uniforms: deque[float] = deque()  # drawn ahead, for drafts
         repeats = params.repetition_penalty != 1.0
         self._prompt_ids = np.unique(prompt_ids).astype(np.int64) if repeats else np.empty(0, np.int64)
         self._slots: dict[int, int] = {}
@@ -214,12 +219,36 @@ class Sampler:
 
     def next(self, logits: np.ndarray) -> tuple[int, TokenLogprobs | None]:
         """The next token for `logits` [vocab] (float32), and its log-probabilities where asked for. The token is
-        counted."""
-        p, seen = self.params, len(self._slots)
+        counted; those of ids that are never chosen are overwritten in place."""
         if len(self._unused):
-            logits = logits.copy()
             logits[self._unused] = -np.inf
-        token = int(
+        token = self._choose(logits, self._limit, self._uniform(0))
+        if self._uniforms:
+            self._uniforms.popleft()
+        self._count(token)
+        if self._logprobs is None:
+            return token, None
+        logprob, ids, values = self._ops.log_softmax_top(
+            logits, limit=self._limit, k=min(self._logprobs, self._limit), token=token
+        )
+        return token, TokenLogprobs(token, float(logprob), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def draft(self, logits: np.ndarray, ahead: int) -> int:
+        """What `next` would choose from `logits` (float32, of the first ids) after `ahead` other tokens, as well as it
+        can be told now. The random number is the one that `next` will use, so that like distributions give like tokens;
+        nothing is counted and nothing is used up."""
+        return self._choose(logits, min(self._limit, logits.shape[0]), self._uniform(ahead))
+
+    def _uniform(self, ahead: int) -> float:
+        if self.params.greedy:
+            return 0.0
+        while len(self._uniforms) <= ahead:
+            self._uniforms.append(self._rng.random())
+        return self._uniforms[ahead]
+
+    def _choose(self, logits: np.ndarray, limit: int, uniform: float) -> int:
+        p, seen = self.params, len(self._slots)
+        return int(
             self._ops.sample(
                 logits,
                 temperature=p.temperature,
@@ -232,17 +261,10 @@ class Sampler:
                 output_ids=self._ids[:seen],
                 output_counts=self._counts[:seen],
                 prompt_ids=self._prompt_ids,
-                limit=self._limit,
-                uniform=0.0 if p.greedy else self._rng.random(),
+                limit=limit,
+                uniform=uniform,
             )
         )
-        self._count(token)
-        if self._logprobs is None:
-            return token, None
-        logprob, ids, values = self._ops.log_softmax_top(
-            logits, limit=self._limit, k=min(self._logprobs, self._limit), token=token
-        )
-        return token, TokenLogprobs(token, float(logprob), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _count(self, token: int) -> None:
         slot = self._slots.setdefault(token, len(self._slots))

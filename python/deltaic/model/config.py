@@ -122,6 +122,13 @@ class TextConfig:
         )
 
     @property
+    def delta_trace_width(self) -> int:
+        """Columns of the trace of a delta layer's verify step: u, k, w and e^log_decay (ops/reference.py)."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        values = self.linear_num_value_heads * self.linear_value_head_dim
+        return self.conv_dim + keys + values + self.linear_num_value_heads
+
+    @property
     def num_delta_layers(self) -> int:
         """Number of Gated DeltaNet layers."""
         return self.layer_types.count(LINEAR_ATTENTION)

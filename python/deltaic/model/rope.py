@@ -4,6 +4,7 @@ interleaved, optionally YaRN) and of the vision tower (two axes), in numpy, shar
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ Ints = npt.NDArray[np.int64]
 
 YARN_BETA_FAST, YARN_BETA_SLOW = 32, 1  # rotations over the original context between which frequencies are blended
 VISION_THETA = 10000.0
+_CHUNK = 256  # text positions whose angles are computed together
+_CHUNKS = 16  # that are kept: sequences that are decoded in turns have one each
 
 
 class TextRope:
@@ -23,14 +26,31 @@ class TextRope:
     def __init__(self, rope: RopeConfig):
         self.inverse_frequencies, self.scale = inverse_frequencies(rope)
         self.axes = mrope_axes(rope)
+        self._chunks: OrderedDict[int, tuple[Floats, Floats]] = OrderedDict()
 
     def __call__(self, positions: Ints) -> tuple[Floats, Floats]:
-        """positions int64 [T, 3] (temporal, height, width) -> cos, sin float32 [T, R/2].
+        """positions int64 [T, 3] (temporal, height, width) -> cos, sin float32 [T, R/2], not to be written.
 
         The angle is a float32 product as in Qwen3.5; its cosine is taken in double precision, as it may be 262144 rad.
         """
+        if len(positions) == 1:
+            temporal, height, width = positions[0].tolist()
+            if temporal == height == width:
+                return self._text(temporal)
         angles = (positions[:, self.axes].astype(np.float32) * self.inverse_frequencies).astype(np.float64)
         return _scaled(np.cos(angles), self.scale), _scaled(np.sin(angles), self.scale)
+
+    def _text(self, position: int) -> tuple[Floats, Floats]:
+        """One text token, from angles computed for many at once: a decoded token costs a look-up."""
+        index, row = divmod(position, _CHUNK)
+        chunk = self._chunks.get(index)
+        if chunk is None:
+            chunk = self(np.repeat(np.arange(index * _CHUNK, (index + 1) * _CHUNK)[:, None], 3, axis=1))
+            self._chunks[index] = chunk
+            if len(self._chunks) > _CHUNKS:
+                self._chunks.popitem(last=False)
+        cos, sin = chunk
+        return cos[row : row + 1], sin[row : row + 1]
 
 
 def _scaled(x: npt.NDArray[np.float64], scale: float) -> Floats:

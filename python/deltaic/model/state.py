@@ -25,6 +25,9 @@ class State:
     delta       float32 [L_delta, Hv, Dk, Dv]: the matrix of each delta head
     kv          the op set's BlockTable: blocks [L_attn, 2, Hkv, BLOCK_TOKENS, D] of kv_dtype, for all attention layers
     kv_dtype    "f32", or "bf16" (uint16 bits)
+    mtp         the BlockTable of the MTP layer: blocks [1, 2, Hkv, BLOCK_TOKENS, D]; empty until it is used
+    mtp_first, mtp_length  its entries belong to tokens mtp_first .. mtp_first + mtp_length - 1; entry t is made from
+                the hidden vector of token t and the token after it. What lies behind them is left from drafts
     length      tokens consumed: the cache index of the next one
     rope_delta  added to `length` it is the rotary position of the next text token (<= 0; not 0 only after pictures)
     token_ids   the tokens consumed, kept by whoever feeds them
@@ -38,8 +41,9 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "_shared", "_shared_blocks", "_zeros", "conv", "delta", "fingerprint", "images",
-        "intact", "kv", "kv_dtype", "length", "rope_delta", "token_ids",
+        "_block", "_max_tokens", "_mtp_block", "_shared", "_shared_blocks", "_shared_mtp", "_zeros", "conv", "delta",
+        "fingerprint", "images", "intact", "kv", "kv_dtype", "length", "mtp", "mtp_first", "mtp_length", "rope_delta",
+        "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -50,8 +54,10 @@ class State:
         *,
         context: int | None = None,
         fingerprint: str = "",
+        mtp: bool = False,
     ):
-        """context: tokens it may hold at most; None: the model's max_position_embeddings."""
+        """context: tokens it may hold at most; None: the model's max_position_embeddings. mtp: whether the MTP layer is
+        in use, which `bytes_for` then counts."""
         if kv_dtype not in KV_DTYPES:
             raise ArgumentError(f"State: kv_dtype is {kv_dtype!r}, expected one of {sorted(KV_DTYPES)}")
         c = config
@@ -70,7 +76,12 @@ class State:
         self.intact = True
         self._shared = False  # conv and delta may belong to other states too
         self._shared_blocks = 0  # blocks before this one may belong to other states too
+        self.mtp: Any = ops.BlockTable()
+        self.mtp_first = 0
+        self.mtp_length = 0
+        self._shared_mtp = 0
         self._block = (c.num_attention_layers, 2, c.num_key_value_heads, BLOCK_TOKENS, c.head_dim)
+        self._mtp_block = (int(mtp), *self._block[1:])
         self._max_tokens = c.max_position_embeddings if context is None else context
 
     def fits(self, other: State) -> bool:
@@ -95,8 +106,7 @@ class State:
         try:
             if tokens > self.length:
                 self._own()
-            while len(self.kv) * BLOCK_TOKENS < tokens:
-                self.kv.append(self._zeros(self._block, KV_DTYPES[self.kv_dtype]))
+            self._grow(self.kv, self._block, tokens)
         except (MemoryError, ValueError):  # numpy raises the latter beyond the address space
             raise StateError(
                 f"no memory for the K/V of {tokens} tokens: the sequence holds {self.nbytes / 2**20:.0f} MiB "
@@ -108,12 +118,22 @@ class State:
         if self._shared or not _writeable(self.delta):
             conv, delta = copy_array(self.conv), copy_array(self.delta)
             self.conv, self.delta, self._shared = conv, delta, False
-        first = self.length // BLOCK_TOKENS
-        if first < self._shared_blocks:
-            blocks = self.kv.blocks
-            for i in range(first, self._shared_blocks):
-                self.kv.replace(i, copy_array(blocks[i]))
-            self._shared_blocks = first
+        self._shared_blocks = _own_blocks(self.kv, self.length, self._shared_blocks)
+
+    def _grow(self, table: Any, block: tuple[int, ...], entries: int) -> None:
+        while len(table) * BLOCK_TOKENS < entries:
+            table.append(self._zeros(block, KV_DTYPES[self.kv_dtype]))
+
+    def reserve_mtp(self, token: int, entries: int) -> None:
+        """Make room for `entries` more entries of the MTP layer, of which the first belongs to `token`; where that does
+        not continue those that are there, they are dropped. Raises StateError if memory runs out."""
+        if token != self.mtp_first + self.mtp_length:
+            self.mtp, self.mtp_first, self.mtp_length, self._shared_mtp = type(self.kv)(), token, 0, 0
+        try:
+            self._shared_mtp = _own_blocks(self.mtp, self.mtp_length, self._shared_mtp)
+            self._grow(self.mtp, (1, *self._block[1:]), self.mtp_length + entries)
+        except (MemoryError, ValueError):
+            raise StateError("no memory for the K/V of the MTP layer; use speculate='lookup' or 'off'") from None
 
     def fork(self) -> State:
         """A second state that goes on from here; either may be fed without any effect on the other.
@@ -135,16 +155,33 @@ class State:
         for block in self.kv.blocks[:used]:
             twin.kv.append(block)
         twin._shared_blocks = used
+        used = -(-self.mtp_length // BLOCK_TOKENS)
+        self._shared_mtp = max(self._shared_mtp, used)
+        twin.mtp = type(self.kv)()
+        for block in self.mtp.blocks[:used]:
+            twin.mtp.append(block)
+        twin._shared_mtp = used
         return twin
 
     def on(self, ops: ModuleType) -> State:
-        """This state, with the K/V blocks in a table of the op set `ops`; blocks are not copied."""
-        if type(self.kv) is not ops.BlockTable:
-            table = ops.BlockTable()
-            for block in self.kv.blocks:
-                table.append(block)
-            self.kv = table
-            self._zeros = getattr(ops, "zeros", np.zeros)
+        """This state, with its arrays where the op set `ops` computes; they are copied only from device to device.
+        Raises StateError if the device has no memory for it; the state is then as it was."""
+        if type(self.kv) is ops.BlockTable:
+            return self
+        home = getattr(ops, "from_host", None)
+        tables, moved = [], home is not None or not isinstance(self.delta, np.ndarray)
+        try:
+            for blocks in (self.kv.blocks, self.mtp.blocks):
+                tables.append(ops.BlockTable())
+                for block in blocks:
+                    tables[-1].append(_moved(block, home))
+            conv, delta = _moved(self.conv, home), _moved(self.delta, home)
+        except MemoryError:
+            raise StateError(f"no memory on the device for a state of {self.nbytes / 2**20:.0f} MiB") from None
+        self.conv, self.delta, (self.kv, self.mtp) = conv, delta, tables
+        if moved:
+            self._shared, self._shared_blocks, self._shared_mtp = False, 0, 0
+        self._zeros = getattr(ops, "zeros", np.zeros)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -167,8 +204,18 @@ class State:
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes that a state like this one, not shared with any, takes with `tokens` tokens."""
-        block = int(np.prod(self._block)) * np.dtype(KV_DTYPES[self.kv_dtype]).itemsize
+        block = int(np.prod(self._block) + np.prod(self._mtp_block)) * np.dtype(KV_DTYPES[self.kv_dtype]).itemsize
         return self.conv.nbytes + self.delta.nbytes + -(-tokens // BLOCK_TOKENS) * block
+
+    def tokens_within(self, nbytes: int) -> int:
+        """Tokens that a state like this one can hold in `nbytes` bytes; negative if not even an empty one fits."""
+        block = self.bytes_for(1) - self.bytes_for(0)
+        return (nbytes - self.bytes_for(0)) // block * BLOCK_TOKENS
+
+    @property
+    def with_mtp(self) -> bool:
+        """Whether the MTP layer is in use."""
+        return self._mtp_block[0] > 0
 
     @property
     def context(self) -> int:
@@ -180,6 +227,7 @@ class State:
         yield self.conv
         yield self.delta
         yield from self.kv.blocks
+        yield from self.mtp.blocks
 
     @property
     def nbytes(self) -> int:
@@ -196,6 +244,16 @@ def total_nbytes(states: Iterable[State]) -> int:
     return sum({id(buffer): buffer.nbytes for state in states for buffer in state.buffers()}.values())
 
 
+def _own_blocks(table: Any, entries: int, shared: int) -> int:
+    """Copy the blocks of `table` that are shared (those before `shared`) and not full with `entries` entries. Returns
+    how many are shared then."""
+    first = entries // BLOCK_TOKENS
+    blocks = table.blocks
+    for i in range(first, shared):
+        table.replace(i, copy_array(blocks[i]))
+    return min(first, shared)
+
+
 # Arrays of an op set on a device are its own kind, which copies under another name and has no read-only flag.
 
 
@@ -205,3 +263,17 @@ def copy_array(array: Any) -> Any:
 
 def _writeable(array: Any) -> bool:
     return bool(array.flags.writeable) if isinstance(array, np.ndarray) else True
+
+
+def host_array(array: Any) -> npt.NDArray[Any]:
+    """An array of a state in the host's memory: as it is if it is there, else a copy."""
+    if isinstance(array, np.ndarray):
+        return array
+    from ..ops.cuda_memory import to_host
+
+    return to_host(array)
+
+
+def _moved(array: Any, home: Any) -> Any:
+    """`array` where an op set computes; home: its `from_host`, None where that is the host."""
+    return host_array(array) if home is None else home(host_array(array))

@@ -4,6 +4,7 @@ on a residual stream. All arithmetic is in the op set; a layer takes four or fiv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
 from .config import TextConfig
+from .replay import MAX_ROWS, Replay
 from .rope import TextRope
 from .state import State
 from .weights import AttentionMixer, DeltaMixer, DenseFFN, SparseFFN, TextWeights
@@ -26,10 +28,17 @@ class Batch:
 
     states: list[State]
     cu_seqlens: Ints  # [B+1]
+    counts: list[int]  # [B] rows of each
     starts: Ints  # [B] tokens already consumed by each sequence
     cos: Array  # [T, R/2]
     sin: Array  # [T, R/2]
     prefill: bool
+    trace: Array | None = None  # [L_delta, T, trace width]: where given, conv and delta of the states are not written
+
+    @property
+    def tables(self) -> list[Any]:
+        """The K/V of the attention layers, by sequence."""
+        return [state.kv for state in self.states]
 
 
 class TextModel:
@@ -38,13 +47,11 @@ class TextModel:
     def __init__(self, config: TextConfig, weights: TextWeights, ops: ModuleType):
         self.config, self.weights, self.ops = config, weights, ops
         self.rope = TextRope(config.rope)
+        self._replay = Replay(ops) if hasattr(ops, "Tape") else None
 
     def embed(self, ids: Ints) -> Array:
-        """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError."""
-        ids = np.ascontiguousarray(ids, np.int64)
-        if ids.size and not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
-            raise ArgumentError(f"token ids span {ids.min()}..{ids.max()}, expected 0..{self.config.vocab_size - 1}")
-        return self.ops.embed(ids, self.weights.embed)
+        """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
+        return self.ops.embed(np.ascontiguousarray(ids, np.int64), self.weights.embed)
 
     def forward(
         self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, *, prefill: bool = False
@@ -61,11 +68,51 @@ class TextModel:
         batch = self._batch(x, positions, states, cu_seqlens, prefill)
         for state in states:
             state.intact = False
-        x = self.run_layers(x, batch)
-        for state, n in zip(states, np.diff(cu_seqlens).tolist(), strict=True):
+        x = self._run(x, batch)
+        for state, n in zip(states, batch.counts, strict=True):
             state.length += n
             state.intact = True
         return x
+
+    def verify(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, trace: Array) -> Array:
+        """As `forward`, but the states stay where they are until `commit` tells how many rows count; on an op set that
+        is SPLIT_INVARIANT each row gets the bits of decoding.
+
+        trace [L_delta, T, config.delta_trace_width] is filled. Dropping it instead of committing leaves the states as
+        they were: of their K/V only what lies beyond `length` is written.
+        """
+        batch = self._batch(x, positions, states, cu_seqlens, False)
+        batch.trace = trace
+        return self._run(x, batch)
+
+    def commit(self, states: list[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
+        """Advance each of the states that `verify` has seen by its first counts[b] rows, int64 [B]."""
+        for state, n in zip(states, counts.tolist(), strict=True):
+            state.reserve(state.length + n)  # a fork may have come in between
+            state.intact = False
+        self.ops.gated_delta_net_commit(
+            trace,
+            num_k_heads=self.config.linear_num_key_heads,
+            cu_seqlens=cu_seqlens,
+            counts=counts,
+            conv_states=[state.conv for state in states],
+            states=[state.delta for state in states],
+        )
+        for state, n in zip(states, counts.tolist(), strict=True):
+            state.length += n
+            state.intact = True
+
+    def _run(self, x: Array, batch: Batch) -> Array:
+        """`run_layers`, replayed where the rows are few and decoded."""
+        states, trace = batch.states, batch.trace
+        if self._replay is None or batch.prefill or not len(states) <= len(x) <= MAX_ROWS:
+            return self.run_layers(x, batch)
+        inputs = [x, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
+        for state in states:
+            inputs += (state.conv, state.delta, state.kv)
+        if trace is not None:
+            inputs.append(trace)
+        return self._replay((len(x), len(states), trace is None), inputs, lambda: self.run_layers(x, batch))
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
@@ -75,9 +122,9 @@ class TextModel:
                 x = self._delta(x, layer.mixer, layer.input_norm, delta_layer, batch)
                 delta_layer += 1
             else:
-                x = self._attention(x, layer.mixer, layer.input_norm, attention_layer, batch)
+                x = self.attention(x, layer.mixer, layer.input_norm, attention_layer, batch)
                 attention_layer += 1
-            x = self._feed_forward(x, layer.ffn, layer.post_norm)
+            x = self.feed_forward(x, layer.ffn, layer.post_norm)
         return x
 
     def logits(self, hidden: Array) -> Array:
@@ -101,10 +148,11 @@ class TextModel:
             cu_seqlens=batch.cu_seqlens,
             conv_states=[state.conv[i] for state in batch.states],
             states=[state.delta[i] for state in batch.states],
+            **({} if batch.trace is None else {"trace": batch.trace[i]}),
         )
         return ops.linear(y, m.out_proj, residual=x)
 
-    def _attention(self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch) -> Array:
+    def attention(self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch) -> Array:
         ops, c = self.ops, self.config
         proj = ops.linear(x, m.qkv_proj, norm=norm, eps=c.rms_norm_eps)
         y = ops.gated_attention(
@@ -119,12 +167,12 @@ class TextModel:
             layer=i,
             cu_seqlens=batch.cu_seqlens,
             starts=batch.starts,
-            tables=[state.kv for state in batch.states],
+            tables=batch.tables,
             prefill=batch.prefill,
         )
         return ops.linear(y, m.o_proj, residual=x)
 
-    def _feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
+    def feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
         ops, eps = self.ops, self.config.rms_norm_eps
         if isinstance(f, DenseFFN):
             return ops.linear(ops.swiglu(x, f.gate_up, norm=norm, eps=eps), f.down, residual=x)
@@ -144,24 +192,26 @@ class TextModel:
 
     def _batch(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, prefill: bool) -> Batch:
         """Check that the arguments of `forward` fit together, and make room in the states."""
-        T, counts = x.shape[0], np.diff(cu_seqlens)
+        T, bounds = x.shape[0], cu_seqlens.tolist()
+        counts: list[int] = [end - begin for begin, end in pairwise(bounds)]
         if x.shape != (T, self.config.hidden_size) or positions.shape != (T, 3):
             raise ArgumentError(
                 f"forward: x is {x.shape} and positions are {positions.shape}, "
                 f"expected [T, {self.config.hidden_size}] and [T, 3]"
             )
-        if len(cu_seqlens) != len(states) + 1 or cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (counts < 0).any():
+        if len(bounds) != len(states) + 1 or bounds[0] != 0 or bounds[-1] != T or min(counts, default=0) < 0:
             raise ArgumentError(
                 f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
             )
         if len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
-        for state, n in zip(states, counts.tolist(), strict=True):
+        for state, n in zip(states, counts, strict=True):
             if not state.intact:
                 raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
             state.reserve(state.length + n)
         cos, sin = self.rope(positions)
-        return Batch(states, cu_seqlens, np.array([state.length for state in states], np.int64), cos, sin, prefill)
+        starts = np.array([state.length for state in states], np.int64)
+        return Batch(states, cu_seqlens, counts, starts, cos, sin, prefill)
 
 
 def _short(values: Any) -> str:

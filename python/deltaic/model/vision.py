@@ -89,7 +89,9 @@ class VisionModel:
         ops = self.ops
         h = ops.layer_norm(x, b.norm1_w, b.norm1_b, LAYER_NORM_EPS)
         qkv = ops.linear(h, b.qkv, bias=b.qkv_b)
-        a = ops.vision_attention(qkv, cos, sin, num_heads=self.config.num_heads, cu_seqlens=cu_seqlens)
+        a = ops.vision_attention(
+            qkv, cos, sin, num_heads=self.config.num_heads, cu_seqlens=cu_seqlens, rounded=b.qkv.dtype != "f32"
+        )
         x = ops.linear(a, b.proj, bias=b.proj_b, residual=x)
         h = ops.layer_norm(x, b.norm2_w, b.norm2_b, LAYER_NORM_EPS)
         h = ops.linear(h, b.fc1, bias=b.fc1_b, activation="gelu_tanh")

@@ -12,17 +12,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from deltaic import _core
-from deltaic._core import BlockTable, Weight
+from deltaic._core import BlockTable, Tape, Weight
 from deltaic.errors import ArgumentError
 
 __all__ = [
     "BlockTable",
+    "Tape",
     "Weight",
+    "bpe_merge",
     "checksum",
     "embed",
+    "first_rows",
     "from_packed",
     "gated_attention",
     "gated_delta_net",
+    "gated_delta_net_commit",
     "isa",
     "layer_norm",
     "linear",
@@ -122,6 +126,14 @@ def from_packed(parts: Sequence[tuple[str, int, Array]], count: int, columns: in
     return Weight(list(parts), count, columns, glu)
 
 
+def first_rows(weight: Weight, rows: int) -> Weight:
+    format, total, data = weight.parts[0]
+    stop = min(-(-rows // BLOCK_ROWS), -(-total // BLOCK_ROWS)) * _core.block_bytes(format, weight.shape[1])
+    part = Weight([(format, min(rows, total), data[:stop])], 1, weight.shape[1], False)
+    part.float_activations = weight.float_activations
+    return part
+
+
 def checksum(data: Array, first: int = 0) -> int:
     """The 64-bit checksum of bytes [n], n a multiple of 64, at the speed of memory (definition: ops/quantise.py)."""
     result = np.empty(1, np.int64)
@@ -146,13 +158,13 @@ def probe_peak(kind: str, rounds: int) -> int:
 
 
 def embed(ids: Array, table: Weight) -> Array:
-    y = np.empty((ids.shape[0], table.shape[1]), np.float32)
+    y = _core.empty((ids.shape[0], table.shape[1]))
     _core.embed(ids, table, y)
     return y
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    y = np.empty_like(x)
+    y = _core.empty(x.shape)
     _core.rms_norm(x, weight, eps, y)
     return y
 
@@ -173,13 +185,13 @@ def linear(
     activation: str = "none",
     residual: Array | None = None,
 ) -> Array:
-    y = np.empty((x.shape[0], w.shape[0]), np.float32)
+    y = _core.empty((x.shape[0], w.shape[0]))
     _core.linear(x, w, norm, eps, bias, ACTIVATIONS.index(activation), residual, y)
     return y
 
 
 def swiglu(x: Array, w: Weight, *, norm: Array | None = None, eps: float = 1e-6) -> Array:
-    y = np.empty((x.shape[0], w.shape[0] // 2), np.float32)
+    y = _core.empty((x.shape[0], w.shape[0] // 2))
     _core.swiglu(x, w, norm, eps, y)
     return y
 
@@ -200,7 +212,7 @@ def gated_attention(
     tables: list[BlockTable],
     prefill: bool = False,
 ) -> Array:
-    y = np.empty((proj.shape[0], num_heads * q_norm.shape[0]), np.float32)
+    y = _core.empty((proj.shape[0], num_heads * q_norm.shape[0]))
     _core.gated_attention(
         proj, q_norm, k_norm, cos, sin, eps, num_heads, num_kv_heads, layer, cu_seqlens, starts, tables, int(prefill), y
     )
@@ -225,9 +237,11 @@ def patch_embed(
     return y
 
 
-def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array) -> Array:
+def vision_attention(
+    qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Array, rounded: bool = False
+) -> Array:
     y = np.empty((qkv.shape[0], qkv.shape[1] // 3), np.float32)
-    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, y)
+    _core.vision_attention(qkv, cos, sin, num_heads, cu_seqlens, int(rounded), y)
     return y
 
 
@@ -245,13 +259,26 @@ def gated_delta_net(
     cu_seqlens: Array,
     conv_states: Sequence[Array],
     states: Sequence[Array],
+    trace: Array | None = None,
 ) -> Array:
-    y = np.empty((proj.shape[0], A_log.shape[0] * head_v_dim), np.float32)
+    y = _core.empty((proj.shape[0], A_log.shape[0] * head_v_dim))
     _core.gated_delta_net(
         proj, conv_weight, A_log, dt_bias, norm, eps, num_k_heads, head_k_dim,
-        cu_seqlens, list(conv_states), list(states), y,
+        cu_seqlens, list(conv_states), list(states), trace, y,
     )  # fmt: skip
     return y
+
+
+def gated_delta_net_commit(
+    trace: Array,
+    *,
+    num_k_heads: int,
+    cu_seqlens: Array,
+    counts: Array,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> None:
+    _core.gated_delta_net_commit(trace, num_k_heads, cu_seqlens, counts, list(conv_states), list(states))
 
 
 def moe(
@@ -268,7 +295,7 @@ def moe(
     eps: float,
     residual: Array | None = None,
 ) -> Array:
-    y = np.empty_like(x)
+    y = _core.empty(x.shape)
     _core.moe(
         x, router, gate_up, down, shared_gate_up, shared_down, shared_gate, norm, eps, top_k, residual, y,
     )  # fmt: skip
@@ -304,3 +331,9 @@ def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[f
     logprob, top_ids, top_logprobs = np.empty(1, np.float32), np.empty(k, np.int64), np.empty(k, np.float32)
     _core.log_softmax_top(logits, limit, k, token, logprob, top_ids, top_logprobs)
     return float(logprob[0]), top_ids, top_logprobs
+
+
+def bpe_merge(ids: Array, begins: Array, slots: Array, pairs: Array, merged: Array) -> Array:
+    out, count = np.empty(ids.shape, np.int64), np.empty(1, np.int64)
+    _core.bpe_merge(ids, begins, slots, pairs, merged, out, count)
+    return out[: int(count[0])]

@@ -24,16 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from . import quantise
+from . import bpe, quantise
 from .layout import merge_order
 
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 
 SPLIT_INVARIANT = False  # numpy's matrix products add in another order for another number of rows
+MAX_TRACED = 64  # rows of a sequence that a verify step may have
 L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
 FORMATS = ("f32", "bf16", "int8", "int4")
 checksum = quantise.checksum
+bpe_merge = bpe.bpe_merge
 _threads = 1
 
 
@@ -117,6 +119,12 @@ def from_packed(parts: Sequence[tuple[str, int, npt.NDArray[np.uint8]]], count: 
     matrix = np.concatenate(numbers, axis=1)
     nbytes = sum(data.nbytes for _, _, data in parts)
     return Weight(matrix if count > 1 else matrix[0], parts[0][0], nbytes, is_glu=glu)
+
+
+def first_rows(weight: Weight, rows: int) -> Weight:
+    """The first `rows` (or all, if there are fewer) rows of a matrix of one part, on the same memory."""
+    part = weight.matrix[:rows]
+    return Weight(part, weight.dtype, weight.nbytes * len(part) // len(weight.matrix), False, weight.float_activations)
 
 
 def _round_to(part: npt.NDArray, dtype: str) -> npt.NDArray[np.float32]:
@@ -329,13 +337,14 @@ def gated_delta_net(
     cu_seqlens: Ints,
     conv_states: Sequence[Array],
     states: Sequence[Array],
+    trace: Array | None = None,
 ) -> Array:
     """Everything of a Gated DeltaNet layer between its input and its output projection, for B ragged sequences.
 
     proj [T, C + Hv*Dv + 2*Hv]: columns u (C: all q, all k, all v) | z (Hv*Dv) | b (Hv) | a (Hv)
     conv_weight [4, C] (tap 3 meets the current token), A_log [Hv], dt_bias [Hv], norm [Dv] (plain weight)
     conv_states: per sequence [3, C], the last rows of u before convolution, oldest first; states: per sequence
-    [Hv, Dk, Dv]. Both are updated in place. Returns [T, Hv*Dv]. Per sequence:
+    [Hv, Dk, Dv]. Both are updated in place, unless there is a trace. Returns [T, Hv*Dv]. Per sequence:
 
         c   = silu(sum_j conv_weight[j] * u[t-3+j])            causal depthwise convolution, then split into q, k, v
         q   = q / sqrt(sum q^2 + 1e-6) / sqrt(Dk)              k = k / sqrt(sum k^2 + 1e-6)
@@ -343,12 +352,53 @@ def gated_delta_net(
         o   = delta_rule(q, k, v, beta, log_decay)             value head j reads q and k of head j // (Hv/Hk)
         y   = norm * o / sqrt(mean o^2 + eps) * silu(z)
 
+    trace [T, C + Hk*Dk + Hv*Dv + Hv]: where given, conv_states and states stay as they are (the rows are drafts, to be
+    verified) and each row of trace takes what `gated_delta_net_commit` needs to apply it: u (C) | k, normalised (Hk*Dk)
+    | w, the error of `delta_rule` (Hv*Dv) | e^log_decay (Hv). A sequence may then have at most 64 rows. Op sets that
+    are SPLIT_INVARIANT give every row of such a step the bits that it gets when rows come one at a time.
     Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024); Qwen3.5, Qwen3_5GatedDeltaNet.
     """
+    if trace is not None:
+        if (np.diff(cu_seqlens) > MAX_TRACED).any():
+            raise ArgumentError(f"gated_delta_net: with a trace, a sequence may have at most {MAX_TRACED} rows")
+        conv_states, states = [x.copy() for x in conv_states], [x.copy() for x in states]
     return _gated_delta_net(
         delta_rule, proj, conv_weight, A_log, dt_bias, norm, eps=eps, num_k_heads=num_k_heads,
         head_k_dim=head_k_dim, head_v_dim=head_v_dim, cu_seqlens=cu_seqlens, conv_states=conv_states, states=states,
+        trace=trace,
     )  # fmt: skip
+
+
+def gated_delta_net_commit(
+    trace: Array,
+    *,
+    num_k_heads: int,
+    cu_seqlens: Ints,
+    counts: Ints,
+    conv_states: Sequence[Array],
+    states: Sequence[Array],
+) -> None:
+    """Apply the first counts[b] rows of each sequence of a traced step to its states, as if they had come untraced.
+
+    trace [L, T, ...]: of L layers, filled by `gated_delta_net`; counts int64 [B], from 0 to the rows of each sequence;
+    conv_states: per sequence [L, 3, C]; states: per sequence [L, Hv, Dk, Dv]. Both are updated in place; they must be
+    what they were when the trace was made. Per row and value head S <- e^log_decay * S + k w^T, in the order and with
+    the roundings of decoding, so that the states get the bits of decoding.
+    """
+    Hk = num_k_heads
+    for b, (conv_state, state) in enumerate(zip(conv_states, states, strict=True)):
+        L, Hv, Dk, Dv = state.shape
+        C = 2 * Hk * Dk + Hv * Dv
+        first, n = int(cu_seqlens[b]), int(counts[b])
+        if not 0 <= n <= cu_seqlens[b + 1] - first:
+            raise ArgumentError(f"gated_delta_net_commit: counts[{b}] is {n}, expected 0 to the rows of the sequence")
+        u, k, w, decay = np.split(trace[:, first : first + n], np.cumsum([C, Hk * Dk, Hv * Dv]), axis=2)
+        k = np.repeat(k.reshape(L, n, Hk, Dk), Hv // Hk, axis=2)
+        w = w.reshape(L, n, Hv, Dv)
+        for t in range(n):
+            state *= decay[:, t, :, None, None]
+            state += k[:, t, :, :, None] * w[:, t, :, None, :]
+        conv_state[...] = np.concatenate([conv_state, u], axis=1)[:, n:]
 
 
 def gated_delta_net_chunked(*args: Any, chunk: int = 64, **kwargs: Any) -> Array:
@@ -359,7 +409,7 @@ def gated_delta_net_chunked(*args: Any, chunk: int = 64, **kwargs: Any) -> Array
 def _gated_delta_net(
     rule: Callable[..., Array], proj: Array, conv_weight: Array, A_log: Array, dt_bias: Array, norm: Array, *,
     eps: float, num_k_heads: int, head_k_dim: int, head_v_dim: int, cu_seqlens: Ints,
-    conv_states: Sequence[Array], states: Sequence[Array],
+    conv_states: Sequence[Array], states: Sequence[Array], trace: Array | None = None,
 ) -> Array:  # fmt: skip
     Hk, Dk, Dv = num_k_heads, head_k_dim, head_v_dim
     T, Hv, C = proj.shape[0], A_log.shape[0], conv_weight.shape[1]
@@ -367,13 +417,19 @@ def _gated_delta_net(
     beta = sigmoid(b)
     log_decay = -np.exp(A_log.astype(proj.dtype)) * softplus(a + dt_bias.astype(proj.dtype))
     o = np.empty((T, Hv, Dv), proj.dtype)
+    errors = None if trace is None else np.empty((T, Hv, Dv), proj.dtype)
+    keys = np.empty((T, Hk * Dk), proj.dtype)
     for i, (conv_state, state) in enumerate(zip(conv_states, states, strict=True)):
         rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
         c = silu(_causal_conv1d(u[rows], conv_weight, conv_state))
         q, k, v = np.split(c, [Hk * Dk, 2 * Hk * Dk], axis=1)
         q = np.repeat(_unit_l2(q.reshape(-1, Hk, Dk)), Hv // Hk, axis=1) / math.sqrt(Dk)
-        k = np.repeat(_unit_l2(k.reshape(-1, Hk, Dk)), Hv // Hk, axis=1)
-        o[rows] = rule(q, k, v.reshape(-1, Hv, Dv), beta[rows], log_decay[rows], state)
+        k = _unit_l2(k.reshape(-1, Hk, Dk))
+        keys[rows] = k.reshape(-1, Hk * Dk)
+        k, given = np.repeat(k, Hv // Hk, axis=1), {} if errors is None else {"errors": errors[rows]}
+        o[rows] = rule(q, k, v.reshape(-1, Hv, Dv), beta[rows], log_decay[rows], state, **given)
+    if trace is not None and errors is not None:
+        trace[...] = np.concatenate([u, keys, errors.reshape(T, Hv * Dv), np.exp(log_decay)], axis=1)
     y = norm.astype(proj.dtype) * _unit_rms(o, eps) * silu(z.reshape(T, Hv, Dv))
     return y.reshape(T, Hv * Dv)
 
@@ -390,12 +446,15 @@ def _causal_conv1d(u: Array, weight: Array, conv_state: Array) -> Array:
     return sum(weight[j].astype(u.dtype) * window[j : j + T] for j in range(taps))
 
 
-def delta_rule(q: Array, k: Array, v: Array, beta: Array, log_decay: Array, state: Array) -> Array:
+def delta_rule(
+    q: Array, k: Array, v: Array, beta: Array, log_decay: Array, state: Array, errors: Array | None = None
+) -> Array:
     """The recurrence, token by token: q, k [T, Hv, Dk], v [T, Hv, Dv], beta, log_decay [T, Hv] -> o [T, Hv, Dv].
 
         S = e^log_decay * S ;  w = beta * (v - S^T k) ;  S = S + k w^T ;  o = S^T q
 
     The error is taken against the decayed state, the output read after the update. state [Hv, Dk, Dv] changes in place.
+    errors [T, Hv, Dv], where given, takes w.
     """
     S = state.astype(q.dtype)
     o = np.empty_like(v)
@@ -403,6 +462,8 @@ def delta_rule(q: Array, k: Array, v: Array, beta: Array, log_decay: Array, stat
         S *= np.exp(log_decay[t])[:, None, None]
         w = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", S, k[t]))
         S += k[t][:, :, None] * w[:, None, :]
+        if errors is not None:
+            errors[t] = w
         o[t] = np.einsum("hkv,hk->hv", S, q[t])
     state[...] = S
     return o
@@ -467,6 +528,8 @@ def gated_attention(
         o = causal_attention(q, stored k, stored v)  ;  y = o * sigmoid(gate)
 
     K and V are used as stored (rounded to the blocks' dtype), so a prompt in one call equals the same prompt in many.
+    Where they are stored as bfloat16, an op set may round to it what meets them: the queries, and the probabilities
+    (before they are divided by their sum). Here neither is rounded.
     prefill: the rows are a prompt's; an op set with other code for few rows must then add in the order that it uses for
     many. (Here there is one order.)
     Source: Qwen3.5, Qwen3_5Attention.
@@ -609,10 +672,13 @@ def _corners(n: int, side: int, dtype: np.dtype) -> tuple[Ints, Ints, Array]:
     return index, np.minimum(index + 1, side - 1), s - before
 
 
-def vision_attention(qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Ints) -> Array:
+def vision_attention(
+    qkv: Array, cos: Array, sin: Array, *, num_heads: int, cu_seqlens: Ints, rounded: bool = False
+) -> Array:
     """Unmasked attention inside each segment. qkv [P, 3*V]: columns all q, all k, all v -> [P, V].
 
     cos, sin [P, dh/2] with dh = V / num_heads: `rotate` over the whole head on q and k; softmax(q k^T / sqrt(dh)) v.
+    rounded: an op set may round what it multiplies (q, k, v and probabilities) to bfloat16; here nothing is rounded.
     Source: Qwen3.5, Qwen3_5VisionAttention.
     """
     P, V = qkv.shape[0], qkv.shape[1] // 3

@@ -1,0 +1,225 @@
+"""What does it bring to decode several sequences in one step, and does a long prompt disturb those that are running?
+
+    python bench/make_checkpoint.py 0.8B /tmp/random-0.8B && deltaic quantize /tmp/random-0.8B -o /tmp/int4 --dtype int4
+    python bench/bench_batch.py /tmp/int4                       # both parts, about a minute
+    python bench/bench_batch.py /tmp/int4 sizes --sizes 1 8 16 --context 2000 --json
+
+sizes  tokens per second of all sequences together, by how many are decoded in one step
+stall  gaps between two tokens of running sequences while a prompt of 4,096 tokens is read beside them, against their
+       usual gap and the time that one chunk of the prompt takes when nobody else is there
+
+Prints figures (or one JSON object) and writes a plot of each part that was run to bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deltaic
+import numpy as np
+from deltaic.generate.prefill import PromptReader
+from deltaic.generate.scheduler import PREFILL_TOKENS, Request, Scheduler
+
+PARTS = ("sizes", "stall")
+RESULTS = Path(__file__).parent / "results"
+
+
+def endless(model: deltaic.Model, **limits: Any) -> Scheduler:
+    """A scheduler whose generations end where max_new_tokens says."""
+
+    def job(*args: Any) -> Any:
+        made = model._job(*args)
+        made.end_ids = frozenset()
+        return made
+
+    return Scheduler(model._runner, model.new_state, job, **limits)
+
+
+def prompt(rng: np.random.Generator, tokens: int) -> list[int]:
+    return rng.integers(1000, 20000, tokens).tolist()
+
+
+def decoding(scheduler: Scheduler, rng: np.random.Generator, count: int, args: argparse.Namespace) -> list[Request]:
+    """`count` requests whose prompts have been read."""
+    requests = [
+        scheduler.submit(
+            prompt(rng, args.context), max_new_tokens=2000, temperature=args.temperature, seed=1, speculate="off"
+        )
+        for _ in range(count)
+    ]
+    while scheduler.load.decoding < count:
+        scheduler.step()
+    return requests
+
+
+# ------------------------------------------------------------------------------- sizes
+
+
+def bench_sizes(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of each size in turn, so that all see the same machine; the fastest half of the steps counts."""
+    rng = np.random.default_rng(0)
+    seconds: dict[int, list[float]] = {size: [] for size in args.sizes}
+    schedulers = {size: endless(model, max_sequences=size) for size in args.sizes}
+    requests = [decoding(scheduler, rng, size, args) for size, scheduler in schedulers.items()]
+    for _ in range(args.rounds):
+        for size, scheduler in schedulers.items():
+            for i in range(args.steps + 1):
+                began = time.perf_counter()
+                scheduler.step()
+                if i:  # the first one finds the caches full of the others' states
+                    seconds[size].append(time.perf_counter() - began)
+    step = {size: statistics.quantiles(times, n=4)[0] for size, times in seconds.items()}
+    assert not any(request.ended for group in requests for request in group)
+    for scheduler in schedulers.values():
+        scheduler.close()
+    return {
+        "context": args.context,
+        "step_seconds": step,
+        "tokens_per_second": {size: size / s for size, s in step.items()},
+        "speedup": {size: size / s * step[min(step)] / min(step) for size, s in step.items()},
+    }
+
+
+# ------------------------------------------------------------------------------- stall
+
+
+def chunk_seconds(model: deltaic.Model, ids: list[int], rows: int) -> list[float]:
+    """Seconds for each chunk of the prompt when nobody else is there."""
+    reader = PromptReader(model._runner, model.prepare(ids), model.new_state())
+    times = []
+    for end in range(rows, len(ids) + 1, rows):
+        began = time.perf_counter()
+        model._runner.read([(reader, end)])
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    long = prompt(rng, args.prompt_tokens)
+    alone = chunk_seconds(model, long, args.prefill_tokens)
+    scheduler = endless(model, max_sequences=args.running + 1, prefill_tokens=args.prefill_tokens)
+    running = decoding(scheduler, rng, args.running, args)
+
+    def gap() -> float:
+        """Seconds from one token of every running sequence to the next."""
+        for request in running:
+            request.take()
+        began = time.perf_counter()
+        scheduler.step()
+        seconds = time.perf_counter() - began
+        assert all(request.take() for request in running), "a step gave a running sequence no token"
+        return seconds
+
+    usual = [gap() for _ in range(20)]
+    new = scheduler.submit(long, max_new_tokens=2000, temperature=0.0, speculate="off")
+    beside: list[float] = []
+    while new.result.completion_tokens == 0:
+        beside.append(gap())
+    after = [gap() for _ in range(10)]
+    scheduler.close()
+    step = statistics.median(usual)
+    return {
+        "running": args.running,
+        "context": args.context,
+        "prompt_tokens": args.prompt_tokens,
+        "prefill_tokens": args.prefill_tokens,
+        "usual_step_seconds": step,
+        "chunk_seconds": alone,
+        "gaps_before": usual,
+        "gaps_beside": beside,
+        "gaps_after": after,
+        "first_token_seconds": new.result.time_to_first_token,
+        "longest_gap_seconds": max(beside),
+        "limit_seconds": 2 * step + max(alone),
+    }
+
+
+# ------------------------------------------------------------------------------- what is shown
+
+
+def describe(part: str, f: dict[str, Any]) -> str:
+    if part == "sizes":
+        lines = [
+            f"  {size:3d}  step {1e3 * f['step_seconds'][size]:6.1f} ms  {f['tokens_per_second'][size]:6.1f} tok/s  "
+            f"{f['speedup'][size]:.2f} x"
+            for size in f["step_seconds"]
+        ]
+        return "\n".join([f"sizes  sequences of {f['context']} tokens and more", *lines])
+    return (
+        f"stall  {f['running']} sequences at {1e3 * f['usual_step_seconds']:.1f} ms a step; beside a prompt of "
+        f"{f['prompt_tokens']} tokens in chunks of {f['prefill_tokens']} (at most {1e3 * max(f['chunk_seconds']):.0f} "
+        f"ms alone) the longest gap is {1e3 * f['longest_gap_seconds']:.0f} ms, of {1e3 * f['limit_seconds']:.0f} "
+        f"allowed; its first token after {f['first_token_seconds']:.1f} s ({sum(f['chunk_seconds']):.1f} s alone)"
+    )
+
+
+def plot(part: str, f: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    if part == "sizes":
+        sizes = list(f["tokens_per_second"])
+        axis.plot(sizes, [f["tokens_per_second"][size] for size in sizes], "o-")
+        axis.plot(sizes, [f["tokens_per_second"][sizes[0]] * size / sizes[0] for size in sizes], ":", color="grey")
+        axis.set(xlabel="sequences in one step", ylabel="tokens per second, all together", ylim=(0, None))
+        axis.set_ylim(0, 1.3 * max(f["tokens_per_second"].values()))
+    else:
+        gaps = [*f["gaps_before"], *f["gaps_beside"], *f["gaps_after"]]
+        axis.plot(range(len(gaps)), [1e3 * gap for gap in gaps], ".-", label="gap between two tokens")
+        axis.axhline(1e3 * f["limit_seconds"], color="tab:red", linestyle=":", label="2 steps and a chunk")
+        axis.set(xlabel="step", ylabel="ms", ylim=(0, None), title=f"A prompt of {f['prompt_tokens']} tokens comes")
+        axis.legend()
+    figure.tight_layout()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"batch_{part}.png", dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--dtype", help="how weights are stored; default: bf16, or what a packed folder holds")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="sizes: sequences in one step")
+    parser.add_argument("--context", type=int, default=64, help="tokens of the prompts of running sequences")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of running sequences; 0: greedy")
+    parser.add_argument("--rounds", type=int, default=6, help="sizes: how often each size has its turn")
+    parser.add_argument("--steps", type=int, default=8, help="sizes: steps in each turn")
+    parser.add_argument("--running", type=int, default=4, help="stall: sequences that are running")
+    parser.add_argument("--prompt-tokens", type=int, default=4096, help="stall: tokens of the prompt that comes")
+    parser.add_argument("--prefill-tokens", type=int, default=PREFILL_TOKENS, help="stall: rows of a chunk")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--no-plots", action="store_true")
+    args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]}; there are {', '.join(PARTS)}")
+    model = deltaic.load(args.model, dtype=args.dtype, device=args.device, threads=args.threads, cache_bytes=0)
+    benches = {"sizes": bench_sizes, "stall": bench_stall}
+    figures: dict[str, Any] = {}
+    for part in args.parts or PARTS:
+        figures[part] = benches[part](model, args)
+        if not args.json:
+            print(describe(part, figures[part]), flush=True)
+        if not args.no_plots:
+            plot(part, figures[part])
+    if args.json:
+        facts = {"model": str(args.model), "isa": model.info()["isa"], "threads": model.threads, "dtype": model.dtype}
+        json.dump({**facts, **figures}, sys.stdout)
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""What does speculative decoding cost, what does it bring, and does it change a token?
+
+    python bench/make_checkpoint.py 0.8B /tmp/random-0.8B && deltaic quantize /tmp/random-0.8B -o /tmp/random-0.8B-int4
+    python bench/bench_speculate.py /tmp/random-0.8B-int4                 # every part
+    python bench/bench_speculate.py /tmp/random-0.8B-int4 costs losing
+    python bench/bench_speculate.py equal --tokens 10000
+
+costs   seconds of verify + logits + commit by rows, beside a plain step; of drafts by depth and head; of catching up
+losing  "auto" against "off", alternating, on text that nothing predicts: a random model sampled at temperature 1
+copying "lookup" against "off" on a random model that is made to repeat itself, and on the miniature's "Repeat: ..."
+gain    the miniature's tokens per forward pass and tokens per second with every mode, on its own kinds of task
+equal   greedy and sampled tokens with every mode and depth against plain decoding, on the miniature and a random model
+
+Prints figures, or one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deltaic
+import numpy as np
+from deltaic.generate.loop import Drafting
+from deltaic.generate.speculate import Costs
+
+PARTS = ("costs", "losing", "copying", "gain", "equal")
+MINIATURE = Path(deltaic.__file__).parent / "miniature"
+TASKS = [
+    "Count from 3 to 12.",
+    "Count from 17 to 29.",
+    "Name the days of the week.",
+    "Repeat: Ben likes the old hat.",
+    "What is 3 + 4?",
+]
+PICTURES = ["Describe the picture.", "How many objects are there?"]
+
+
+def timed(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def medians(functions: dict[Any, Callable[[], Any]], repeat: int) -> dict[Any, float]:
+    """Seconds of each, in turn, so that a machine that slows down slows them all."""
+    for function in functions.values():
+        function()
+    samples: dict[Any, list[float]] = {name: [] for name in functions}
+    for _ in range(repeat):
+        for name, function in functions.items():
+            samples[name].append(timed(function))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+# ------------------------------------------------------------------------------- costs
+
+
+def bench_costs(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of one sequence with a short context."""
+    runner, rng = model._runner, np.random.default_rng(0)
+    ids = rng.integers(0, model._sampled_ids[0], 64)
+    state = model.new_state()
+    hidden = list(runner.hidden(model.prepare(ids.tolist()), state, [64]))[-1][-1:]
+    state.reserve(4096)
+
+    def plain() -> None:
+        runner.logits(runner.step(1, state))
+
+    def verify(rows: int) -> None:
+        v = runner.verify([state], [list(range(1, rows + 1))])
+        runner.logits(v.hidden)
+        runner.commit(v, [rows])
+
+    steps: dict[Any, Callable[[], Any]] = {"plain": plain}
+    steps |= {rows: (lambda rows=rows: verify(rows)) for rows in (1, 2, 3, 4, 5, 6, 8)}
+    found = medians(steps, args.repeat)
+    result: dict[str, Any] = {
+        "plain_ms": 1e3 * found["plain"],
+        "verify": {rows: found[rows] / found["plain"] for rows in steps if rows != "plain"},
+    }
+    if runner.mtp is not None:
+
+        def draft(depth: int, rows: int) -> None:
+            first = state.length - rows
+            state.mtp_first = first - state.mtp_length
+            tokens = list(range(1, rows + 1))
+            wanted = Drafting(
+                state, first, np.repeat(hidden, rows, axis=0), tokens, depth, lambda x, i: int(x.argmax())
+            )
+            runner.draft([wanted])
+
+        head, whole = runner.mtp.head, model._runner.text.weights.head
+        drafts: dict[Any, Callable[[], Any]] = {d: (lambda d=d: draft(d, 1)) for d in (1, 2, 3, 4)}
+        drafts["catching up, 32 rows"] = lambda: draft(0, 32)
+        found_drafts = medians(drafts, args.repeat)
+        runner.mtp.head = whole
+        with_whole = medians({1: drafts[1]}, args.repeat)[1]
+        runner.mtp.head = head
+        result["drafts"] = {name: seconds / found["plain"] for name, seconds in found_drafts.items()}
+        result["draft from the whole head"] = with_whole / found["plain"]
+    return result
+
+
+# ------------------------------------------------------------------------------- losing
+
+
+def speeds(
+    model: deltaic.Model, prompt: Any, modes: tuple[str, ...], args: argparse.Namespace, **options: Any
+) -> dict[str, Any]:
+    """Tokens per second with each mode, in turn; the seeds are the same, and so are the tokens."""
+    rates: dict[str, list[float]] = {mode: [] for mode in modes}
+    counts: dict[str, list[int]] = {mode: [0, 0, 0] for mode in modes}
+    for seed in range(args.repeat):
+        texts = set()
+        for mode in modes if seed % 2 == 0 else reversed(modes):
+            r = model.generate(prompt, seed=seed, speculate=mode, max_new_tokens=args.new, **options)
+            rates[mode].append(r.tokens_per_second)
+            counts[mode] = [
+                a + b for a, b in zip(counts[mode], (r.completion_tokens, r.drafted, r.accepted), strict=True)
+            ]
+            texts.add(tuple(r.token_ids))
+        assert len(texts) == 1, "a mode changed the tokens"
+    return {
+        mode: {
+            "tokens_per_second": statistics.median(rates[mode]),
+            "drafted": counts[mode][1],
+            "accepted": counts[mode][2],
+            "tokens_per_forward": (counts[mode][0] - args.repeat)
+            / max(1, counts[mode][0] - args.repeat - counts[mode][2]),
+        }
+        for mode in modes
+    }
+
+
+def bench_losing(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    prompt = np.random.default_rng(0).integers(0, model._sampled_ids[0], 64).tolist()
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0}
+    found: dict[str, Any] = speeds(model, prompt, ("off", "auto"), args, **sampling)
+    found["auto / off"] = found["auto"]["tokens_per_second"] / found["off"]["tokens_per_second"]
+    return found
+
+
+def bench_copying(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """A random model copies nothing by itself: a repetition penalty below 1 makes it say what it said before."""
+    prompt = np.random.default_rng(1).integers(0, model._sampled_ids[0], 64).tolist()
+    modes = ("off", "lookup", "auto")
+    found: dict[str, Any] = {"loop": speeds(model, prompt, modes, args, temperature=0.0, frequency_penalty=-2.0)}
+    small = deltaic.load(MINIATURE, dtype="f32", threads=model.threads)
+    repeat = small.prepare([{"role": "user", "content": "Repeat: Ben likes the old hat."}])
+    found["miniature"] = speeds(small, repeat, modes, args, temperature=0.0)
+    for name in ("loop", "miniature"):
+        found[name]["lookup / off"] = (
+            found[name]["lookup"]["tokens_per_second"] / found[name]["off"]["tokens_per_second"]
+        )
+    return found
+
+
+class CostsOf(Costs):
+    """The costs of another model, in plain steps of it, and the time that its steps would have taken."""
+
+    def __init__(self, measured: dict[str, Any]) -> None:
+        super().__init__()
+        rows, drafts = {1: 1.0, **measured["verify"]}, {0: 0.0, **measured["drafts"]}
+        del rows[1]
+        self._rows = np.interp(np.arange(10), [1, *rows], [1.0, *rows.values()])
+        self._depths = [drafts[d] for d in range(5)]
+        self.seconds = 0.0
+
+    known = True  # type: ignore[assignment]
+
+    def step(self, rows: int) -> float:
+        return float(self._rows[rows])
+
+    def draft(self, depth: int) -> float:
+        return float(self._depths[depth])
+
+    def record_step(self, rows: int, seconds: float) -> None:
+        self.seconds += self.step(rows)
+
+    def record_draft(self, depth: int, seconds: float) -> None:
+        self.seconds += self.draft(depth)
+
+
+def bench_gain(other: deltaic.Model | None, args: argparse.Namespace) -> dict[str, Any]:
+    """With MODEL, also what "auto" would do if the miniature's steps cost what those of MODEL do: a step of the
+    miniature takes a tenth of a millisecond, all of it arithmetic, so that drafts cannot pay there."""
+    model = deltaic.load(MINIATURE, dtype="f32", threads=args.threads)
+    modes = ("off", "mtp", "lookup", "auto")
+    measured = None if other is None else bench_costs(other, args)
+    own = model._runner.costs
+    found: dict[str, Any] = {}
+    for name, options in {
+        "greedy": {"temperature": 0.0},
+        "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 1.0, "presence_penalty": 0.0},
+    }.items():
+        totals: dict[str, list[float]] = {}
+        borrowed = None if measured is None else CostsOf(measured)
+        for _round in range(3):
+            for prompt in tasks(model):
+                for mode in (*modes, "auto, costs of MODEL") if borrowed else modes:
+                    model._runner.costs = borrowed if borrowed and "MODEL" in mode else own
+                    r = model.generate(prompt, seed=1, speculate=mode.split(",")[0], max_new_tokens=args.new, **options)
+                    decoded = r.completion_tokens - 1
+                    values = (decoded, r.drafted, r.accepted, decoded / (r.tokens_per_second or 1))
+                    totals[mode] = [a + b for a, b in zip(totals.get(mode, [0] * 4), values, strict=True)]
+        found[name] = {
+            mode: {
+                "tokens_per_second": n / seconds,
+                "tokens_per_forward": n / (n - accepted),
+                "accepted": accepted / max(1, drafted),
+            }
+            for mode, (n, drafted, accepted, seconds) in totals.items()
+        }
+        if borrowed:
+            mode = "auto, costs of MODEL"
+            found[name][mode]["speed-up by these costs"] = totals[mode][0] / borrowed.seconds
+            del found[name][mode]["tokens_per_second"]
+    return found
+
+
+def tasks(model: deltaic.Model) -> Iterator[Any]:
+    """What the miniature was taught."""
+    for text in TASKS:
+        yield model.prepare([{"role": "user", "content": text}])
+    for picture in sorted((MINIATURE / "pictures").glob("*.png")):
+        for text in PICTURES:
+            yield model.prepare([{"role": "user", "content": text}], images=[picture], thinking=True)
+
+
+# ------------------------------------------------------------------------------- equal
+
+
+def bench_equal(model: deltaic.Model | None, args: argparse.Namespace) -> dict[str, Any]:
+    models = []
+    if not args.only_model:
+        models = [deltaic.load(MINIATURE, dtype=dtype, threads=args.threads) for dtype in ("f32", "int4")]
+    if model is not None:
+        models.append(model)
+    found = {}
+    for m in models:
+        for name, options in {
+            "greedy": {"temperature": 0.0, "presence_penalty": 0.0},
+            "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "presence_penalty": 1.5},
+        }.items():
+            total = args.tokens if m.folder == MINIATURE else args.model_tokens
+            title = f"{m.folder.name} {m.dtype} {name}"
+            found[title] = compare(m, total, options)
+            print(title, found[title], file=sys.stderr, flush=True)
+    return found
+
+
+def compare(model: deltaic.Model, total: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Tokens of every mode and depth against those of plain decoding, until there are `total` of these."""
+    runner, length = model._runner, min(512, total, model.context_length // 2)
+    settings = [(mode, depth) for mode in ("mtp", "lookup", "auto") for depth in (1, 2, 3, 4, None)]
+    same, compared, seed = 0, 0, 0
+    drafted = accepted = 0
+    while compared < total:
+        prompt = np.random.default_rng(seed).integers(0, model._sampled_ids[0], 8).tolist()
+        plain = forever(model, prompt, length, seed, "off", options)
+        for mode, depth in settings:
+            runner.fixed_depth = depth
+            tokens = forever(model, prompt, length, seed, mode, options)
+            runner.fixed_depth = None
+            same += sum(a == b for a, b in zip(plain.token_ids, tokens.token_ids, strict=True))
+            drafted, accepted = drafted + tokens.drafted, accepted + tokens.accepted
+        compared += len(plain.token_ids)
+        seed += 1
+    return {
+        "plain tokens": compared, "modes and depths": len(settings), "equal": same / (compared * len(settings)),
+        "drafted": drafted, "accepted": accepted,
+    }  # fmt: skip
+
+
+def forever(model: deltaic.Model, prompt: Any, length: int, seed: int, mode: str, options: dict[str, Any]) -> Any:
+    """A generation that no token ends."""
+    ends = model.end_ids
+    model.__dict__["end_ids"] = frozenset()
+    try:
+        return model.generate(prompt, seed=seed, speculate=mode, max_new_tokens=length, **options)
+    finally:
+        model.__dict__["end_ids"] = ends
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "arguments", nargs="*", metavar="MODEL or PART", help=f"a folder, and any of {', '.join(PARTS)}"
+    )
+    parser.add_argument("--dtype")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--new", type=int, default=128, help="tokens per generation")
+    parser.add_argument("--tokens", type=int, default=10_000, help="plain tokens that are compared with each mode")
+    parser.add_argument("--model-tokens", type=int, default=200, help="the same for MODEL")
+    parser.add_argument("--only-model", action="store_true", help="equal: not the miniature")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    parts = [a for a in args.arguments if a in PARTS] or list(PARTS)
+    folders = [a for a in args.arguments if a not in PARTS]
+    model = deltaic.load(folders[0], dtype=args.dtype, threads=args.threads) if folders else None
+    results: dict[str, Any] = {}
+    for part in parts:
+        if model is None and part in ("costs", "losing", "copying"):
+            if len(args.arguments):
+                parser.error(f"{part}: needs a MODEL")
+            continue
+        results[part] = globals()[f"bench_{part}"](model, args)
+        if not args.json:
+            print(part, json.dumps(results[part], indent=2), flush=True)
+    if args.json:
+        print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

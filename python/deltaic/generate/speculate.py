@@ -1,0 +1,392 @@
+"""Which tokens may come next, and how many of them are worth verifying? Drafts of one sequence, from the text so far or
+from the MTP layer, and the choice of how many: by the measured cost of a step and the acceptance seen so far.
+
+A draft is accepted where it is the token that the sampler chooses from the model's own row, with the random number it
+would have used anyway. Tokens are therefore those of plain decoding, one by one, greedy or sampled, whatever is drafted
+and whenever; a draft d is accepted with its probability p(d), as rejection sampling accepts a one-hot draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..model.state import State
+    from .loop import Drafting, Runner
+    from .sampling import Sampler
+
+MODES = ("auto", "mtp", "lookup", "off")
+MTP_DEPTH = 4
+LOOKUP_DEPTH = 8
+MATCHES = (4, 2)  # lengths of the n-grams that are looked up, the longest that is found counts
+LOOKUP_PLACES = 1 << 17
+PENDING_ROWS = 32  # hidden rows that wait for the MTP layer at most
+
+PRIOR, PRIOR_TRIALS = 0.6, 1.0  # the acceptance that is assumed at first, and how many trials that is worth
+PROOF = 0.5  # hits at a place after which places behind it are tried
+FORGET_TRIED, FORGET_IDLE = 0.93, 0.9975  # what remains of the evidence after a trial, after a step without one
+FADE_STEPS = 16  # how often the latter is applied
+ROW_GUESS = 0.1  # cost of one more row, in plain steps, where nothing has been measured
+DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
+SURE_SAMPLES = 3  # measurements that count
+PLAIN_EVERY = 200  # steps with drafts after which a plain one is measured again
+WORTHWHILE = 1.03  # drafts have to promise so many times the speed of plain steps
+
+
+class Lookup:
+    """Drafts from the text itself: what followed the last few tokens when they were there before. Needs no weights."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self._ids: list[int] = []
+        # n-gram -> index after its last place. By hash, so that memory is bounded; of two with one hash the later stays
+        self._after: list[dict[int, int]] = [{} for _ in MATCHES]
+        self.extend(ids)
+
+    def _key(self, n: int) -> int:
+        return hash(tuple(self._ids[-n:])) % LOOKUP_PLACES
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Tokens that have been added to the text."""
+        for token in ids:
+            for n, after in zip(MATCHES, self._after, strict=True):
+                if len(self._ids) >= n:  # the n-gram before this token has a continuation now
+                    after[self._key(n)] = len(self._ids)
+            self._ids.append(token)
+
+    def find(self) -> tuple[int, int] | None:
+        """(which of MATCHES, index of the token that followed), or None."""
+        for i, (n, after) in enumerate(zip(MATCHES, self._after, strict=True)):
+            place = after.get(self._key(n))
+            if place is not None and self._ids[place - n : place] == self._ids[-n:]:
+                return i, place
+        return None
+
+    def drafts(self, place: int, count: int) -> list[int]:
+        """`count` tokens from `place` on; where the text ends, it is taken to go on with what was drafted."""
+        drafts = self._ids[place : place + count]
+        while len(drafts) < count:
+            drafts.append(drafts[len(drafts) - (len(self._ids) - place)])
+        return drafts
+
+
+class Acceptance:
+    """How often the drafts of one source are right, by their place among the drafts of a step. Old evidence fades, so
+    that what was given up is tried again now and then."""
+
+    def __init__(self, depth: int) -> None:
+        self._hits, self._trials = [0.0] * depth, [0.0] * depth
+        self._idle = 0  # steps without a trial that have not faded the evidence yet
+        self._expected: list[float] | None = None
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """Of `drafted` drafts the first `accepted` were right; those after the first wrong one were not tried."""
+        if not drafted:
+            self._idle += 1
+            return
+        self._fade()
+        tried = min(accepted + 1, drafted)
+        for i in range(len(self._trials)):
+            keep = FORGET_TRIED if i < tried else FORGET_IDLE
+            self._hits[i] = keep * self._hits[i] + (i < accepted)
+            self._trials[i] = keep * self._trials[i] + (i < tried)
+
+    def expected(self) -> list[float]:
+        """Tokens that a step is expected to give with 1, 2, ... drafts; of more than one as far as some were right."""
+        if self._idle >= FADE_STEPS:
+            self._fade()
+        if self._expected is None:
+            tokens, run, rate, self._expected = 1.0, 1.0, PRIOR, []
+            proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
+            for hits, trials in zip(self._hits[: 1 + 2 * proved], self._trials, strict=False):
+                # a place is taken to be like the one before
+                rate = (hits + PRIOR_TRIALS * rate) / (trials + PRIOR_TRIALS)
+                run *= rate
+                tokens += run
+                self._expected.append(tokens)
+        return self._expected
+
+    def _fade(self) -> None:
+        keep = FORGET_IDLE**self._idle
+        self._hits, self._trials = [keep * n for n in self._hits], [keep * n for n in self._trials]
+        self._idle, self._expected = 0, None
+
+
+class Costs:
+    """Seconds that steps and drafts take on this machine, by the number of rows. One for all sequences of a model."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, _Average] = {1: _Average()}
+        self._drafts: dict[int, _Average] = {}
+        self._since_plain = 0
+
+    def record_step(self, rows: int, seconds: float) -> None:
+        """A forward pass of `rows` rows with logits and commit."""
+        self._steps.setdefault(rows, _Average()).add(seconds)
+        self._since_plain = 0 if rows == 1 else self._since_plain + 1
+
+    def record_draft(self, depth: int, seconds: float) -> None:
+        """`depth` drafts of the MTP layer."""
+        self._drafts.setdefault(depth, _Average()).add(seconds)
+
+    @property
+    def known(self) -> bool:
+        """Whether a plain step has been measured, and not too long ago: there is something to compare with."""
+        return self._steps[1].sure and self._since_plain < PLAIN_EVERY
+
+    def step(self, rows: int) -> float:
+        """Seconds of a step with `rows` rows."""
+        plain = self._steps[1].value
+        return max(plain, self._estimate(self._steps, rows, ROW_GUESS * plain))
+
+    def draft(self, depth: int) -> float:
+        """Seconds of `depth` drafts."""
+        guess = DRAFT_GUESS * self._steps[1].value
+        if not any(average.sure for average in self._drafts.values()):
+            return min([depth * guess, *(a.value for d, a in self._drafts.items() if d == depth)])
+        return self._estimate(self._drafts, depth, min(a.value / d for d, a in self._drafts.items() if a.sure))
+
+    def can_pay(self) -> bool:
+        """Whether drafts of the MTP layer, if all of them were right, would be faster than plain steps: not so for a
+        model whose steps are all arithmetic, as very small ones' are."""
+        if not self._steps[1].sure or not any(average.sure for average in self._drafts.values()):
+            return True
+        plain = WORTHWHILE / self._steps[1].value
+        return any((1 + d) / (self.step(1 + d) + self.draft(d)) > plain for d in range(1, MTP_DEPTH + 1))
+
+    @staticmethod
+    def _estimate(measured: dict[int, _Average], n: int, slope: float) -> float:
+        """What was measured for `n`; as long as that is too little, no more than what follows from its neighbours, so
+        that one slow run does not end the matter."""
+        if n in measured and measured[n].sure:
+            return measured[n].value
+        nearest = min((m for m in measured if measured[m].sure), key=lambda m: (abs(m - n), m))
+        guess = max(measured[nearest].value + (n - nearest) * slope, slope)
+        return min(guess, measured[n].value) if n in measured else guess
+
+
+class _Average:
+    """A running average that one slow sample does not move far. The first samples also warm caches and are recorded on
+    tapes: the least of them counts."""
+
+    def __init__(self) -> None:
+        self.value, self._samples = 0.0, 0
+
+    def add(self, x: float) -> None:
+        self._samples += 1
+        if self._samples <= SURE_SAMPLES:
+            self.value = x if self._samples == 1 else min(self.value, x)
+        else:
+            self.value += (min(x, 1.5 * self.value) - self.value) / 8
+
+    @property
+    def sure(self) -> bool:
+        return self._samples >= SURE_SAMPLES
+
+
+class Speculator:
+    """Drafts for one sequence.
+
+    drafted, accepted  counts of drafts so far
+    depth              a fixed number of drafts per step instead of the measured choice (for tests and benchmarks)
+    may_rest           whether there may be steps without drafts though there are some
+    """
+
+    def __init__(self, runner: Runner, sampler: Sampler, prompt_ids: Iterable[int], mode: str) -> None:
+        """mode: one of MODES; "mtp" and "auto" use the runner's MTP layer, "auto" only where there is one."""
+        self._runner = runner
+        self._sampler = sampler
+        self._mtp = runner.mtp is not None and mode in ("auto", "mtp")
+        self._lookup = Lookup(prompt_ids) if mode in ("auto", "lookup") else None
+        self.may_rest = mode == "auto"
+        self._costs = runner.costs
+        self._sources = [Acceptance(MTP_DEPTH), *(Acceptance(LOOKUP_DEPTH) for _ in MATCHES)]
+        self._chosen: int | None = None  # index into _sources
+        self._offered = 0
+        self._match: tuple[int, int] | None = None
+        self._pending: list[Any] = []  # hidden rows that the MTP layer has not seen
+        self._tokens: list[int] = []  # the token after each of them
+        self.depth: int | None = runner.fixed_depth
+        self.drafted = 0
+        self.accepted = 0
+
+    @property
+    def uses_mtp(self) -> bool:
+        """Whether the MTP layer's entries have to be kept up to date."""
+        if self._mtp and self.may_rest and self.depth is None and not self._costs.can_pay():
+            self._mtp, self._pending, self._tokens = False, [], []
+        return self._mtp
+
+    def observe(self, hidden: Any, tokens: list[int]) -> None:
+        """hidden [n, H] (before the final norm): rows of the last n tokens of the state; tokens: what follows each."""
+        if self._lookup is not None:
+            self._lookup.extend(tokens)
+        if self._mtp and tokens:
+            self._pending.append(hidden)
+            self._tokens += tokens
+
+    def draft(self, state: State, room: int) -> list[int]:
+        """At most `room` drafts for what follows the tokens that have been observed; [] for a plain step."""
+        match = self._lookup.find() if self._lookup is not None else None
+        source, depth = self._choose(match, room)
+        self._chosen = source if depth else None
+        if depth and source:
+            assert self._lookup is not None
+            assert match is not None
+            drafts = self._lookup.drafts(match[1], depth)
+        elif depth:
+            return self._run_mtp(state, state.length, depth)
+        else:
+            drafts = []
+        if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
+            self._run_mtp(state, state.length, 0)
+        return drafts
+
+    def learn(self, drafted: int, accepted: int, seconds: float) -> None:
+        """What became of the drafts, and how long the step took with logits and commit."""
+        self._costs.record_step(drafted + 1, seconds)
+        self.record(drafted, accepted)
+
+    def record(self, drafted: int, accepted: int) -> None:
+        """What became of the drafts."""
+        for i, source in enumerate(self._sources):
+            mine = i == self._chosen
+            source.record(drafted if mine else 0, accepted if mine else 0)
+        self.count(drafted, accepted)
+
+    def count(self, drafted: int, accepted: int) -> None:
+        """Drafts of a step that ended early, and how many of them had been accepted: nothing is learnt from it."""
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def close(self, state: State) -> None:
+        """Bring the MTP layer's entries up to date: `state` may be kept, and gone on with later."""
+        if self._tokens:
+            self._run_mtp(state, state.length - 1, 0)
+
+    def _run_mtp(self, state: State, end: int, depth: int) -> list[int]:
+        """Make the entries that wait, the last for token end - 1, and `depth` drafts."""
+        began = perf_counter()
+        drafts = self._runner.draft([self._drafting(state, end, depth)])[0]
+        if depth:
+            self._costs.record_draft(depth, perf_counter() - began)
+        return drafts
+
+    def _drafting(self, state: State, end: int, depth: int) -> Drafting:
+        """The same for `Runner.draft`; nothing waits any more."""
+        from .loop import Drafting
+
+        rows = self._pending[0] if len(self._pending) == 1 else self._runner.joined(self._pending)
+        wanted = Drafting(state, end - len(self._tokens), rows, self._tokens, depth, self._sampler.draft)
+        self._pending, self._tokens = [], []
+        return wanted
+
+    # ------------------------------------------------------------------------------- several sequences in one step
+
+    def offers(self, room: int) -> list[float]:
+        """Tokens that a step is expected to give with 1, 2, ... of the drafts that promise most, at most `room`; []
+        without any. `prepare` then takes as many of these as are wanted."""
+        self._match = self._lookup.find() if self._lookup is not None else None
+        sources = ([0] if self._mtp else []) + ([] if self._match is None else [1 + self._match[0]])
+        if room < 1 or not sources:
+            return []
+        if self.depth is not None:
+            self._offered = sources[-1]
+            return [1.0] * min(room, LOOKUP_DEPTH if self._offered else MTP_DEPTH)
+        self._offered = max(sources, key=lambda source: (self._sources[source].expected()[0], source))
+        return self._sources[self._offered].expected()[:room]
+
+    def prepare(self, state: State, depth: int) -> list[int] | Drafting:
+        """`depth` drafts of what was offered last, or what the MTP layer needs to make them."""
+        self._chosen = self._offered if depth else None
+        if depth and self._offered:
+            assert self._lookup is not None
+            assert self._match is not None
+            drafts = self._lookup.drafts(self._match[1], depth)
+            if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
+                self._run_mtp(state, state.length, 0)
+            return drafts
+        if depth or (len(self._tokens) >= PENDING_ROWS and self.uses_mtp):
+            return self._drafting(state, state.length, depth)
+        return []
+
+    def _choose(self, match: tuple[int, int] | None, room: int) -> tuple[int, int]:
+        """(index of a source, number of drafts): the pair that promises the most tokens per second."""
+        if room < 1:
+            return 0, 0
+        if self.depth is not None:
+            if match is not None:
+                return 1 + match[0], min(self.depth, room, LOOKUP_DEPTH)
+            return 0, min(self.depth, room, MTP_DEPTH) if self._mtp else 0
+        if not self._costs.known:
+            return 0, 0  # nothing can be compared with
+        options = [0] if self._mtp else []
+        if match is not None:
+            options.append(1 + match[0])
+        best, chosen = WORTHWHILE / self._costs.step(1) if self.may_rest else 0.0, (0, 0)
+        for source in options:
+            for depth, tokens in enumerate(islice(self._sources[source].expected(), room), 1):
+                seconds = self._costs.step(depth + 1) + (self._costs.draft(depth) if source == 0 else 0.0)
+                if tokens / seconds > best:
+                    best, chosen = tokens / seconds, (source, depth)
+        return chosen
+
+
+MOST_ROWS = 32  # of all sequences in one step, drafts included
+
+
+def share_rows(offers: Sequence[Sequence[float]], must: Sequence[bool], sequences: int, costs: Costs) -> list[int]:
+    """How many drafts each sequence gets so that all together make the most tokens per second.
+
+    offers: what each expects of 1, 2, ... drafts (see Speculator.offers); must: whether it has to take one; sequences:
+    how many there are in the step, those without offers included; costs: of steps of so many sequences, by 1 + drafts.
+    """
+    gains = [
+        (must[i] and depth == 0, tokens - (offer[depth - 1] if depth else 1.0), i)
+        for i, offer in enumerate(offers)
+        for depth, tokens in enumerate(offer)
+    ]
+    gains.sort(key=lambda gain: (-gain[0], -gain[1]))  # stable: of one sequence in the order of depth
+    gains = gains[: max(0, MOST_ROWS - sequences)]
+    forced = sum(gain[0] for gain in gains)
+    if not costs.known:
+        return [0] * len(offers)  # nothing can be compared with
+    best, taken, tokens = 0.0, forced, float(sequences)
+    depths = [0] * len(offers)
+    for drafts in range(len(gains) + 1):
+        if drafts:
+            _, gain, i = gains[drafts - 1]
+            tokens += gain
+            depths[i] += 1
+        if drafts >= forced:
+            seconds = costs.step(1 + drafts) + (costs.draft(max(depths)) if drafts else 0.0)
+            if tokens / seconds > best * (WORTHWHILE if taken == 0 and drafts else 1.0):
+                best, taken = tokens / seconds, drafts
+    depths = [0] * len(offers)
+    for _, _, i in gains[:taken]:
+        depths[i] += 1
+    return depths
+
+
+def draft_together(
+    runner: Runner, wanted: Sequence[tuple[Speculator, State, int]], sequences: int, costs: Costs
+) -> list[list[int]]:
+    """Drafts of each speculator for what follows the tokens that it has observed, at most so many. sequences, costs:
+    see share_rows."""
+    offers = [speculator.offers(room) for speculator, _, room in wanted]
+    if runner.fixed_depth is not None:
+        depths = [min(runner.fixed_depth, len(offer)) for offer in offers]
+    else:
+        depths = share_rows(offers, [not speculator.may_rest for speculator, _, _ in wanted], sequences, costs)
+    plans = [speculator.prepare(state, depth) for (speculator, state, _), depth in zip(wanted, depths, strict=True)]
+    draftings = [plan for plan in plans if not isinstance(plan, list)]
+    if not draftings:
+        return [plan for plan in plans if isinstance(plan, list)]
+    began = perf_counter()
+    made = iter(runner.draft(draftings))
+    depth = max(drafting.depth for drafting in draftings)
+    if depth:
+        costs.record_draft(depth, perf_counter() - began)
+    return [plan if isinstance(plan, list) else next(made) for plan in plans]
