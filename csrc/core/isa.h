@@ -8,7 +8,7 @@ namespace deltaic {
 struct Isa {
     const char* name;
     bool usable;          // by this CPU and operating system
-    bool rounds_to_bf16;  // activations that meet bf16 matrices, unless Weight::float_activations
+    bool rounds_to_bf16;  // multiplies bfloat16 pairs where it may (not with Weight::float_activations)
     const Ops* ops;
 };
 

@@ -350,20 +350,12 @@ DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 #endif
 // ---------------------------------------------------------------------------------------------------------------------------
 
-// Dot products of bfloat16 pairs: acc + the two products of each lane. Products that use them read activations rounded
-// to bfloat16.
+// acc + the two products of bfloat16 pairs in each lane. Only where there is such an instruction (kBf16Dot).
 #if defined(__AVX512BF16__)
-constexpr bool kBf16Dot = true;
 DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
-#elif defined(__ARM_FEATURE_BF16) && !defined(DELTAIC_PORTABLE)
-constexpr bool kBf16Dot = true;
-DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
-    return vbfdotq_f32(acc, vreinterpretq_bf16_s32(a), vreinterpretq_bf16_s32(b));
-}
 #else
-constexpr bool kBf16Dot = false;
 DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
 #endif
 

@@ -96,11 +96,12 @@ Packed pack_glu(Suite& t, Random& random, int64_t rows, int64_t K, Format format
 // One operator of one instruction set: counts its checks.
 class Suite {
   public:
-    Suite(const Ops& operators, const char* isa, const char* name, bool rounds)
-        : ops(operators), rounds_to_bf16(rounds), isa_(isa), name_(name) {}
+    Suite(const Ops& operators, const char* name, bool rounds) : ops(operators), rounds_to_bf16(rounds), name_(name) {}
 
     const Ops& ops;
-    const bool rounds_to_bf16;  // activations that meet bf16 matrices, unless they have float_activations
+    // Whether it multiplies bfloat16 pairs where an operator is free to: what meets bf16 matrices without
+    // float_activations, and in attention.
+    const bool rounds_to_bf16;
     int passed = 0, failed = 0;
     uint64_t hash = 1469598103934665603ull;  // of every output compared
 
@@ -108,8 +109,6 @@ class Suite {
     // |found - expected| <= tolerance * largest |expected|, element by element; NaN fails.
     void close(const Floats& found, const Numbers& expected, double tolerance, const std::string& what);
     void same_bits(const Floats& found, const Floats& expected, const std::string& what);
-    // Whether the instruction set multiplies bfloat16 pairs where an operator is free to.
-    bool rounds_attention() const { return std::string(isa_) == "avx512bf16"; }
 
     template <class F>
     void call(const F& body) {
@@ -128,7 +127,7 @@ class Suite {
     }
 
   private:
-    const char *isa_, *name_;
+    const char* name_;
 };
 
 #define X(name, contract, arguments) void test_##name(Suite&);

@@ -169,7 +169,7 @@ void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& fir
                     what + ": only the new tokens' places are written");
         }
         t.check(stored, what + ": stored keys and values");
-        t.close(y, expected, half && t.rounds_attention() ? 2e-2 : 2e-5, what);
+        t.close(y, expected, half && t.rounds_to_bf16 ? 2e-2 : 2e-5, what);
     }
 }
 
@@ -234,7 +234,7 @@ void test_vision_attention(Suite& t) {
                 "heads " + std::to_string(heads) + " width " + std::to_string(D) + " P=" + std::to_string(P);
             t.close(y, expected, 2e-5, what);
             call(1);
-            t.close(y, expected, t.rounds_attention() ? 2e-2 : 2e-5, what + ", rounded");
+            t.close(y, expected, t.rounds_to_bf16 ? 2e-2 : 2e-5, what + ", rounded");
         }
 }
 
