@@ -223,6 +223,9 @@ void float_tile(Format format, const uint8_t* w, int64_t stride, const Activatio
     store_sums<NB, NT>(acc, sums);
 }
 
+// Tokens of a register tile: with 2 blocks in 32 wide registers, with 1 block where a block needs several registers.
+constexpr int kFloatTokens = kParts == 1 ? 12 : kTileTokens > 1 ? 6 : 2;
+
 template <int NB>
 void multiply_floats(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums) {
     int64_t t = 0;
@@ -231,19 +234,17 @@ void multiply_floats(Format format, const uint8_t* w, int64_t stride, const Acti
         float_tile<NB, NT>(format, w, stride, a.rows(t, NT), sums + t * kSumStride);
         t += NT;
     };
-    while (a.T - t >= kTileTokens) tile(Count<kTileTokens>{});
-    if constexpr (kTileTokens > 8) {
-        if (a.T - t >= 8) tile(Count<8>{});
+    if constexpr (NB == 1 || kParts == 1) {
+        while (a.T - t >= kFloatTokens) tile(Count<kFloatTokens>{});
+        if constexpr (kFloatTokens > 8) {
+            if (a.T - t >= 8) tile(Count<8>{});
+        }
+        if constexpr (kFloatTokens > 4) {
+            if (a.T - t >= 4) tile(Count<4>{});
+            if (a.T - t >= 3) tile(Count<3>{});
+        }
     }
-    if constexpr (kTileTokens > 4) {
-        if (a.T - t >= 4) tile(Count<4>{});
-    }
-    if constexpr (kTileTokens > 3) {
-        if (a.T - t >= 3) tile(Count<3>{});
-    }
-    if constexpr (kTileTokens > 2) {
-        if (a.T - t >= 2) tile(Count<2>{});
-    }
+    while (a.T - t >= 2) tile(Count<2>{});
     if (a.T - t >= 1) tile(Count<1>{});
 }
 
@@ -253,14 +254,22 @@ void multiply_blocks(Product product, int64_t blocks, const uint8_t* w, int64_t 
                      float* sums, uint8_t* form) {
     if (product.words) {
         multiply_words(product.format, blocks, w, stride, a, sums, form);
-    } else if (blocks == 2) {
+    } else if (blocks == 2 && (kParts == 1 || a.T <= 2)) {
         multiply_floats<2>(product.format, w, stride, a, sums);
     } else {
-        multiply_floats<1>(product.format, w, stride, a, sums);
+        for (int64_t b = 0; b < blocks; ++b)
+            multiply_floats<1>(product.format, w + b * stride, stride, a, sums + b * 16);
     }
 }
 
 void expand_block(Format stored, const uint8_t* w, int64_t K, float* out) {
+    if (stored == Format::bf16) {
+        for (int64_t k = 0; k < K; k += 2) {
+            store(out + k * 16, load_pair_first(w + k * 32));
+            if (k + 1 < K) store(out + k * 16 + 16, load_pair_second(w + k * 32));
+        }
+        return;
+    }
     const int64_t runs = ceil_div(K, kRun);
     for (int64_t k = 0; k < K; ++k)
         for (int64_t lane = 0; lane < 16; ++lane)

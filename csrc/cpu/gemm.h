@@ -30,16 +30,17 @@ template <int NB, int NT>
 DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const float* x, int64_t x_stride, int64_t K,
                               f32x16 (&acc)[NB][NT]) {
     for (int64_t k = 0; k + 1 < K; k += 2) {
-        f32x16 first[NB], second[NB];
-        for (int b = 0; b < NB; ++b) {
-            const uint8_t* p = w + b * block_stride + k * 32;
-            if (NT <= kFewTokens) prefetch_far(p + NB * block_stride);  // the same place in the next blocks
-            first[b] = load_pair_first(p);
-            second[b] = load_pair_second(p);
-        }
-        for (int t = 0; t < NT; ++t) {
-            const f32x16 x0 = set1(x[t * x_stride + k]), x1 = set1(x[t * x_stride + k + 1]);
-            for (int b = 0; b < NB; ++b) acc[b][t] = fma(second[b], x1, fma(first[b], x0, acc[b][t]));
+        DELTAIC_UNROLL for (int half = 0; half < 2; ++half) {
+            f32x16 wk[NB];
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* p = w + b * block_stride + k * 32;
+                if (NT <= kFewTokens && half == 0) prefetch_far(p + 1024);
+                wk[b] = half ? load_pair_second(p) : load_pair_first(p);
+            }
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                const f32x16 xk = set1(x[t * x_stride + k + half]);
+                DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] = fma(wk[b], xk, acc[b][t]);
+            }
         }
     }
     if (K & 1) {
@@ -53,21 +54,22 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
 // Blocks that multiply_blocks takes at a time: their runs fit the first-level cache together.
 constexpr int64_t kGroupBlocks = 4;
 
-// How a segment is multiplied.
+// How a segment is multiplied with T tokens. The choice does not change a bit of the result.
 struct Product {
     Format format;  // of the blocks: as they lie in memory, or f32 if they are expanded into scratch memory first
     bool words;     // with activations in words of several numbers (int8, or bfloat16 pairs), run after run
 };
-DELTAIC_INLINE Product product_of(const Weight& w, Format stored) {
+DELTAIC_INLINE Product product_of(const Weight& w, Format stored, int64_t T) {
     const bool integers = stored == Format::int8 || stored == Format::int4;
-    if (w.float_activations) return {integers ? Format::f32 : stored, false};
-    return {stored, integers || (stored == Format::bf16 && kBf16Dot)};
+    if (!w.float_activations && (integers || (stored == Format::bf16 && kBf16Dot))) return {stored, true};
+    const bool narrow = kParts > 1 && T >= 24;  // few registers: bf16 is worth taking apart once for all tokens
+    return {integers || (stored == Format::bf16 && narrow) ? Format::f32 : stored, false};
 }
 
 DELTAIC_INLINE Forms wanted_forms(const Weight& w) {
     Forms forms;
     for (int s = 0; s < w.segments; ++s) {
-        const Product product = product_of(w, w.segment[s].format);
+        const Product product = product_of(w, w.segment[s].format, 1);
         if (product.words) (product.format == Format::bf16 ? forms.halves : forms.integers) = true;
     }
     return forms;
@@ -85,7 +87,7 @@ DELTAIC_INLINE int64_t panel_tokens(Product product, int64_t K) {
 DELTAIC_INLINE int64_t work_bytes(const Weight& w, int64_t T) {
     int64_t bytes = 0;
     for (int s = 0; s < w.segments; ++s) {
-        const Product product = product_of(w, w.segment[s].format);
+        const Product product = product_of(w, w.segment[s].format, T);
         const int64_t sums = min64(round_up(T, 12), panel_tokens(product, w.columns)) * kSumStride * 4;
         int64_t form = 0;
         if (product.format != w.segment[s].format) form = 2 * block_bytes(product.format, w.columns);
@@ -101,7 +103,7 @@ DELTAIC_INLINE int64_t work_bytes(const Weight& w, int64_t T) {
 void multiply_blocks(Product product, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a,
                      float* sums, uint8_t* form);
 
-// One block of an integer format as one of format f32.
+// One block of another format as one of format f32.
 void expand_block(Format stored, const uint8_t* w, int64_t K, float* out);
 
 // Multiplies blocks of one expert of a matrix with all rows of `a`, over pairs of blocks [first_pair, last_pair)
@@ -114,7 +116,7 @@ DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t firs
     for (int s = 0; s < w.segments; ++s) {
         const Segment& g = w.segment[s];
         const int64_t pairs = ceil_div(g.blocks, 2);
-        const Product product = product_of(w, g.format);
+        const Product product = product_of(w, g.format, a.T);
         const Format format = product.format;
         const int64_t stride = block_bytes(format, a.K), most = panel_tokens(product, a.K);
         const int64_t panel = min64(most, round_up(ceil_div(a.T, max64(ceil_div(a.T, most), 1)), 12));  // of like size
@@ -151,10 +153,10 @@ DELTAIC_INLINE int64_t count_pairs(const Weight& w) {
     return pairs;
 }
 
-// Pairs that a thread takes at a time: about 256 KiB of weights, but at least four portions for each thread.
+// Pairs that a thread takes at a time: about 128 KiB of weights, but at least four portions for each thread.
 DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int threads) {
     const int64_t bytes = 2 * block_bytes(w.segment[0].format, w.columns);
-    const int64_t grain = max64(1, min64((int64_t{1} << 18) / max64(bytes, 1), pairs / (4 * threads)));
+    const int64_t grain = max64(1, min64((int64_t{1} << 17) / max64(bytes, 1), pairs / (4 * threads)));
     return grain > 1 ? grain / 2 * 2 : 1;
 }
 

@@ -142,7 +142,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Routing routing = route(experts, coefficients, T, top_k, E);
 
     // Gate and up. Rows of a group are gathered into a panel per thread; a group of one is read where it lies.
-    const int64_t panel = min64(panel_tokens(product_of(gate_up, gate_up.segment[0].format), H), T);
+    const int64_t panel = min64(panel_tokens(product_of(gate_up, gate_up.segment[0].format, T), H), T);
     const Activations gathered = scratch_activations(T > 1 ? threads * panel : 0, H, true, all);
     float* hidden = scratch_f32(T * top_k * I);
     float* shared_hidden = scratch_f32(T * Is);
