@@ -1,5 +1,10 @@
 #include "core/isa.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace deltaic {
 
 // Each is defined by cpu/table.cpp, compiled with that instruction set's flags.
@@ -20,6 +25,9 @@ extern const Ops kOps;
 namespace neon {
 extern const Ops kOps;
 }
+namespace neon_dot {
+extern const Ops kOps;
+}
 #endif
 
 const Isa* isa_list(int* count) {
@@ -37,7 +45,14 @@ const Isa* isa_list(int* count) {
                                {"avx2", has_avx2, false, &avx2::kOps},
                                {"baseline", true, false, &baseline::kOps}};
 #elif defined(__aarch64__)
-    static const Isa list[] = {{"neon", true, false, &neon::kOps}, {"baseline", true, false, &baseline::kOps}};
+#if defined(__linux__)
+    const bool has_dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    const bool has_dot = true;  // every Apple CPU with this instruction set, from the M1 on
+#endif
+    static const Isa list[] = {{"neon_dot", has_dot, false, &neon_dot::kOps},
+                               {"neon", true, false, &neon::kOps},
+                               {"baseline", true, false, &baseline::kOps}};
 #else
     static const Isa list[] = {{"baseline", true, false, &baseline::kOps}};
 #endif

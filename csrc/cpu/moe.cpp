@@ -69,6 +69,11 @@ Routing route(const int64_t* experts, const float* coefficients, int64_t T, int6
     return r;
 }
 
+// Asks for the first blocks of the expert that comes next: a stream of weights looks ahead within one expert only.
+DELTAIC_INLINE void prefetch_head(const uint8_t* w) {
+    for (int64_t i = 0; i < 8192; i += 64) prefetch_far(w + i);
+}
+
 // hidden[t] = silu(x[t] Wg^T) * (x[t] Wu^T) for pairs [begin, end) of blocks
 DELTAIC_INLINE void glu_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& x,
                               uint8_t* work, int64_t I, float* hidden) {
@@ -142,19 +147,23 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Routing routing = route(experts, coefficients, T, top_k, E);
 
     // Gate and up. Rows of a group are gathered into a panel per thread; a group of one is read where it lies.
-    const int64_t panel = min64(panel_tokens(product_of(gate_up, gate_up.segment[0].format, T), H), T);
-    const Activations gathered = scratch_activations(T > 1 ? threads * panel : 0, H, true, all);
+    const Product product = product_of(gate_up, gate_up.segment[0].format, T);
+    const int64_t panel = min64(panel_tokens(product, H), T);
+    const Activations gathered =
+        scratch_activations(T > 1 ? threads * panel : 0, H, !product.words, wanted_forms(gate_up));
     float* hidden = scratch_f32(T * top_k * I);
     float* shared_hidden = scratch_f32(T * Is);
     const int64_t pairs = count_pairs(gate_up), routed = routing.size * pairs,
                   shared_pairs = count_pairs(shared_gate_up);
-    // One expert at a time if there are enough of them, so that its rows are gathered once.
-    const int64_t grain = routing.size >= 4 * threads ? pairs : pair_grain(gate_up, routed, threads);
+    // One expert at a time if there are enough of them and their rows are many, so that those are gathered once.
+    const bool whole = routing.size >= 8 * threads && T * top_k > 4 * routing.size;
+    const int64_t grain = whole ? pairs : pair_grain(gate_up, routed, threads);
     parallel_for(routed + shared_pairs, grain, [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;
         while (begin < min64(end, routed)) {
             const Group& group = routing.groups[begin / pairs];
-            const int64_t pair = begin % pairs, last = min64(pairs, pair + end - begin);
+            const int64_t pair = begin % pairs, last = min64(pairs, pair + end - begin), next = begin / pairs + 1;
+            if (last == pairs && next < routing.size) prefetch_head(gate_up.block(0, routing.groups[next].expert, 0));
             float* out = hidden + group.first * I;
             if (group.count == 1) {
                 glu_pairs(gate_up, group.expert, pair, last, h.rows(routing.tokens[group.first], 1), mine, I, out);
@@ -174,7 +183,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Activations expert_in = prepare(hidden, T * top_k, I, View{}, 0.0f, wanted_forms(down));
     const Activations shared_in = prepare(shared_hidden, T, Is, View{}, 0.0f, wanted_forms(shared_down));
     const int64_t out_pairs = count_pairs(down);
-    parallel_for(out_pairs, max64(1, out_pairs / (8 * threads)), [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(out_pairs, max64(1, out_pairs / (4 * threads)), [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;
         const int64_t n = begin * 32, width = min64(end * 32, H) - n;
         for (int64_t t = 0; t < T; ++t) {
@@ -187,6 +196,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
         }
         for (int64_t g = 0; g < routing.size; ++g) {
             const Group& group = routing.groups[g];
+            if (g + 1 < routing.size) prefetch_head(down.block(0, routing.groups[g + 1].expert, 2 * begin));
             add_pairs(down, group.expert, begin, end, expert_in.rows(group.first, group.count), mine, H, y.f32(),
                       [&](int64_t i, int64_t* t) {
                           *t = routing.tokens[group.first + i];

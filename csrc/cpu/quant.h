@@ -36,7 +36,7 @@ struct Activations {
     DELTAIC_INLINE Activations rows(int64_t first, int64_t count) const {
         Activations a = *this;
         a.T = count;
-        a.x += first * K;
+        if (x) a.x += first * K;
         if (q) a.q += first * kWordBytes, a.scale += first, a.run_sum += first, a.group_bias += first * 8;
         if (halves) a.halves += first * (kWordBytes / 2);
         return a;
@@ -62,14 +62,16 @@ DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats
     return a;
 }
 
-// Copies row `from` of `source` to row `to` of `target`, whose arrays are writable memory of the same form.
+// Copies row `from` of `source` to row `to` of `target`, in the forms that `target` has writable memory for.
 DELTAIC_INLINE void copy_row(const Activations& source, int64_t from, const Activations& target, int64_t to) {
-    memcpy(const_cast<float*>(target.x) + to * source.K, source.x + from * source.K, static_cast<size_t>(source.K) * 4);
-    if (source.halves)
+    if (target.x)
+        memcpy(const_cast<float*>(target.x) + to * source.K, source.x + from * source.K,
+               static_cast<size_t>(source.K) * 4);
+    if (target.halves)
         for (int64_t chunk = 0; chunk < ceil_div(source.K, 64); ++chunk)
             memcpy(const_cast<uint16_t*>(target.halves) + (chunk * target.stride + to) * 64,
                    source.halves + (chunk * source.stride + from) * 64, kWordBytes);
-    if (!source.q) return;
+    if (!target.q) return;
     for (int64_t run = 0; run < source.runs; ++run) {
         const int64_t i = run * source.stride + from, j = run * target.stride + to;
         memcpy(const_cast<int8_t*>(target.q) + j * kWordBytes, source.q + i * kWordBytes, kWordBytes);
