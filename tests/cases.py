@@ -30,7 +30,9 @@ class Packed:
     glu: bool = False
 
     def build(self, ops: ModuleType) -> Any:
-        return ops.pack_glu(*self.parts, self.dtype) if self.glu else ops.pack(self.parts, self.dtype)
+        weight = ops.pack_glu(*self.parts, self.dtype) if self.glu else ops.pack(self.parts, self.dtype)
+        weight.float_activations = True  # the definition knows no rounding
+        return weight
 
 
 @dataclass

@@ -137,6 +137,7 @@ PYBIND11_MODULE(_core, m) {
 
     chosen = choose_isa();
     m.attr("isa") = chosen->name;
+    m.attr("rounds_to_bf16") = chosen->rounds_to_bf16;
     py::list usable;
     int count = 0;
     const Isa* list = isa_list(&count);

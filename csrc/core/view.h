@@ -80,7 +80,7 @@ struct Weight {
     static constexpr int kMaxSegments = 8;
     int64_t count = 1, rows = 0, columns = 0;  // rows: sum over segments
     bool glu = false;
-    bool float_activations = false;  // int8 and int4: multiply with unrounded activations (slower)
+    bool float_activations = false;  // multiply with unrounded activations (slower)
     int segments = 0;
     Segment segment[kMaxSegments];
 

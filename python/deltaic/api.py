@@ -116,7 +116,8 @@ def load(
                   deltaic.weights.precision.Precision.parse). A packed folder has its own; another is an error
     vision_dtype  the same for the vision tower (no mapping); None: as dtype where that is bf16 or f32, else "bf16"
     activations   "int8": what meets an int8 or int4 matrix is rounded to int8 first, which makes the products several
-                  times as fast; "float32": it is not, the most accurate and slower way
+                  times as fast, and what meets a bf16 matrix to bfloat16 where the CPU multiplies that faster (as
+                  transformers does in that dtype); "float32": nothing is, the most accurate and slower way
     device        "cpu"; "cuda", an NVIDIA GPU (needs torch; it computes in bfloat16, or float32 where dtype is "f32",
                   and never rounds activations to int8); or "reference": the numpy definition of every operator, slow
     threads       None: the physical cores this process may use

@@ -69,8 +69,8 @@ class Weight:
 
     `shape`; `dtype`, the storage format, one of FORMATS (of the first part, if parts differ); `nbytes`, as stored; and
     `float_activations`, which may be set: False lets an op set round the activations that meet an int8 or int4 matrix
-    to int8, per token and run of 128 columns (x ~ q * amax / 127). Here products always take them unrounded: what a
-    rounding op set may differ by follows from its steps.
+    to int8, per token and run of 128 columns (x ~ q * amax / 127), and those that meet a bf16 matrix to bfloat16. Here
+    products always take them unrounded: what a rounding op set may differ by follows from its steps.
     """
 
     matrix: npt.NDArray[np.float32]  # the stored values: rounded already, or decoded
