@@ -217,7 +217,7 @@ def test_tensors_of_another_device_are_refused(model_device):
 
 def test_a_quantised_folder_of_either_device_serves_both(model_device, tiny_folder, tmp_path):
     """Folders hold the CPU's layout, whatever will read them: repacked for the GPU as it is loaded."""
-    packed = deltaic.quantize(tiny_folder, tmp_path / "packed", dtype="int4")
+    packed = deltaic.quantize(tiny_folder, tmp_path / "packed", dtype="int8")
     models = [deltaic.load(packed, device=device, activations="float32") for device in ("cuda", "cpu")]
     assert models[0].info()["fingerprint"] == models[1].info()["fingerprint"]
     found, expected = (model.forward(PROMPT) for model in models)
