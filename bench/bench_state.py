@@ -238,8 +238,9 @@ def bench_load(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]
     samples, prompts, cached, total = [], 0, 0, 0
     ends = time.monotonic() + 60 * args.minutes
     while time.monotonic() < ends:
-        tail = words(model, int(rng.integers(1, args.load_tokens // 2)), rng)
-        result = model.chat(f"{heads[rng.integers(len(heads))]} {tail}", temperature=0.0, max_new_tokens=4)
+        head = {"role": "system", "content": heads[rng.integers(len(heads))]}
+        tail = {"role": "user", "content": words(model, int(rng.integers(1, args.load_tokens // 2)), rng)}
+        result = model.chat([head, tail], temperature=0.0, max_new_tokens=4)
         prompts, cached, total = prompts + 1, cached + result.cached_tokens, total + result.prompt_tokens
         samples.append((60 * args.minutes - ends + time.monotonic(), model.cache.nbytes, resident_bytes()))
     half = [r for _, _, r in samples[len(samples) // 2 :]]

@@ -337,11 +337,18 @@ def test_auto_loses_little_where_nothing_is_predicted():
 
 
 def test_auto_never_drafts_where_it_cannot_pay():
-    """Each draft costs as much as a step: even if all are right there is nothing to win, which is found out at once."""
+    """Each draft costs as much as a step: even if all are right there is nothing to win, which is found out soon."""
     machine = Simulated("auto", row=1.0, draft=0.2, right=1.0)
     depths, speed = machine.run(300)
-    assert sum(depths) < 12
     assert speed > 0.97
+    assert sum(depths) <= 3 * (1 + 2 + 3 + 4)  # three measurements of each
+    assert sum(machine.run(300)[0]) == 0
+    assert not machine.speculator.uses_mtp  # nor are the layer's entries kept up
+    assert not Speculator(machine, None, [], "auto").uses_mtp
+    assert Speculator(machine, None, [], "mtp").uses_mtp
+    cheap = Simulated("auto", row=0.1, right=0.0)
+    cheap.run(300)
+    assert cheap.speculator.uses_mtp  # the text may become predictable
 
 
 def test_depth_follows_the_acceptance():
@@ -363,8 +370,10 @@ def test_depth_follows_the_acceptance():
 
 def test_a_mode_that_was_asked_for_always_drafts():
     machine = Simulated("mtp", row=0.3, right=0.0)
-    assert machine.run(1)[0] == [0]  # a plain step has to be measured first
-    assert set(machine.run(300)[0]) <= set(range(1, MTP_DEPTH + 1))
+    assert machine.run(3)[0] == [0, 0, 0]  # plain steps have to be measured first
+    depths = machine.run(400)[0]
+    assert set(depths) <= set(range(MTP_DEPTH + 1))
+    assert depths.count(0) <= 2  # and now and then again
 
 
 def test_acceptance_counts_only_what_was_tried():
@@ -380,12 +389,26 @@ def test_acceptance_counts_only_what_was_tried():
 
 def test_one_slow_step_does_not_decide():
     costs = Costs()
+    assert not costs.known
+    for seconds in (9.0, 1.0, 1.0):
+        costs.record_step(1, seconds)
+    costs.record_step(2, 7.0)  # the first of its kind
+    assert costs.step(2) == pytest.approx(1.1)
+    costs.record_step(4, 0.5)
+    assert costs.step(4) == 1.0  # never less than a plain step
+    for _ in range(300):
+        costs.record_step(2, 1.1)
+    assert not costs.known  # too long ago
+
+    costs = Costs()
     for _ in range(20):
         costs.record_step(1, 1.0)
         costs.record_step(2, 1.2)
     costs.record_step(2, 50.0)
     assert costs.step(2) < 1.4
     assert costs.step(3) == pytest.approx(costs.step(2) + 0.1)
-    costs.record_draft(2, 0.2)
+    assert costs.draft(2) == pytest.approx(0.2)  # a guess
+    for _ in range(3):
+        costs.record_draft(2, 0.2)
     assert costs.draft(1) == pytest.approx(0.1)
     assert costs.draft(4) == pytest.approx(0.4)
