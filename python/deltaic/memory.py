@@ -31,7 +31,7 @@ def check_context(weights: int, blank: State, context: int) -> None:
     if free is not None and sequence + weights > free:
         raise ArgumentError(
             f"context: {context} tokens need {sequence / 1e9:.2f} GB for K/V and state beside {weights / 1e9:.2f} GB "
-            f"of weights, and {free / 1e9:.2f} GB of memory is available; ask for a shorter context, or kv_dtype='bf16'"
+            f"of weights, and {free / 1e9:.2f} GB of memory is available; ask for a shorter context, or kv_dtype='int8'"
         )
 
 
