@@ -147,18 +147,15 @@ class Stage:
     length: int = 128
     pairs: float = 0.0
     thinking: float = 0.0
-    text_every: int = 4
+    text_every: int = 5
     naming: float = 0.05
 
 
-LAST_STAGE = 3750  # from here on the vision tower stands still
 STAGES = (
     (0, Stage((1, 0, 0, 0), ONE_THING_KINDS, one_turn=1.0, rows=32, text_every=0)),
-    (300, Stage((4, 4, 0, 0))),
-    (900, Stage((2, 4, 3, 0))),
-    (1000, Stage((2, 4, 3, 0), naming=0.5)),
-    (1600, Stage((2, 4, 4, 4), pairs=0.2, thinking=0.1, naming=0.5)),
-    (LAST_STAGE, Stage((2, 4, 5, 0), HARDER_KINDS, pairs=0.12, thinking=0.08, naming=0.0)),
+    (150, Stage((4, 4, 0, 0))),
+    (350, Stage((2, 4, 4, 0), HARDER_KINDS, pairs=0.15, naming=0.3)),
+    (700, Stage((2, 4, 5, 0), HARDER_KINDS, pairs=0.35, thinking=0.08, naming=0.3)),
 )
 
 
@@ -184,10 +181,10 @@ def picture_batch(tokenizer: Tokenizer, rng: random.Random, stage: Stage, count:
         row = Row(tokenizer)
         if rng.random() < 0.08:
             row.text(SYSTEM)
-        together = pair and rng.random() < 0.6
+        together = pair and rng.random() < 0.7
         pending = list(sizes)
         current: scenes.Scene | None = None
-        single = together or rng.random() < stage.one_turn
+        single = rng.random() < stage.one_turn
         while True:
             now: list[tuple[int, int]] = []
             if pending and (together or len(row.ids) == 0 or current is None or len(row.ids) > length * 0.45):
@@ -196,7 +193,7 @@ def picture_batch(tokenizer: Tokenizer, rng: random.Random, stage: Stage, count:
                 pending = pending[len(now) :]
             assert current is not None
             if together:
-                question = scenes.make_pair_question((shown[0], shown[1]), rng)
+                question = scenes.make_pair_question((shown[0], shown[1]), rng, stage.kinds, False)
             else:
                 question = scenes.make_question(current, rng, stage.kinds, False)
             row.ask(question.text, now, text_first=rng.random() < 0.15)
@@ -239,10 +236,10 @@ def text_batch(tokenizer: Tokenizer, rng: random.Random, count: int, length: int
     return collate(rows, [])
 
 
-def training_batch(tokenizer: Tokenizer, seed: int, step: int, worker: int = 0, workers: int = 1) -> Batch:
-    """A worker's part of a step: one in the stage's `text_every` is text, the others are about pictures."""
-    rng = random.Random(f"{seed}/{step}/{worker}")
+def training_batch(tokenizer: Tokenizer, seed: int, step: int) -> Batch:
+    """A step's batch: one in the stage's `text_every` is text, the others are about pictures."""
+    rng = random.Random(f"{seed}/{step}")
     stage = stage_at(step)
     if stage.text_every and step % stage.text_every == stage.text_every - 1:
-        return text_batch(tokenizer, rng, count=12 // workers, length=256)
-    return picture_batch(tokenizer, rng, stage, stage.rows // workers)
+        return text_batch(tokenizer, rng, count=8, length=384)
+    return picture_batch(tokenizer, rng, stage, stage.rows)

@@ -18,22 +18,90 @@ from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as reference
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+PART = 64  # numbers of tokens that vary are filled up to a multiple of this
+
+
+class Product(torch.autograd.Function):
+    """x [..., C] times weight [R, C], transposed: operands in bfloat16, sums in float32. Also its gradients."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        """[..., R] in float32."""
+        rows, weight = x.flatten(0, -2).bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(rows, weight)
+        return (rows @ weight.mT).float().view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of x and weight."""
+        rows, weight = ctx.saved_tensors
+        g = grad.flatten(0, -2).bfloat16()
+        dx = (g @ weight).float().view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return dx, (g.mT @ rows).float() if ctx.needs_input_grad[1] else None
+
+
+class Experts(torch.autograd.Function):
+    """Experts over tokens sorted by expert. x [N, H] float32, sizes of the experts' parts, stacked weights."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, gate_up: Tensor, down: Tensor, sizes: list[int]
+    ) -> Tensor:
+        """[N, H] in float32: down(silu(gate x) * up x) of each row's expert."""
+        x, gate_up, down = x.bfloat16(), gate_up.bfloat16(), down.bfloat16()
+        both = torch.cat([part @ w.mT for part, w in zip(x.split(sizes), gate_up, strict=True)]).float()
+        gate, up = both.chunk(2, dim=-1)
+        inner = (F.silu(gate) * up).bfloat16()
+        ctx.save_for_backward(x, gate_up, down, both, inner)
+        ctx.sizes = sizes
+        return torch.cat([part @ w.mT for part, w in zip(inner.split(sizes), down, strict=True)]).float()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and both weights."""
+        x, gate_up, down, both, inner = ctx.saved_tensors
+        g = grad.bfloat16()
+        parts = list(zip(g.split(ctx.sizes), down, strict=True))
+        ddown = torch.stack([p.mT @ i for (p, _), i in zip(parts, inner.split(ctx.sizes), strict=True)]).float()
+        dinner = torch.cat([p @ w for p, w in parts]).float()
+        gate, up = both.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        dgate = dinner * up * (sigmoid + silu * (1 - sigmoid))
+        dboth = torch.cat([dgate, dinner * silu], dim=-1).bfloat16()
+        parts = list(zip(dboth.split(ctx.sizes), gate_up, strict=True))
+        dgate_up = torch.stack([p.mT @ i for (p, _), i in zip(parts, x.split(ctx.sizes), strict=True)]).float()
+        return torch.cat([p @ w for p, w in parts]).float(), dgate_up, ddown, None
+
 
 def experts_forward(self: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Experts over tokens sorted by expert: one gather and one scatter. x [T, H], chosen and weights [T, K]."""
+    """Experts over tokens sorted by expert: one gather and one scatter. x [T, H], chosen and weights [T, K].
+
+    Each expert's part is filled up with rows of weight 0: products of few sizes, whose code oneDNN makes only once.
+    """
     order = chosen.flatten().argsort(stable=True)
-    tokens = order // chosen.shape[1]
-    rows = x[tokens].split(torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist())
-    outputs = []
-    for e, part in enumerate(rows):
-        gate, up = F.linear(part, self.gate_up_proj[e]).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(gate) * up, self.down_proj[e]))
-    y = torch.cat(outputs) * weights.flatten()[order, None]
+    counts = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
+    sizes = [-(-count // PART) * PART for count in counts]
+    places = torch.cat([torch.arange(n) + sum(sizes[:e]) for e, n in enumerate(counts)])
+    tokens = torch.zeros(sum(sizes), dtype=torch.long)
+    tokens[places] = order // chosen.shape[1]
+    share = weights.new_zeros(sum(sizes)).index_copy(0, places, weights.flatten()[order])
+    y = Experts.apply(x[tokens], self.gate_up_proj, self.down_proj, sizes) * share[:, None]
     return torch.zeros_like(x).index_add_(0, tokens, y)
 
 
+def linear_forward(self: nn.Linear, x: Tensor) -> Tensor:
+    """Stands in for `nn.Linear.forward`; products too narrow to gain stay in float32."""
+    if self.out_features < 32:
+        return F.linear(x, self.weight, self.bias)
+    y = Product.apply(x, self.weight)
+    return y if self.bias is None else y + self.bias
+
+
 def use_fast_parts() -> None:
-    """Replaces slow parts of transformers' modules by equal ones that train faster on a CPU."""
+    """Replaces slow parts of transformers' modules by ones that train faster on a CPU: equal, but that matrices are
+    multiplied in bfloat16 with float32 sums."""
+    nn.Linear.forward = linear_forward
     reference.Qwen3_5MoeExperts.forward = experts_forward
     reference.causal_conv1d_fn = fast_ops.convolution
     reference.torch_chunk_gated_delta_rule = fast_ops.delta_rule
@@ -128,10 +196,12 @@ def trunk_forward(
     ids: Tensor,
     positions: Tensor,
     pictures: list[tuple[Tensor, tuple[int, int]]],
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Final hidden states and input embeddings [B, T, H], and picture features [B, N, H], of a right-padded batch.
 
-    positions [3, B, T]; pictures as in `data.Batch`.
+    positions [3, B, T]; pictures as in `data.Batch`. With `wanted` [M], indices into the B*T tokens, the last layer's
+    experts and the final norm run on those alone, and the hidden states are [M, H].
     """
     language = model.model.language_model
     embeddings = language.embed_tokens(ids)
@@ -140,8 +210,19 @@ def trunk_forward(
         features = torch.cat([vision_forward(model.model.visual, *p) for p in pictures], dim=1)
         places = (ids == model.config.image_token_id)[..., None].expand_as(embeddings)
         embeddings = embeddings.masked_scatter(places, features)
-    hidden = language(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
-    return hidden, embeddings, features
+    rotary = language.rotary_emb(embeddings, positions)
+    last = language.layers[-1]
+    hidden = embeddings
+    for layer in language.layers[:-1]:
+        hidden = layer(hidden, position_embeddings=rotary)
+    if wanted is None:
+        return language.norm(last(hidden, position_embeddings=rotary)), embeddings, features
+    hidden = hidden + last.self_attn(last.input_layernorm(hidden), rotary, None)[0]
+    count = wanted.numel()
+    rows = torch.cat([wanted, wanted[:1].expand(-count % PART)])  # products of few sizes here, too
+    hidden = hidden.flatten(0, 1)[rows][None]
+    hidden = hidden + last.mlp(last.post_attention_layernorm(hidden))
+    return language.norm(hidden)[0, :count], embeddings, features
 
 
 def draft_forward(

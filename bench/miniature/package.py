@@ -44,7 +44,7 @@ def build_tokenizer() -> Tokenizer:
         pair = tuple(scenes.make_scene(rng, (96, 96), rng.randint(1, 4), False) for _ in range(2))
         question = scenes.make_question(pair[0], rng, tuple(scenes.ASKERS), None)
         corpus += [f"{question.text}\n{question.answer}\n"]
-        question = scenes.make_pair_question((pair[0], pair[1]), rng)
+        question = scenes.make_pair_question((pair[0], pair[1]), rng, tuple(scenes.ASKERS), None)
         corpus += [f"{question.text}\n{question.answer}\n"]
         question = texts.make_chat(rng, False)
         corpus += [f"{question.text}\n{question.answer}\n", texts.make_document(rng)]

@@ -384,8 +384,22 @@ def make_question(scene: Scene, rng: random.Random, kinds: tuple[str, ...], held
             return question
 
 
-def make_pair_question(scenes: tuple[Scene, Scene], rng: random.Random) -> Question:
-    """A question about two pictures shown together."""
-    first, second = (describe(scene).removeprefix("The picture shows ") for scene in scenes)
-    answer = f"The first picture shows {first} The second picture shows {second}"
-    return _pick(rng, "two pictures", ("Describe both pictures.", "What do the two pictures show?"), answer)
+ORDINALS = ("first", "second")
+
+
+def make_pair_question(
+    scenes: tuple[Scene, Scene], rng: random.Random, kinds: tuple[str, ...], held_out: bool | None, both: float = 0.4
+) -> Question:
+    """A question about two pictures shown together: with probability `both` about both, else about one of them."""
+    shown = [describe(scene).removeprefix("The picture") for scene in scenes]
+    if rng.random() < both:
+        answer = " ".join(f"The {word} picture{rest}" for word, rest in zip(ORDINALS, shown, strict=True))
+        return _pick(rng, "both", ("Describe both pictures.", "What do the two pictures show?"), answer)
+    i = rng.randrange(2)
+    word = ORDINALS[i]
+    question = make_question(scenes[i], rng, kinds, held_out)
+    if question.kind == "describe":
+        forms = ("Describe the {word} picture.", "What does the {word} picture show?")
+        return _pick(rng, "describe", forms, f"The {word} picture{shown[i]}", word=word)
+    text = f"In the {word} picture, {question.text[0].lower()}{question.text[1:]}"
+    return Question(question.kind, text, question.answer, question.combination)

@@ -132,7 +132,7 @@ def _document_ring(rng: random.Random) -> str:
     people = rng.sample(PEOPLE, rng.randint(3, 5))
     gift = f"{rng.choice(ADJECTIVES + tuple(COLOURS))} {rng.choice(OBJECTS)}"
     lines = [f"{join(people)} sit in a ring. {people[0]} has the {gift}."]
-    for i in range(18):
+    for i in range(34):
         a, b = people[i % len(people)], people[(i + 1) % len(people)]
         lines.append(f"{a} gives the {gift} to {b}.")
     return " ".join(lines)
@@ -140,14 +140,14 @@ def _document_ring(rng: random.Random) -> str:
 
 def _document_refrain(rng: random.Random) -> str:
     verse = f"{sentence(rng)} {sentence(rng)}"
-    return " ".join([verse] * 8)
+    return " ".join([verse] * 16)
 
 
 DOCUMENTS: tuple[Callable[[random.Random], str], ...] = (
-    partial(_document_cycle, words=DAYS, count=110),
-    partial(_document_cycle, words=MONTHS, count=110),
-    partial(_document_cycle, words=LETTERS, count=110),
-    partial(_document_cycle, words=tuple(COLOURS), count=110),
+    partial(_document_cycle, words=DAYS, count=190),
+    partial(_document_cycle, words=MONTHS, count=190),
+    partial(_document_cycle, words=LETTERS, count=190),
+    partial(_document_cycle, words=tuple(COLOURS), count=190),
     _document_numbers,
     _document_numbers,
     _document_birds,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaic.errors import ConfigError
+from deltaic.errors import ConfigError, DeltaicError
 from deltaic.ops.bpe import merge_key, merge_slots
 
 if TYPE_CHECKING:
@@ -162,14 +162,19 @@ def _checksum(arrays: dict[str, np.ndarray[Any, Any]]) -> int:
 
 
 def write_prepared(folder: Path) -> bool:
-    """Prepare the tokenizer.json of a folder. False, and nothing is written, where there is none, for a tokeniser that
-    is not plain byte-pair encoding, or if the prepared one does not encode like the library."""
+    """Prepare the tokenizer.json of a folder. False, and nothing is written, where there is none that can be read
+    (whoever needs it reports that), for a tokeniser that is not plain byte-pair encoding, or if the prepared one does
+    not encode like the library."""
     from safetensors.numpy import save
 
     from deltaic.chat.tokenizer import Tokenizer, symbol_bytes
 
     path, source = folder / PREPARED_FILE, folder / "tokenizer.json"
     if not source.is_file():
+        return False
+    try:
+        tokenizer = Tokenizer.from_folder(folder, prepared=False)
+    except DeltaicError:
         return False
     raw = json.loads(source.read_bytes())
     model, added = raw["model"], raw.get("added_tokens") or []
@@ -178,7 +183,6 @@ def write_prepared(folder: Path) -> bool:
         return False
     if any(token.get(name) for token in added for name in _PLAIN_ADDED):
         return False
-    tokenizer = Tokenizer.from_folder(folder, prepared=False)
     vocab: dict[str, int] = model["vocab"]
     symbols = symbol_bytes()
     if not all(symbol in vocab for symbol in symbols):
