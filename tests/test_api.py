@@ -170,7 +170,12 @@ def test_long_prompts_are_fed_in_chunks(tiny_model, monkeypatch):
 
 
 def test_keys_and_values_follow_the_dtype(tiny_folder, device):
-    for dtype, kv_dtype, expected in (("f32", None, "f32"), ("bf16", None, "bf16"), ("bf16", "f32", "f32")):
+    for dtype, kv_dtype, expected in (
+        ("f32", None, "f32"),
+        ("bf16", None, "bf16"),
+        ("bf16", "f32", "f32"),
+        ("bf16", "int8", "int8"),
+    ):
         model = deltaic.load(tiny_folder, device=device, dtype=dtype, kv_dtype=kv_dtype)
         assert model.new_state().kv_dtype == expected
 
@@ -548,7 +553,7 @@ def test_a_prompt_made_by_hand_is_checked(tiny_model):
         ({"vision_dtype": "int5"}, ArgumentError),
         ({"activations": "bf16"}, ArgumentError),
         ({"memory": "huge"}, ArgumentError),
-        ({"kv_dtype": "int8"}, ArgumentError),
+        ({"kv_dtype": "fp8"}, ArgumentError),
         ({"device": "tpu"}, ArgumentError),
         ({"device": "cuda"}, DeviceError),
         ({"threads": 0}, ArgumentError),
