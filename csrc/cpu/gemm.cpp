@@ -37,7 +37,15 @@ struct Layout {
           scales(runs * line_bytes),
           halves(format == Format::int4 ? runs * 1088 : scales) {}
 };
-constexpr int64_t kFar = 16384;  // bytes that are asked for ahead: the time of one access to memory, and some
+
+// Bytes that a stream of weights is asked for ahead of its use. Where little is computed per line, the processor's own
+// prefetching runs far ahead and needs only to be led over the ends of pages; where much is, it does not, and the
+// distance must cover the time of an access to memory (measured: bench/results/dense-zen4-2vcpu.md).
+DELTAIC_INLINE constexpr int64_t far_ahead(Format format, int tokens) {
+    if (format == Format::int4) return 16384;
+    if (tokens <= 4) return 1024;
+    return format == Format::int8 ? 24576 : 4096;
+}
 
 DELTAIC_INLINE const uint16_t* halves_of(const Activations& a, int64_t run) {
     return a.halves + run * a.stride * (kWordBytes / 2);
@@ -54,10 +62,12 @@ void stream_block(Format format, const uint8_t* w, const Activations& a, float* 
         i32x16 sum[1][NT];
         const int64_t token = run * a.stride;
         if (format == Format::int8) {
-            run_int8<true, 1, NT>(w + run * 2048, 0, kFar, a.quads(run), a.run_sum + token, sum);
+            run_int8<true, 1, NT>(w + run * 2048, 0, far_ahead(Format::int8, NT), a.quads(run), a.run_sum + token, sum);
         } else {
-            run_int4<true, 1, NT>(w + run * 1024, w + at.scales + run * 64, 0, kFar, a.quads(run),
-                                  a.group_bias + token * 8, sum);
+            // all that a run holds, at once and in the order in which it lies in memory
+            const uint8_t* const ahead = w + run * 1120 + far_ahead(Format::int4, NT);
+            for (int64_t i = 0; i < 1120; i += 64) prefetch_far(ahead + i);
+            run_int4<1, NT>(w + run * 1024, w + at.scales + run * 64, 0, a.quads(run), a.group_bias + token * 8, sum);
         }
         load_halves<1>(w + at.halves + run * 32, 0, d);
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[0][t] = add_run(acc[0][t], sum[0][t], a.scale[token + t], d[0]);
@@ -71,7 +81,8 @@ void stream_bf16(const uint8_t* w, int64_t stride, const Activations& a, float* 
     f32x16 acc[NB][NT];
     clear<NB, NT>(acc);
     for (int64_t run = 0; run < ceil_div(a.K, 64); ++run)
-        chunk_bf16<true, NB, NT>(w + run * 2048, stride, kFar, bf16_lines(a.K, run), halves_of(a, run), acc);
+        chunk_bf16<true, NB, NT>(w + run * 2048, stride, far_ahead(Format::bf16, NT), bf16_lines(a.K, run),
+                                 halves_of(a, run), acc);
     store_sums<NB, NT>(acc, sums);
 }
 
@@ -115,7 +126,7 @@ __attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, con
     if (kExpandsInt4 || format == Format::int8) {
         run_int8<false, NB, NT>(lines, line_stride, 0, a.quads(run), a.run_sum + token, sum);
     } else {
-        run_int4<false, NB, NT>(lines, scales, stride, 0, a.quads(run), a.group_bias + token * 8, sum);
+        run_int4<NB, NT>(lines, scales, stride, a.quads(run), a.group_bias + token * 8, sum);
     }
     f32x16 d[NB];
     load_halves<NB>(halves, stride, d);

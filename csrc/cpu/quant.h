@@ -91,7 +91,7 @@ DELTAIC_INLINE int32_t load_i32(const void* p) {
 // next block lies `stride` bytes further; token t's numbers lie at q + t * 128; run_sum[t] is the sum of its q.
 // run_int4: the same of (nibble - 8) * s * q; `w` is the run's 16 lines, `scales` its 64 bytes, bias[t * 8 + g] is
 // -8 times the sum of group g's q.
-// With kAhead, what lies `far` bytes after each line is brought into the second-level cache.
+// With kAhead, what lies `far` bytes after each line is asked for in the second-level cache.
 
 #if defined(__AVX512VNNI__)
 constexpr bool kExpandsInt4 = true;  // for many tokens it pays to turn a run of int4 into int8 once
@@ -144,13 +144,12 @@ DELTAIC_INLINE ivec low_quad(ivec line, ivec s) {
 }
 DELTAIC_INLINE ivec high_quad(ivec line, ivec s) { return low_quad(_mm512_srli_epi16(line, 4), s); }
 
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     constexpr int C = chains(NB * NT);
     ivec acc[NB][NT][C];
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-        if (kAhead) prefetch_far(scales + b * stride + far);
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int c = 0; c < C; ++c) acc[b][t][c] = i_set1(0);
     }
     for (int pair = 0; pair < 4; ++pair) {
@@ -167,7 +166,6 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
             DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
                 const uint8_t* p = w + b * stride + (pair * 4 + line) * 64;
                 const ivec both = i_load(p);
-                if (kAhead) prefetch_far(p + far);
                 low[b] = low_quad(both, s[line / 2][b]), high[b] = high_quad(both, s[line / 2][b]);
             }
             const int c0 = 2 * line % C, c1 = (2 * line + 1) % C;
@@ -237,14 +235,13 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, cons
 
 // Nibbles are below 16: the four quads of a group (15 * 127 * 2 * 4 = 15240) are added in 16 bits, and what widens the
 // pairs to 32 bits multiplies them by s.
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     const __m256i low = _mm256_set1_epi8(15), nibble = _mm256_set1_epi16(15), one = _mm256_set1_epi16(1);
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
         ivec acc[NT];
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
-        if (kAhead && i == 0) prefetch_far(scales + b * stride + far);
         for (int pair = 0; pair < 4; ++pair) {
             __m256i s = i_load_u8(scales + b * stride + pair * 16 + 8 * i);
             s = _mm256_or_si256(s, _mm256_slli_epi32(s, 16));
@@ -257,7 +254,6 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
             DELTAIC_UNROLL for (int half = 0; half < 2; ++half) {
                 const int g = 2 * pair + half;
                 const uint8_t* p = w + b * stride + g * 128;
-                if (kAhead && i == 0) prefetch_far(p + far), prefetch_far(p + 64 + far);
                 const __m256i line0 = i_load(p + 32 * i), line1 = i_load(p + 64 + 32 * i);
                 const __m256i quads[4] = {
                     _mm256_and_si256(line0, low), _mm256_and_si256(_mm256_srli_epi16(line0, 4), low),
@@ -310,17 +306,15 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, cons
     }
 }
 
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     const uint8x16_t low = vdupq_n_u8(15);
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
         ivec acc[NT];
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
-        if (kAhead && i == 0) prefetch_far(scales + b * stride + far);
         for (int g = 0; g < 8; ++g) {
             const uint8_t* p = w + b * stride + g * 128;
-            if (kAhead && i == 0) prefetch_far(p + far), prefetch_far(p + 64 + far);
             const ivec packed = i_load_u8(scales + b * stride + g / 2 * 16 + 4 * i);
             const ivec s = i_add(g % 2 ? i_shr<4>(packed) : i_and(packed, i_set1(15)), i_set1(1));
             const uint8x16_t line0 = vld1q_u8(p + 16 * i), line1 = vld1q_u8(p + 64 + 16 * i);
@@ -350,8 +344,8 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t, const in
                 sum[b][t].part[lane / kWidth][lane % kWidth] = dot;
             }
 }
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     for (int b = 0; b < NB; ++b)
         for (int t = 0; t < NT; ++t)
