@@ -1,5 +1,5 @@
-"""The bundled miniature: right answers, and the greedy tokens of transformers in float32. No test knows its weights: the
-questions are drawn by bench/miniature, and expected tokens come from transformers."""
+"""The bundled miniature: right answers, and the greedy tokens of transformers in float32. No test knows its weights:
+the questions are drawn by bench/miniature, and expected tokens come from transformers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from deltaic import cli
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "bench" / "miniature"), str(Path(__file__).parents[1] / "bench")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_quality
-import questions
+from bench_quality import questions
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deltaic._core") is None, reason="deltaic._core is not built")
 
