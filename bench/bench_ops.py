@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from deltaic.ops import cpu as ops
+from deltaic.ops.quantise import block_bytes
 
 Call = Callable[[], Any]
 rng = np.random.default_rng(1)
@@ -49,14 +50,21 @@ def best_time(call: Call, seconds: float) -> float:
             return best
 
 
-def peaks(seconds: float) -> tuple[float, float]:
-    """Bytes per second of reading in order, and flops per second out of registers."""
+def peaks(seconds: float) -> tuple[float, dict[str, float]]:
+    """Bytes per second of reading in order, and operations per second out of registers by kind."""
     # Short calls: the best of many finds a moment when nothing else runs. Each part was last read a whole buffer ago.
     parts = np.ones((32, 8 << 20), np.uint8)
-    turns, done = cycle(parts), []
+    turns = cycle(parts)
     read = parts[0].nbytes / best_time(lambda: ops.probe_read(next(turns)), seconds)
-    duration = best_time(lambda: done.append(ops.probe_peak("f32", 1 << 14)), seconds)
-    return read, done[0] / duration
+    rates = {}
+    for kind in ("f32", "int8"):
+        done: list[int] = []
+        try:
+            duration = best_time(lambda kind=kind, done=done: done.append(ops.probe_peak(kind, 1 << 14)), seconds)
+        except ValueError:  # this instruction set has none
+            continue
+        rates[kind] = done[0] / duration
+    return read, rates
 
 
 def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
@@ -65,14 +73,70 @@ def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
 
 # linear and swiglu
 
+DTYPES = ("int4", "int8", "bf16", "f32")
+COLD_BYTES = 128 << 20
+
+
+def weight(N: int, K: int, dtype: str, *, glu: bool = False) -> ops.Weight:
+    """A packed matrix whose blocks of 16 rows are all the same: quantising as many different ones would take long."""
+    rows = N // 2 if glu else N
+    ((_, _, block),) = ops.packed_parts(ops.pack([normal(16, K, scale=K**-0.5)], dtype))
+    packed = np.tile(block, -(-rows // 16) * (2 if glu else 1))
+    return ops.from_packed([(dtype, rows, packed)], 1, K, glu)
+
+
+def weights(N: int, K: int, dtype: str, *, glu: bool = False) -> Iterator[ops.Weight]:
+    """In turn, as many copies of a matrix as no cache holds: each is read from memory, as in a model."""
+    copies = 1 + int(COLD_BYTES / (block_bytes(dtype, K) / 16 * N))
+    return cycle([weight(N, K, dtype, glu=glu) for _ in range(copies)])
+
 
 def linear_row(T: int, K: int, N: int, dtype: str) -> Row:
     def make() -> Call:
-        x, w = normal(T, K), ops.pack([normal(N, K)], dtype)
-        return lambda: ops.linear(x, w)
+        x, turns = normal(T, K), weights(N, K, dtype)
+        return lambda: ops.linear(x, next(turns))
 
-    size = {"f32": 4, "bf16": 2}[dtype]
-    return Row("linear", f"{dtype} T={T} {N}x{K}", size * N * K + 4 * T * (N + K), 2 * T * N * K, make)
+    size = block_bytes(dtype, K) / 16 * N
+    return Row("linear", f"{dtype} T={T} {N}x{K}", size + 4 * T * (N + K), 2 * T * N * K, make)
+
+
+def swiglu_row(T: int, K: int, intermediate: int, dtype: str) -> Row:
+    def make() -> Call:
+        x, turns = normal(T, K), weights(2 * intermediate, K, dtype, glu=True)
+        return lambda: ops.swiglu(x, next(turns))
+
+    size = block_bytes(dtype, K) / 8 * intermediate
+    return Row("swiglu", f"{dtype} T={T} 2x{intermediate}x{K}", size, 4 * T * intermediate * K, make)
+
+
+def products_row(T: int, dtype: str, head: bool) -> Row:
+    """All matrix products of the 0.8B model in the order of a step, each matrix in memory of its own."""
+    H, inner, intermediate, vocabulary = 1024, 2048, 3584, 248320
+    shapes = [(H, 5120 if layer % 4 == 3 else 8224) for layer in range(24)]
+    elements = sum(K * N for K, N in shapes) + 24 * H * (inner + 3 * intermediate) + head * H * vocabulary
+
+    def make() -> Call:
+        layers = [
+            (weight(N, K, dtype), weight(H, inner, dtype), weight(2 * intermediate, H, dtype, glu=True),
+             weight(H, intermediate, dtype))
+            for K, N in shapes
+        ]  # fmt: skip
+        last = weight(vocabulary, H, dtype) if head else None
+        x, mixed, norm = normal(T, H), normal(T, inner), np.zeros(H, np.float32)
+
+        def step() -> None:
+            y = x
+            for proj, out, gate_up, down in layers:
+                ops.linear(y, proj, norm=norm)
+                y = ops.linear(mixed, out, residual=y)
+                y = ops.linear(ops.swiglu(y, gate_up, norm=norm), down, residual=y)
+            if last is not None:
+                ops.linear(y, last, norm=norm)
+
+        return step
+
+    name = f"{dtype} T={T} 0.8B{' with head' if head else ''}"
+    return Row("products", name, block_bytes(dtype, 1024) / 16384 * elements, 2 * T * elements, make)
 
 
 # attention
@@ -128,9 +192,22 @@ def patch_embed_row(h: int, w: int, V: int, dtype: str) -> Row:
 
 
 def rows() -> Iterator[Row]:
-    for dtype in ("f32", "bf16"):
+    for dtype in DTYPES:
         for T in (1, 8, 96):
             yield linear_row(T, 2048, 8192, dtype)
+        for T in (1, 2, 3, 4, 5, 6, 8, 12, 16, 32):
+            yield products_row(T, dtype, head=True)
+        for T in (256, 512):
+            yield products_row(T, dtype, head=False)
+        for T in (1, 512):
+            yield linear_row(T, 1024, 8224, dtype)
+            yield linear_row(T, 1024, 5120, dtype)
+            yield linear_row(T, 2048, 1024, dtype)
+            yield swiglu_row(T, 1024, 3584, dtype)
+            yield linear_row(T, 3584, 1024, dtype)
+        yield linear_row(1, 1024, 248320, dtype)
+        yield linear_row(1024, 768, 3072, dtype)  # the vision tower
+        yield linear_row(1024, 3072, 768, dtype)
     for dtype in ("bf16", "f32"):
         for start in (100, 1000, 4095, 32767):
             yield gated_attention_row(1, start, 8, 2, 256, dtype)
@@ -155,16 +232,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each row")
     arguments = parser.parse_args()
     ops.set_num_threads(arguments.threads)
-    read, fma = peaks(max(1.0, arguments.seconds))
-    print(f"{ops.isa()}, {ops.num_threads()} threads: reads {read / 1e9:.1f} GB/s, computes {fma / 1e9:.0f} GFLOP/s")
-    print(f"{'operator':18s} {'shape':28s} {'us':>10s} {'GB/s':>7s} {'share':>6s} {'GFLOP/s':>8s} {'share':>6s}")
+    read, rates = peaks(max(0.5, arguments.seconds))
+    found = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in rates.items())
+    print(f"{ops.isa()}, {ops.num_threads()} threads: reads {read / 1e9:.1f} GB/s, computes (Gop/s) {found}")
+    print(f"{'operator':18s} {'shape':28s} {'us':>10s} {'GB/s':>7s} {'share':>6s} {'Gop/s':>8s} {'share':>6s} of")
     for row in rows():
         if arguments.words and not any(word in f"{row.op} {row.shape}" for word in arguments.words):
             continue
         t = best_time(row.make(), arguments.seconds)
         rate, work = row.bytes / t, row.flops / t
-        columns = f"{t * 1e6:10.1f} {rate / 1e9:7.2f} {rate / read:6.2f} {work / 1e9:8.1f} {work / fma:6.2f}"
-        print(f"{row.op:18s} {row.shape:28s} {columns}")
+        kind = "int8" if row.shape.startswith("int") and "int8" in rates else "f32"
+        columns = f"{t * 1e6:10.1f} {rate / 1e9:7.2f} {rate / read:6.2f} {work / 1e9:8.1f} {work / rates[kind]:6.2f}"
+        print(f"{row.op:18s} {row.shape:28s} {columns} {kind}", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 import deltaic
 import numpy as np
 from deltaic.generate.loop import Drafting
+from deltaic.generate.speculate import Costs
 
 PARTS = ("costs", "losing", "copying", "gain", "equal")
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
@@ -161,22 +162,54 @@ def bench_copying(model: deltaic.Model, args: argparse.Namespace) -> dict[str, A
     return found
 
 
-def bench_gain(_: Any, args: argparse.Namespace) -> dict[str, Any]:
+class CostsOf(Costs):
+    """The costs of another model, in plain steps of it, and the time that its steps would have taken."""
+
+    def __init__(self, measured: dict[str, Any]) -> None:
+        super().__init__()
+        rows, drafts = {1: 1.0, **measured["verify"]}, {0: 0.0, **measured["drafts"]}
+        del rows[1]
+        self._rows = np.interp(np.arange(10), [1, *rows], [1.0, *rows.values()])
+        self._depths = [drafts[d] for d in range(5)]
+        self.seconds = 0.0
+
+    known = True  # type: ignore[assignment]
+
+    def step(self, rows: int) -> float:
+        return float(self._rows[rows])
+
+    def draft(self, depth: int) -> float:
+        return float(self._depths[depth])
+
+    def record_step(self, rows: int, seconds: float) -> None:
+        self.seconds += self.step(rows)
+
+    def record_draft(self, depth: int, seconds: float) -> None:
+        self.seconds += self.draft(depth)
+
+
+def bench_gain(other: deltaic.Model | None, args: argparse.Namespace) -> dict[str, Any]:
+    """With MODEL, also what "auto" would do if the miniature's steps cost what those of MODEL do: a step of the
+    miniature takes a tenth of a millisecond, all of it arithmetic, so that drafts cannot pay there."""
     model = deltaic.load(MINIATURE, dtype="f32", threads=args.threads)
     modes = ("off", "mtp", "lookup", "auto")
-    found = {}
+    measured = None if other is None else bench_costs(other, args)
+    own = model._runner.costs
+    found: dict[str, Any] = {}
     for name, options in {
         "greedy": {"temperature": 0.0},
         "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 1.0, "presence_penalty": 0.0},
     }.items():
-        totals = {mode: [0, 0, 0, 0.0] for mode in modes}
+        totals: dict[str, list[float]] = {}
+        borrowed = None if measured is None else CostsOf(measured)
         for _round in range(3):
             for prompt in tasks(model):
-                for mode in modes:
-                    r = model.generate(prompt, seed=1, speculate=mode, max_new_tokens=args.new, **options)
+                for mode in (*modes, "auto, costs of MODEL") if borrowed else modes:
+                    model._runner.costs = borrowed if borrowed and "MODEL" in mode else own
+                    r = model.generate(prompt, seed=1, speculate=mode.split(",")[0], max_new_tokens=args.new, **options)
                     decoded = r.completion_tokens - 1
-                    for i, value in enumerate((decoded, r.drafted, r.accepted, decoded / (r.tokens_per_second or 1))):
-                        totals[mode][i] += value
+                    values = (decoded, r.drafted, r.accepted, decoded / (r.tokens_per_second or 1))
+                    totals[mode] = [a + b for a, b in zip(totals.get(mode, [0] * 4), values, strict=True)]
         found[name] = {
             mode: {
                 "tokens_per_second": n / seconds,
@@ -185,6 +218,10 @@ def bench_gain(_: Any, args: argparse.Namespace) -> dict[str, Any]:
             }
             for mode, (n, drafted, accepted, seconds) in totals.items()
         }
+        if borrowed:
+            mode = "auto, costs of MODEL"
+            found[name][mode]["speed-up by these costs"] = totals[mode][0] / borrowed.seconds
+            del found[name][mode]["tokens_per_second"]
     return found
 
 
@@ -201,7 +238,9 @@ def tasks(model: deltaic.Model) -> Iterator[Any]:
 
 
 def bench_equal(model: deltaic.Model | None, args: argparse.Namespace) -> dict[str, Any]:
-    models = [deltaic.load(MINIATURE, dtype=dtype, threads=args.threads) for dtype in ("f32", "int4")]
+    models = []
+    if not args.only_model:
+        models = [deltaic.load(MINIATURE, dtype=dtype, threads=args.threads) for dtype in ("f32", "int4")]
     if model is not None:
         models.append(model)
     found = {}
@@ -210,14 +249,16 @@ def bench_equal(model: deltaic.Model | None, args: argparse.Namespace) -> dict[s
             "greedy": {"temperature": 0.0, "presence_penalty": 0.0},
             "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "presence_penalty": 1.5},
         }.items():
-            total = args.tokens if m.folder == MINIATURE else args.tokens // 50
-            found[f"{m.folder.name} {m.dtype} {name}"] = compare(m, total, options)
+            total = args.tokens if m.folder == MINIATURE else args.model_tokens
+            title = f"{m.folder.name} {m.dtype} {name}"
+            found[title] = compare(m, total, options)
+            print(title, found[title], file=sys.stderr, flush=True)
     return found
 
 
 def compare(model: deltaic.Model, total: int, options: dict[str, Any]) -> dict[str, Any]:
     """Tokens of every mode and depth against those of plain decoding, until there are `total` of these."""
-    runner, length = model._runner, min(512, model.context_length // 2)
+    runner, length = model._runner, min(512, total, model.context_length // 2)
     settings = [(mode, depth) for mode in ("mtp", "lookup", "auto") for depth in (1, 2, 3, 4, None)]
     same, compared, seed = 0, 0, 0
     drafted = accepted = 0
@@ -258,6 +299,8 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--new", type=int, default=128, help="tokens per generation")
     parser.add_argument("--tokens", type=int, default=10_000, help="plain tokens that are compared with each mode")
+    parser.add_argument("--model-tokens", type=int, default=200, help="the same for MODEL")
+    parser.add_argument("--only-model", action="store_true", help="equal: not the miniature")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     parts = [a for a in args.arguments if a in PARTS] or list(PARTS)

@@ -6,6 +6,8 @@
     python bench/bench_state.py /tmp/random-0.8B file --file-tokens 32768 --folder /mnt/disk
 
 turns  time to first token of turn 10 of a conversation, with a cold cache and with the one that turns 1 to 9 left
+prefixes  what is read, and how long that takes, where a prompt begins like an earlier one: 20 questions after one
+       system prompt, one after the other and in one batch; a prompt asked again, with another last message, branched
 file   rates of saving and loading a long state, beside those of writing (with fsync) and reading as many plain bytes
 fork   seconds for a fork, and for the first write after it
 load   the cache's bytes and the process's memory while random prompts come in that share beginnings
@@ -31,7 +33,7 @@ import deltaic
 import numpy as np
 from deltaic.model.state import State
 
-PARTS = ("turns", "file", "fork", "load")
+PARTS = ("turns", "prefixes", "file", "fork", "load")
 RESULTS = Path(__file__).parent / "results"
 MIB = 2.0**20
 WORDS = ("the", "cat", "dog", "mat", "sun", "sat", "ran", "on", "under", "over", "and", "or", "red", "is", "was")
@@ -69,6 +71,51 @@ def bench_turns(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         "first_token_seconds": [r.time_to_first_token for r in warm],
         "cold_first_token_seconds": cold.time_to_first_token,
         "share_of_cold": result.time_to_first_token / cold.time_to_first_token,
+    }
+
+
+# ------------------------------------------------------------------------------- prefixes
+
+
+def bench_prefixes(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    options = {"temperature": 0.0, "max_new_tokens": 4, "thinking": False}
+    system = {"role": "system", "content": words(model, args.tokens // 4, rng)}
+    questions = [[system, {"role": "user", "content": words(model, 20, rng)}] for _ in range(20)]
+    cases: dict[str, Any] = {}
+
+    def ask(name: str, messages: list[dict[str, Any]]) -> None:
+        cases[name] = model.chat(messages, **options)
+
+    model.cache.clear()
+    for i, messages in enumerate(questions):
+        ask(f"question {i + 1}", messages)
+    model.cache.clear()
+    began = time.perf_counter()
+    batch = model.generate_batch(questions, **options)
+    seconds = time.perf_counter() - began
+    alone = [cases[f"question {i + 1}"] for i in range(20)]
+    assert [r.token_ids for r in batch] == [r.token_ids for r in alone], "a batch gave other tokens"
+    talk = [system]
+    for role in ("user", "assistant") * 3:
+        talk.append({"role": role, "content": words(model, args.tokens // 20, rng)})
+    other = {"role": "user", "content": words(model, 20, rng)}
+    ask("conversation", talk[:-1])
+    ask("asked again", talk[:-1])
+    ask("last message edited", [*talk[:-2], other])
+    ask("branched after turn 1", [*talk[:3], other])
+    return {
+        "cases": {
+            name: {
+                "prompt_tokens": r.prompt_tokens,
+                "cached_tokens": r.cached_tokens,
+                "first_token_seconds": r.time_to_first_token,
+                "cache_miss_reason": r.cache_miss_reason,
+            }
+            for name, r in cases.items()
+        },
+        "batch_cached_tokens": [r.cached_tokens for r in batch],
+        "batch_seconds": seconds,
     }
 
 
@@ -191,8 +238,9 @@ def bench_load(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]
     samples, prompts, cached, total = [], 0, 0, 0
     ends = time.monotonic() + 60 * args.minutes
     while time.monotonic() < ends:
-        tail = words(model, int(rng.integers(1, args.load_tokens // 2)), rng)
-        result = model.chat(f"{heads[rng.integers(len(heads))]} {tail}", temperature=0.0, max_new_tokens=4)
+        head = {"role": "system", "content": heads[rng.integers(len(heads))]}
+        tail = {"role": "user", "content": words(model, int(rng.integers(1, args.load_tokens // 2)), rng)}
+        result = model.chat([head, tail], temperature=0.0, max_new_tokens=4)
         prompts, cached, total = prompts + 1, cached + result.cached_tokens, total + result.prompt_tokens
         samples.append((60 * args.minutes - ends + time.monotonic(), model.cache.nbytes, resident_bytes()))
     half = [r for _, _, r in samples[len(samples) // 2 :]]
@@ -221,6 +269,17 @@ def describe(part: str, f: dict[str, Any]) -> str:
             f"{f['first_token_seconds'][-1]:.2f} s ({f['cached_tokens'][-1]} cached), cold "
             f"{f['cold_first_token_seconds']:.2f} s: {100 * f['share_of_cold']:.1f} %"
         )
+    if part == "prefixes":
+        lines = [
+            f"  {name:22s} {c['prompt_tokens']:5d} tokens, {c['cached_tokens']:5d} cached, first token after "
+            f"{c['first_token_seconds']:.3f} s"
+            for name, c in f["cases"].items()
+        ]
+        cached = f["batch_cached_tokens"]
+        batch = (
+            f"  all 20 in one batch    {sum(n > 0 for n in cached)} of 20 from the cache, {f['batch_seconds']:.2f} s"
+        )
+        return "\n".join(["prefixes", *lines, batch])
     if part == "file":
         r = f["bytes_per_second"]
         return (
@@ -258,6 +317,14 @@ def plot(part: str, f: dict[str, Any]) -> None:
         seconds.set_ylabel("seconds")
         seconds.legend(loc="upper center")
         axis.legend(loc="upper left")
+    elif part == "prefixes":
+        names = list(f["cases"])
+        axis.barh(names, [c["prompt_tokens"] for c in f["cases"].values()], color="lightgrey", label="tokens")
+        axis.barh(names, [c["cached_tokens"] for c in f["cases"].values()], color="tab:blue", label="from the cache")
+        axis.set(xlabel="tokens of the prompt", title="Prompts that begin like others")
+        axis.tick_params(axis="y", labelsize=7)
+        axis.invert_yaxis()
+        axis.legend()
     elif part == "file":
         rates = {name: rate / 1e6 for name, rate in f["bytes_per_second"].items()}
         labels = {"write": "plain write", "save": "State.save", "read": "plain read", "load": "State.load"}
@@ -301,7 +368,13 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {unknown[0]}; there are {', '.join(PARTS)}")
     model = deltaic.load(args.model, dtype=args.dtype, device=args.device, threads=args.threads)
-    benches = {"turns": bench_turns, "file": bench_file, "fork": bench_fork, "load": bench_load}
+    benches = {
+        "turns": bench_turns,
+        "prefixes": bench_prefixes,
+        "file": bench_file,
+        "fork": bench_fork,
+        "load": bench_load,
+    }
     figures: dict[str, Any] = {}
     for part in args.parts or PARTS:
         figures[part] = benches[part](model, args)

@@ -110,6 +110,31 @@ def measure(model: deltaic.Model, steps: int, context: int) -> dict[str, Any]:
     }
 
 
+def sampling_options(model: deltaic.Model) -> dict[str, float]:
+    """Microseconds (medians) that `Sampler.next` takes for several options, on logits that no cache holds."""
+    vocabulary, prompt = model.config.text.vocab_size, model.prepare(list(range(100, 228)))
+    (hidden,) = model._runner.hidden(prompt, model.new_state(), [128])
+    rows = [model._runner.logits(hidden[i : i + 1])[0] for i in range(64)]  # 64 MB
+    found = {}
+    for name, options in {
+        "greedy": {"temperature": 0.0},
+        "greedy, repetition_penalty": {"temperature": 0.0, "repetition_penalty": 1.1},
+        "top_k 20, top_p 0.95, presence_penalty": {"top_k": 20, "top_p": 0.95, "presence_penalty": 1.5},
+        "min_p 0.05": {"min_p": 0.05},
+        "top_p 0.95": {"top_p": 0.95},
+        "no filter": {},
+    }.items():
+        params = SamplingParams(**{"temperature": 1.0, "seed": 1, **options})
+        sampler = Sampler(model._ops, params, limit=vocabulary, prompt_ids=prompt.token_ids)
+        seconds = []
+        for row in rows:
+            start = perf_counter()
+            sampler.next(row)
+            seconds.append(perf_counter() - start)
+        found[name] = 1e6 * median(seconds)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
@@ -120,6 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     model = deltaic.load(args.model, threads=args.threads, cache_bytes=0)
     facts = measure(model, args.steps, args.context)
+    facts["sampling_options_us"] = sampling_options(model)
     if args.json:
         print(json.dumps(facts))
         return
@@ -137,6 +163,9 @@ def main() -> None:
     for name, row in facts["operators"].items():
         per_call = row["binding_us"] / row["calls"]
         print(f"  {name:18}{row['calls']:5.0f} calls {row['kernel_us']:9.1f} us, binding {per_call:6.2f} us per call")
+    print("choosing a token, logits of the model, with other options:")
+    for name, microseconds in facts["sampling_options_us"].items():
+        print(f"  {name:40}{microseconds:9.1f} us {microseconds / total / 10:6.2f} %")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
-STEPS = ("build", "tests", "sanitizer", "operators", "models")
+STEPS = ("build", "tests", "operators", "models", "sanitizer")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,15 @@ class Report:
         return done.returncode == 0
 
 
+def last_line(command: list[str]) -> str:
+    """The last line that a command prints, or why there is none."""
+    try:
+        lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.splitlines()
+        return lines[-1] if lines else f"{command[0]} says nothing"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command[0]}: {error}"
+
+
 def build(report: Report) -> bool:
     """The extension for this card, into the source tree."""
     import pybind11
@@ -97,12 +106,15 @@ def build(report: Report) -> bool:
 
     major, minor = torch.cuda.get_device_capability()
     folder = "build/gpu"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     configure = [
-        "cmake", "-S", ".", "-B", folder, "-G", "Ninja", "-DDELTAIC_CUDA=ON", f"-DDELTAIC_CUDA_ARCHS={major}{minor}",
+        "cmake", "-S", ".", "-B", folder, *generator, "-DDELTAIC_CUDA=ON", f"-DDELTAIC_CUDA_ARCHS={major}{minor}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python' / 'deltaic'}",
     ]  # fmt: skip
-    return report.command("configure", configure, 120) and report.command("build", ["cmake", "--build", folder], 400)
+    return report.command("configure", configure, 120) and report.command(
+        "build", ["cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1)], 400
+    )
 
 
 def run_tests(report: Report) -> None:
@@ -117,10 +129,11 @@ def run_sanitizer(report: Report) -> None:
         report.add("- compute-sanitizer: LEFT OUT, not installed")
         return
     tests = ["-m", "pytest", "-q", "tests/cuda", "-k", "gpu and not model", "-p", "no:cacheprovider"]
-    for check in ("memcheck", "racecheck", "initcheck"):
+    checks = ("memcheck", "racecheck", "initcheck")
+    for i, check in enumerate(checks):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, *tests]
         environment = {"PYTHONPATH": str(ROOT / "python"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        report.command(f"compute-sanitizer {check}", command, 100, **environment)
+        report.command(f"compute-sanitizer {check}", command, report.left / (len(checks) - i), **environment)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -139,12 +152,14 @@ class Meter:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        call()
+        run, stream = call, torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # uploads what the call needs, so that the graph below holds kernels only
+            call()
         torch.cuda.synchronize()
-        run = call
         if capture:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 call()
             run = graph.replay
         times = []
@@ -167,11 +182,11 @@ def peaks(meter: Meter, ops: Any) -> tuple[float, float]:
     target = ops.zeros([n], "float32")
     copy = 8 * n / meter.seconds(lambda: target.copy_(source))
     side = 64 if meter.emulated else 8192
-    a = ops.zeros([side, side], "float32").to(torch.bfloat16)
+    a = torch.randn(side, side, device=ops.device().torch_device, dtype=torch.bfloat16)  # zeros would cost less power
     return copy, 2 * side**3 / meter.seconds(lambda: torch.matmul(a, a))
 
 
-def random_weight(ops: Any, rows: int, columns: int, format: str, *, glu: bool = False) -> Any:
+def random_weight(ops: Any, rows: int, columns: int, format: str, *, glu: bool = False, count: int = 1) -> Any:
     """A weight of random bytes made on the device: what a product costs does not depend on the numbers."""
     import torch
 
@@ -180,13 +195,16 @@ def random_weight(ops: Any, rows: int, columns: int, format: str, *, glu: bool =
     multiple = 128 if quantised else 8
     stride = -(-columns // multiple) * multiple
     where = dev.torch_device
+    all_rows = rows * count
     if not quantised:
-        q = torch.randn(rows, stride, device=where, dtype=torch.float32 if format == "f32" else torch.bfloat16) * 0.02
-        return ops.Weight([ops.Part(format, rows, columns, stride, q)], 1, glu)
-    q = torch.randint(0, 256, (rows, stride if format == "int8" else stride // 2), device=where, dtype=torch.uint8)
-    s = torch.randint(0, 256, (rows, stride // 32), device=where, dtype=torch.uint8) if format == "int4" else None
-    d = torch.full((rows, stride // 128), 0x0C00, device=where, dtype=torch.int16)  # 2^-12 as a half
-    return ops.Weight([ops.Part(format, rows, columns, stride, q, s, d)], 1, glu)
+        kind = torch.float32 if format == "f32" else torch.bfloat16
+        q = torch.randn(all_rows, stride, device=where, dtype=kind) * 0.02
+        return ops.Weight([ops.Part(format, rows, columns, stride, q)], count, glu)
+    width = stride if format == "int8" else stride // 2
+    q = torch.randint(0, 256, (all_rows, width), device=where, dtype=torch.uint8)
+    s = torch.randint(0, 256, (all_rows, stride // 32), device=where, dtype=torch.uint8) if format == "int4" else None
+    d = torch.full((all_rows, stride // 128), 0x0C00, device=where, dtype=torch.int16)  # 2^-12 as a half
+    return ops.Weight([ops.Part(format, rows, columns, stride, q, s, d)], count, glu)
 
 
 def random_text(ops: Any, size: Size, format: str) -> Any:
@@ -237,54 +255,114 @@ def random_text(ops: Any, size: Size, format: str) -> Any:
 
 
 def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, formats: tuple[str, ...]) -> None:
+    """Every operator of a decoded token, a prompt and a picture. Bytes are those that must be read and written."""
     import numpy as np
+    import torch
 
     copy, peak = peaks(meter, ops)
     report.add(f"\nCopying reaches {copy / 1e9:.0f} GB/s, a bfloat16 product {peak / 1e12:.0f} TFLOP/s.\n")
-    report.add("| operator | shape | format | µs | GB/s | of copying |\n| --- | --- | --- | ---: | ---: | ---: |")
+    report.add("| operator | shape | format | µs | GB/s | of copying | TFLOP/s | of matrix peak |")
+    report.add("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     s = size
+    many = 24 if meter.emulated else 512
 
-    def row(name: str, shape: str, format: str, nbytes: float, call: Any) -> None:
+    def row(name: str, shape: str, format: str, nbytes: float, flops: float, call: Any) -> None:
+        if report.left < 10:
+            report.add(f"| {name} | {shape} | {format} | LEFT OUT, no time left | | | | |")
+            return
         seconds = meter.seconds(call)
-        rate = nbytes / seconds
-        report.add(f"| {name} | {shape} | {format} | {seconds * 1e6:.1f} | {rate / 1e9:.0f} | {rate / copy:.2f} |")
-
-    for format in formats:
-        x = ops.zeros([1, s.hidden], "uint16")
-        norm = ops.upload(np.zeros(s.hidden, np.float32))
-        w = random_weight(ops, 2 * s.inner, s.hidden, format, glu=True)
-        row(
-            "swiglu", f"1x{s.hidden}x{2 * s.inner}", format, w.nbytes, lambda x=x, w=w, n=norm: ops.swiglu(x, w, norm=n)
+        report.add(
+            f"| {name} | {shape} | {format} | {seconds * 1e6:.1f} | {nbytes / seconds / 1e9:.0f} "
+            f"| {nbytes / seconds / copy:.2f} | {flops / seconds / 1e12:.1f} | {flops / seconds / peak:.2f} |"
         )
-        down = random_weight(ops, s.hidden, s.inner, format)
-        y = ops.zeros([1, s.inner], "uint16")
-        row("linear", f"1x{s.inner}x{s.hidden}", format, down.nbytes, lambda y=y, w=down: ops.linear(y, w))
-        head = random_weight(ops, s.vocab, s.hidden, format)
-        row("linear (head)", f"1x{s.hidden}x{s.vocab}", format, head.nbytes, lambda x=x, w=head: ops.linear(x, w))
-        del w, down, head
+
+    def rows_of(T: int, columns: int) -> Any:
+        return torch.randn(T, columns, device=ops.device().torch_device, dtype=torch.bfloat16)
+
+    def vector(*shape: int) -> Any:
+        return ops.upload(np.full(shape, 0.5, np.float32))
+
+    norm = vector(s.hidden)
+    for format in formats:
+        for T in (1, 4, many):
+            x, y = rows_of(T, s.hidden), rows_of(T, s.inner)
+            w = random_weight(ops, 2 * s.inner, s.hidden, format, glu=True)
+            shape, flops = f"{T}x{s.hidden}x{2 * s.inner}", 4.0 * T * s.hidden * s.inner
+            row("swiglu", shape, format, w.nbytes, flops, lambda x=x, w=w: ops.swiglu(x, w, norm=norm))
+            w = random_weight(ops, s.hidden, s.inner, format)
+            shape = f"{T}x{s.inner}x{s.hidden}"
+            row("linear", shape, format, w.nbytes, flops / 2, lambda x=x, y=y, w=w: ops.linear(y, w, residual=x))
+        x, head = rows_of(1, s.hidden), random_weight(ops, s.vocab, s.hidden, format)
+        flops = 2.0 * s.hidden * s.vocab
+        row(
+            "linear (head)", f"1x{s.hidden}x{s.vocab}", format, head.nbytes, flops, lambda x=x, w=head: ops.linear(x, w)
+        )
+        del w, head
+    x = rows_of(many, s.hidden)
+    nbytes = 2.0 * x.numel() * x.element_size()
+    row("rms_norm", f"{many}x{s.hidden}", "bf16", nbytes, 0, lambda: ops.rms_norm(x, norm, 1e-6))
+    row("layer_norm", f"{many}x{s.hidden}", "bf16", nbytes, 0, lambda: ops.layer_norm(x, norm, norm, 1e-6))
+
     C, Hv, D = 2 * s.key_heads * s.width + s.value_heads * s.width, s.value_heads, s.width
-    state = ops.zeros([Hv, D, D], "float32")
-    conv = ops.zeros([3, C], "float32")
-    vectors = [ops.upload(np.ones(shape, np.float32)) for shape in ((4, C), (Hv,), (Hv,), (D,))]
-    for T in (1, 512):
-        proj = ops.zeros([T, C + Hv * D + 2 * Hv], "uint16")
-        call = lambda p=proj, T=T: ops.gated_delta_net(  # noqa: E731
+    state, conv = ops.zeros([Hv, D, D], "float32"), ops.zeros([3, C], "float32")
+    vectors = [vector(4, C), vector(Hv), vector(Hv), vector(D)]
+    for T, traced in ((1, False), (4, True), (many, False)):
+        proj = rows_of(T, C + Hv * D + 2 * Hv)
+        trace = ops.zeros([T, C + s.key_heads * D + Hv * D + Hv], "float32") if traced else None
+        call = lambda p=proj, T=T, trace=trace: ops.gated_delta_net(  # noqa: E731
             p, *vectors, eps=1e-6, num_k_heads=s.key_heads, head_k_dim=D, head_v_dim=D, cu_seqlens=np.array([0, T]),
-            conv_states=[conv], states=[state],
+            conv_states=[conv], states=[state], trace=trace,
         )  # fmt: skip
-        row("gated_delta_net", f"T={T}", "bf16", 2 * Hv * D * D * 4 + 2 * proj.numel(), call)
-    context = 64 if meter.emulated else 8192
+        nbytes = 2 * Hv * D * D * 4 + 2 * proj.numel()
+        row("gated_delta_net" + " (verify)" * traced, f"T={T}", "bf16", nbytes, 6.0 * T * Hv * D * D, call)
+
+    context, block = (64, 64) if meter.emulated else (8192, 128)
     table = ops.BlockTable()
-    for _ in range(context // 64 if meter.emulated else context // 128):
-        table.append(ops.zeros([1, 2, s.kv_heads, 64 if meter.emulated else 128, s.head_dim], "uint16"))
-    q_norm = ops.upload(np.zeros(s.head_dim, np.float32))
-    cos = np.ones((1, s.head_dim // 8), np.float32)
-    proj = ops.zeros([1, 2 * (s.heads + s.kv_heads) * s.head_dim], "uint16")
-    call = lambda: ops.gated_attention(  # noqa: E731
-        proj, q_norm, q_norm, cos, cos, eps=1e-6, num_heads=s.heads, num_kv_heads=s.kv_heads, layer=0,
-        cu_seqlens=np.array([0, 1]), starts=np.array([context - 1]), tables=[table],
+    for _ in range(context // block):
+        table.append(ops.zeros([1, 2, s.kv_heads, block, s.head_dim], "uint16"))
+    head_norm = vector(s.head_dim)
+    for T in (1, 4, many):
+        if context < T:
+            continue
+        proj, cos = rows_of(T, 2 * (s.heads + s.kv_heads) * s.head_dim), vector(T, s.head_dim // 8)
+        call = lambda proj=proj, cos=cos, T=T: ops.gated_attention(  # noqa: E731
+            proj, head_norm, head_norm, cos, cos, eps=1e-6, num_heads=s.heads, num_kv_heads=s.kv_heads, layer=0,
+            cu_seqlens=np.array([0, T]), starts=np.array([context - T]), tables=[table],
+        )  # fmt: skip
+        nbytes, flops = 4.0 * s.kv_heads * s.head_dim * context, 4.0 * T * s.heads * s.head_dim * context
+        row("gated_attention", f"{T} at {context}", "bf16", nbytes, flops, call)
+
+    E, inner, top_k = (8, 16, 2) if meter.emulated else (128, 512, 8)
+    for T in (1, many):
+        x = rows_of(T, s.hidden)
+        experts = {
+            "router": random_weight(ops, E, s.hidden, "bf16"),
+            "gate_up": random_weight(ops, 2 * inner, s.hidden, "bf16", glu=True, count=E),
+            "down": random_weight(ops, s.hidden, inner, "bf16", count=E),
+            "shared_gate_up": random_weight(ops, 2 * inner, s.hidden, "bf16", glu=True),
+            "shared_down": random_weight(ops, s.hidden, inner, "bf16"),
+            "shared_gate": random_weight(ops, 1, s.hidden, "bf16"),
+        }
+        used = min(E, T * top_k) + 1  # expert matrices that are read, if the routes spread
+        call = lambda x=x, w=experts: ops.moe(x, **w, top_k=top_k, norm=norm, eps=1e-6, residual=x)  # noqa: E731
+        nbytes, flops = 6.0 * inner * s.hidden * used, 6.0 * T * (top_k + 1) * inner * s.hidden
+        row("moe", f"{T}, {top_k} of {E}", "bf16", nbytes, flops, call)
+
+    side, V, heads = (4, 32, 2) if meter.emulated else (48, 1024, 16)
+    P = side * side
+    image = torch.zeros(side * 16, side * 16, 3, dtype=torch.uint8, device=ops.device().torch_device)
+    patch = random_weight(ops, V, 3 * 16 * 16, "bf16")
+    call = lambda: ops.patch_embed(  # noqa: E731
+        image, patch, vector_of_patches, positions, patch_size=16, merge_size=2, mean=(0.5,) * 3, std=(0.5,) * 3
     )  # fmt: skip
-    row("gated_attention", f"1 of {context}", "bf16", 4 * s.kv_heads * s.head_dim * context, call)
+    vector_of_patches, positions = vector(V), vector(side * side, V)
+    row("patch_embed", f"{P} patches", "bf16", 3.0 * 256 * P + 6.0 * P * V, 2.0 * P * V * 768, call)
+    qkv, angles = rows_of(P, 3 * V), vector(P, V // heads // 2)
+    call = lambda: ops.vision_attention(  # noqa: E731
+        qkv, angles, angles, num_heads=heads, cu_seqlens=np.array([0, P])
+    )  # fmt: skip
+    row("vision_attention", f"{P} patches", "bf16", 8.0 * P * V, 4.0 * P * P * V, call)
+
     logits = ops.upload(np.random.default_rng(0).normal(size=s.vocab).astype(np.float32))
     none = np.zeros(0, np.int64)
     for k in (20, 0):
@@ -292,14 +370,11 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
             logits, temperature=0.7, top_k=k, top_p=0.8, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
             repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none, limit=s.vocab, uniform=0.5,
         )  # fmt: skip
-        row("sample", f"top_k={k}", "f32", 4 * s.vocab, call)
+        row("sample", f"top_k={k}", "f32", 4.0 * s.vocab, 0, call)
 
 
 def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size], formats: tuple[str, ...]) -> None:
     import torch
-    from deltaic.model.graph import DecodeGraph
-    from deltaic.model.state import State
-    from deltaic.model.weights import weight_bytes
 
     copy, peak = peaks(meter, ops)
     prompt, chunk, steps = (40, 20, 2) if meter.emulated else (2048, 512, 128)
@@ -310,25 +385,40 @@ def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size
             if report.left < 20:
                 report.add(f"| {name} | {format} | LEFT OUT, no time left | | | | |")
                 continue
-            text = random_text(ops, size, format)
-            nbytes = weight_bytes(text.weights) - (0 if size.tied else text.weights.embed.nbytes)
-            state = State(text.config, ops, "bf16")
-            prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
-            graph = DecodeGraph(text, ops)
-            token = int(text.logits(graph.step(1, state)).argmax())
-            start = time.perf_counter()
-            for _ in range(steps):  # with the token read back every time, as in generation
-                token = int(text.logits(graph.step(token, state)).argmax())
-            seconds = (time.perf_counter() - start) / steps
-            parameters = sum(w.shape[0] * w.shape[1] for w in matrices(text.weights))
-            flops = 2 * parameters * prompt / prefill_seconds
-            report.add(
-                f"| {name} | {format} | {nbytes / 1e9:.2f} | {1 / seconds:.1f} | {nbytes / seconds / copy:.2f} "
-                f"| {prompt / prefill_seconds:.0f} | {flops / peak:.2f} |"
-            )
-            del text, state, graph
+            try:
+                measure_model(report, meter, ops, name, size, format, (copy, peak), (prompt, chunk, steps))
+            except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+                report.add(f"| {name} | {format} | does not fit: {str(error).splitlines()[0][:80]} | | | | |")
             if not meter.emulated:
                 torch.cuda.empty_cache()
+
+
+def measure_model(
+    report: Report, meter: Meter, ops: Any, name: str, size: Size, format: str, peaks: tuple[float, float],
+    lengths: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """One line: decoding with the token read back every time, and a prompt in chunks."""
+    from deltaic.model.graph import DecodeGraph
+    from deltaic.model.state import State
+    from deltaic.model.weights import weight_bytes
+
+    (copy, peak), (prompt, chunk, steps) = peaks, lengths
+    text = random_text(ops, size, format)
+    nbytes = weight_bytes(text.weights) - (0 if size.tied else text.weights.embed.nbytes)
+    state = State(text.config, ops, "bf16")
+    prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
+    graph = DecodeGraph(text, ops)
+    token = int(text.logits(graph.decode([1], [state])).argmax())
+    start = time.perf_counter()
+    for _ in range(steps):  # with the token read back every time, as in generation
+        token = int(text.logits(graph.decode([token], [state])).argmax())
+    seconds = (time.perf_counter() - start) / steps
+    parameters = sum(w.shape[0] * w.shape[1] for w in matrices(text.weights))
+    flops = 2 * parameters * prompt / prefill_seconds
+    report.add(
+        f"| {name} | {format} | {nbytes / 1e9:.2f} | {1 / seconds:.1f} | {nbytes / seconds / copy:.2f} "
+        f"| {prompt / prefill_seconds:.0f} | {flops / peak:.2f} |"
+    )
 
 
 def prefill(text: Any, state: Any, prompt: int, chunk: int) -> Any:
@@ -368,7 +458,8 @@ def main() -> int:
         return 2
     card = "emulator (rehearsal: the figures mean nothing)" if args.rehearse else torch.cuda.get_device_name()
     report.add(f"# deltaic on {card}\n")
-    report.add(f"torch {torch.__version__}, CUDA {torch.version.cuda}\n")
+    report.add(f"torch {torch.__version__}, CUDA {torch.version.cuda}; {last_line(['git', 'rev-parse', 'HEAD'])}\n")
+    report.add(last_line(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv"]))
     wanted = [step for step in STEPS if step not in args.skip]
     if args.rehearse:
         import emulator
@@ -381,8 +472,6 @@ def main() -> int:
         ok = build(report)
     if ok and "tests" in wanted:
         run_tests(report)
-    if ok and "sanitizer" in wanted:
-        run_sanitizer(report)
     if ok:
         from deltaic.ops import cuda
 
@@ -393,6 +482,8 @@ def main() -> int:
         if "models" in wanted:
             sizes = {"tiny": TINY} if args.rehearse else {name: SIZES[name] for name in args.sizes}
             measure_models(report, meter, cuda, sizes, formats)
+    if ok and "sanitizer" in wanted:  # last: it takes what time is left
+        run_sanitizer(report)
     file = args.report or ROOT / "build" / f"gpu-{card.split(' (')[0].replace(' ', '-')}.md"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(report.lines) + "\n")

@@ -66,6 +66,8 @@
     X(log_softmax_top,                                                                                                 \
       "logits f32[V]; limit int; k int; token int; logprob f32![1]; top_ids i64![k]; top_logprobs f32![k]",            \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \
+    X(bpe_merge, "ids i64[n]; begins i64[p]; slots i64[s]; pairs i64[m]; merged i64[m]; out i64![n]; count i64![1]",   \
+      (View ids, View begins, View slots, View pairs, View merged, View out, View count))                              \
     X(checksum, "data u8[_]; first int; sum i64![1]", (View data, int64_t first, View sum))                            \
     X(probe_read, "data u8[_]; sum i64![1]", (View data, View sum))                                                    \
     X(probe_peak, "kind int; rounds int; operations i64![1]", (int64_t kind, int64_t rounds, View operations))

@@ -49,6 +49,13 @@ def tiny_moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny_moe"), moe=True)
 
 
+@pytest.fixture(scope="session", params=["dense", "moe"])
+def tiny_mtp_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_folder` and `tiny_moe_folder`, with an MTP layer, which predicts nothing."""
+    moe = request.param == "moe"
+    return tiny.add_mtp(tiny.write_checkpoint(tmp_path_factory.mktemp("tiny_mtp"), moe=moe))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Path, device: str) -> Model:
     """The tiny checkpoint in float32, on every op set."""

@@ -21,7 +21,9 @@ def test_measure(monkeypatch, tiny_folder, device):
     json.dumps(facts)
     for name in ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "latency_p50_ms"):
         assert facts[name] > 0
-    assert facts["latency_p99_ms"] >= facts["latency_p50_ms"]
+    percentiles = [facts[f"latency_{name}_ms"] for name in ("p50", "p90", "p99", "max")]
+    assert percentiles == sorted(percentiles)
+    assert 0 <= facts["disturbed_tokens"] <= 2 * 4
     assert facts["dtype"] == "bf16"
     assert (facts["prompt_tokens"], facts["new_tokens"], facts["repeat"]) == (20, 5, 2)
     if device == "cpu":
@@ -110,6 +112,30 @@ def test_lengths_beyond_the_context(tiny_model):
         benchmark.measure(lambda: tiny_model, prompt=2047, new=2, repeat=1)
     with pytest.raises(ArgumentError):
         benchmark.measure(lambda: tiny_model, prompt=1.5, new=2, repeat=1)
+
+
+def test_disturbed_tokens_are_counted_apart(monkeypatch, tiny_model):
+    monkeypatch.setattr(benchmark, "PROBE_BYTES", 1 << 20)
+    counts = iter(range(0, 10**6, 1))
+    monkeypatch.setattr(benchmark, "preemptions", lambda: 10 * next(counts))
+    facts = benchmark.measure(lambda: tiny_model, prompt=4, new=4, repeat=2)
+    assert facts["disturbed_tokens"] == 6
+    assert facts["latency_p99_undisturbed_ms"] is None
+    monkeypatch.setattr(benchmark, "preemptions", lambda: 3)
+    facts = benchmark.measure(lambda: tiny_model, prompt=4, new=4, repeat=1)
+    assert facts["disturbed_tokens"] == 0
+    assert facts["latency_p99_undisturbed_ms"] == facts["latency_p99_ms"]
+
+
+def test_the_probe_is_not_in_the_memory(monkeypatch, tiny_folder):
+    pytest.importorskip("deltaic.ops.cpu")
+    if resident_bytes() is None:
+        pytest.skip("this system does not tell")
+    monkeypatch.setattr(benchmark, "_PEAK_SECONDS", 1e-4)
+    model = deltaic.load(tiny_folder, device="cpu", cache_bytes=0)
+    before = resident_bytes()["private"]
+    facts = benchmark.measure(lambda: model, prompt=4, new=3, repeat=1)
+    assert facts["memory"]["private"] - before < benchmark.PROBE_BYTES / 2
 
 
 def test_resident_memory(tmp_path):

@@ -143,5 +143,26 @@ def write_checkpoint(folder: Path, *, moe: bool = False) -> Path:
     return folder
 
 
+def add_mtp(folder: Path, seed: int = 0) -> Path:
+    """Give the checkpoint in `folder` an MTP layer, of random float32 tensors, and return the folder."""
+    import numpy as np
+    from deltaic.model.config import load_config
+    from deltaic.weights.names import expected_tensors
+    from safetensors.numpy import load_file, save_file
+
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    write_json(config_file, config)
+    rng = np.random.default_rng(seed)
+    tensors = load_file(folder / "model.safetensors")
+    for name, spec in expected_tensors(load_config(folder), ["mtp.fc.weight", *tensors]).items():
+        if name.startswith("mtp."):
+            scale = spec.shape[-1] ** -0.5 if len(spec.shape) > 1 else 0.2
+            tensors[name] = (scale * rng.normal(size=spec.shape)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))

@@ -38,9 +38,16 @@ struct Passed<const Matrices&> {
     static const Matrices& convert(const Matrices& value) { return value; }
 };
 
+#if defined(DELTAIC_EMULATE)
+struct DeviceGuard {};
+#endif
+
 template <class... A>
 void define(py::module_& m, const char* name, void (*function)(A...)) {
-    m.def(name, [function](typename Passed<A>::type... values) { function(Passed<A>::convert(values)...); });
+    m.def(name, [function](typename Passed<A>::type... values) {
+        [[maybe_unused]] const DeviceGuard guard;
+        function(Passed<A>::convert(values)...);
+    });
 }
 
 const char* const kFormats[] = {"f32", "bf16", "int8", "int4"};  // order of enum Format
@@ -126,5 +133,6 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
     m.def("driver_version", &driver_version);
     m.def("device_problem", &device_problem);
     m.def("has_kernels", &has_kernels);
+    m.def("use_device", &use_device);
 #endif
 }

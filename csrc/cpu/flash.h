@@ -24,8 +24,6 @@ constexpr int kFlashRows = kTileTokens >= 12 ? 12 : kTileTokens >= 2 ? 6 : 2;
 constexpr int64_t kFlashKeys = 128;  // keys in one step: with 256 dimensions they fit the second-level cache
 constexpr float kLog2E = 1.44269504088896341f;
 
-DELTAIC_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
 // How numbers lie in memory: rows of keys, values or queries.
 enum class Stored { f32, bf16 };
 constexpr int64_t stored_bytes(Stored format) { return format == Stored::f32 ? 4 : 2; }

@@ -23,10 +23,11 @@ constexpr int64_t kTaps = 4;
 constexpr int64_t kChunk = 64;                  // tokens whose q, k, v are prepared at a time
 constexpr int64_t kInPlace = 4;                 // up to so many tokens the copy of S into a dense block does not pay
 constexpr int kColumns = kWidth == 16 ? 4 : 2;  // vectors of 16 columns in one block: accumulators fill the registers
-constexpr int64_t kAhead = 8;                   // rows fetched ahead: the hardware does not follow such strides
-constexpr float kL2Eps = 1e-6f;                 // fixed by the model, not rms_norm_eps
-constexpr float kSmallestExponent = -87.3f;     // below it e^x is subnormal
-constexpr int64_t kVerified = kChunk;           // rows of a sequence that a verify step may have
+constexpr int kWide = kWidth == 16 ? 8 : 2;  // the same where one token passes over S once: rows are read as they lie
+constexpr int64_t kAhead = 8;                // rows fetched ahead: the hardware does not follow such strides
+constexpr float kL2Eps = 1e-6f;              // fixed by the model, not rms_norm_eps
+constexpr float kSmallestExponent = -87.3f;  // below it e^x is subnormal
+constexpr int64_t kVerified = kChunk;        // rows of a sequence that a verify step may have
 
 struct Gates {
     float decay, beta, kq;  // e^g, beta, k.q
@@ -152,8 +153,9 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
     const int64_t k_width = padded(Dk), v_width = padded(Dv);
     const bool in_place = n <= (dv ? 1 : kInPlace) && Dv % 16 == 0;
     for (int64_t c = 0; c < v_width;) {
+        const bool wide = in_place && n == 1 && v_width - c >= kWide * 16;
         const bool full = v_width - c >= kColumns * 16;
-        const int64_t columns = full ? kColumns * 16 : 16;
+        const int64_t columns = wide ? kWide * 16 : full ? kColumns * 16 : 16;
         float* block = in_place ? S + c : dense;
         const int64_t stride = in_place ? Dv : columns;
         if (!in_place) {
@@ -162,7 +164,9 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
                     store(dense + d * columns + b, load_n(S + d * Dv + c + b, Dv - c - b));
         }
         const Errors errors{dv ? dv + c : nullptr, dv_stride, Dv - c};
-        if (full) {
+        if (wide) {
+            delta_rule<kWide>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
+        } else if (full) {
             delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
         } else {
             delta_rule<1>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);

@@ -6,59 +6,220 @@ namespace DELTAIC_ISA {
 
 namespace {
 
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
 template <int NB, int NT>
-void multiply_tile(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* out) {
-    f32x16 acc[NB][NT];
-    for (int b = 0; b < NB; ++b)
-        for (int t = 0; t < NT; ++t) acc[b][t] = zero();
-    switch (format) {
-        case Format::f32:
-            tile_f32<NB, NT>(reinterpret_cast<const float*>(w), stride / 4, 16, a.x, a.K, a.K, acc);
-            break;
-        case Format::bf16:
-            tile_bf16<NB, NT>(w, stride, a.x, a.K, a.K, acc);
-            break;
-        case Format::int8:
-            tile_int8<NB, NT>(w, stride, a, acc);
-            break;
-        case Format::int4:
-            tile_int4<NB, NT>(w, stride, a, acc);
-            break;
+DELTAIC_INLINE void clear(f32x16 (&acc)[NB][NT]) {
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[b][t] = zero();
+}
+
+template <int NB, int NT>
+DELTAIC_INLINE void store_sums(const f32x16 (&acc)[NB][NT], float* sums) {
+    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b)
+        store(sums + t * kSumStride + b * 16, acc[b][t]);
+}
+
+// --- integers
+
+constexpr int kPanelTokens = 6;                               // tokens of a register tile
+constexpr int kPanelBlocks = kParts == 1 ? kGroupBlocks : 1;  // blocks of it: 24 of 32 registers are sums
+
+// Bytes of the lines of a run and of all lines; then come the scales (int4) and d.
+struct Layout {
+    int64_t line_bytes, scales, halves;
+    DELTAIC_INLINE Layout(Format format, int64_t runs)
+        : line_bytes(format == Format::int8 ? 2048 : 1024),
+          scales(runs * line_bytes),
+          halves(format == Format::int8 ? scales : runs * 1088) {}
+};
+
+// A block with NT tokens, all runs: one stream of weights.
+template <int NT>
+void stream_block(Format format, const uint8_t* w, const Activations& a, float* sums) {
+    constexpr int64_t far = 16384;  // bytes: the time of one access to memory, and some
+    const Layout at(format, a.runs);
+    f32x16 acc[1][NT], d[1];
+    clear<1, NT>(acc);
+    for (int64_t run = 0; run < a.runs; ++run) {
+        i32x16 sum[1][NT];
+        const int64_t token = run * a.stride;
+        if (format == Format::int8) {
+            run_int8<true, 1, NT>(w + run * 2048, 0, far, a.quads(run), a.run_sum + token, sum);
+        } else {
+            run_int4<true, 1, NT>(w + run * 1024, w + at.scales + run * 64, 0, far, a.quads(run),
+                                  a.group_bias + token * 8, sum);
+        }
+        load_halves<1>(w + at.halves + run * 32, 0, d);
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[0][t] = add_run(acc[0][t], sum[0][t], a.scale[token + t], d[0]);
     }
-    for (int t = 0; t < NT; ++t)
-        for (int b = 0; b < 2; ++b) store(out + t * 32 + b * 16, b < NB ? acc[b < NB ? b : 0][t] : zero());
+    store_sums<1, NT>(acc, sums);
+}
+
+void few_tokens(Format format, const uint8_t* w, const Activations& a, float* sums) {
+    switch (a.T) {
+        case 1:
+            return stream_block<1>(format, w, a, sums);
+        case 2:
+            return stream_block<2>(format, w, a, sums);
+        case 3:
+            return stream_block<3>(format, w, a, sums);
+        case 4:
+            return stream_block<4>(format, w, a, sums);
+        case 5:
+            return stream_block<5>(format, w, a, sums);
+        case 6:
+            return stream_block<6>(format, w, a, sums);
+        case 7:
+            return stream_block<7>(format, w, a, sums);
+        default:
+            return stream_block<8>(format, w, a, sums);
+    }
+}
+
+// One run of NB blocks with NT tokens. A function of its own, for all registers.
+template <int NB, int NT>
+__attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, const uint8_t* scales,
+                                        const uint8_t* halves, int64_t line_stride, int64_t stride, int64_t run,
+                                        const Activations& a, float* sums) {
+    i32x16 sum[NB][NT];
+    const int64_t token = run * a.stride;
+    if (kExpandsInt4 || format == Format::int8) {
+        run_int8<false, NB, NT>(lines, line_stride, 0, a.quads(run), a.run_sum + token, sum);
+    } else {
+        run_int4<false, NB, NT>(lines, scales, stride, 0, a.quads(run), a.group_bias + token * 8, sum);
+    }
+    f32x16 d[NB];
+    load_halves<NB>(halves, stride, d);
+    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        float* const total = sums + t * kSumStride + b * 16;
+        store(total, add_run(load(total), sum[b][t], a.scale[token + t], d[b]));
+    }
+}
+
+// All tokens, one run after another: the weights of a run stay in the first-level cache, the tokens pass by in order.
+template <int NB>
+void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums, uint8_t* form) {
+    const Layout at(format, a.runs);
+    for (int64_t t = 0; t < a.T; ++t)
+        for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
+    for (int64_t run = 0; run < a.runs; ++run) {
+        const uint8_t *lines = w + run * at.line_bytes, *scales = w + at.scales + run * 64;
+        const uint8_t* const halves = w + at.halves + run * 32;
+        int64_t line_stride = stride;
+        if (run + 1 < a.runs)
+            for (int b = 0; b < NB; ++b)
+                for (int64_t i = 0; i < at.line_bytes; i += 64) prefetch_far(lines + b * stride + at.line_bytes + i);
+        if (kExpandsInt4 && format == Format::int4) {
+            line_stride = kRun * kBlockRows;
+            for (int b = 0; b < NB; ++b) expand_int4(lines + b * stride, scales + b * stride, form + b * line_stride);
+            lines = form;
+        }
+        int64_t t = 0;
+        const auto tile = [&](auto tokens) {
+            constexpr int NT = decltype(tokens)::value;
+            run_tile<NB, NT>(format, lines, scales, halves, line_stride, stride, run, a.rows(t, NT),
+                             sums + t * kSumStride);
+            t += NT;
+        };
+        while (a.T - t >= kPanelTokens) tile(Count<kPanelTokens>{});
+        switch (a.T - t) {
+            case 5:
+                tile(Count<5>{});
+                break;
+            case 4:
+                tile(Count<4>{});
+                break;
+            case 3:
+                tile(Count<3>{});
+                break;
+            case 2:
+                tile(Count<2>{});
+                break;
+            case 1:
+                tile(Count<1>{});
+                break;
+            default:
+                break;
+        }
+    }
+}
+
+void multiply_integers(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a,
+                       float* sums, uint8_t* form) {
+    for (int64_t b = 0; b < blocks;) {
+        const int64_t left = blocks - b;
+        const uint8_t* block = w + b * stride;
+        float* out = sums + b * 16;
+        if (a.T <= kFewTokens) {
+            few_tokens(format, block, a, out), b += 1;
+        } else if (left >= kPanelBlocks) {
+            many_tokens<kPanelBlocks>(format, block, stride, a, out, form), b += kPanelBlocks;
+        } else {
+            many_tokens<1>(format, block, stride, a, out, form), b += 1;
+        }
+    }
+}
+
+// --- floats
+
+template <int NB, int NT>
+void float_tile(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums) {
+    f32x16 acc[NB][NT];
+    clear<NB, NT>(acc);
+    if (format == Format::f32) {
+        tile_f32<NB, NT>(reinterpret_cast<const float*>(w), stride / 4, 16, a.x, a.K, a.K, acc);
+    } else {
+        tile_bf16<NB, NT>(w, stride, a.x, a.K, a.K, acc);
+    }
+    store_sums<NB, NT>(acc, sums);
 }
 
 template <int NB>
-void multiply(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* out) {
+void multiply_floats(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums) {
     int64_t t = 0;
-    if constexpr (kTileTokens >= 12) {
-        for (; t + 12 <= a.T; t += 12) multiply_tile<NB, 12>(format, w, stride, a.rows(t, 12), out + t * 32);
-        for (; t + 6 <= a.T; t += 6) multiply_tile<NB, 6>(format, w, stride, a.rows(t, 6), out + t * 32);
+    const auto tile = [&](auto tokens) {
+        constexpr int NT = decltype(tokens)::value;
+        float_tile<NB, NT>(format, w, stride, a.rows(t, NT), sums + t * kSumStride);
+        t += NT;
+    };
+    while (a.T - t >= kTileTokens) tile(Count<kTileTokens>{});
+    if constexpr (kTileTokens > 8) {
+        if (a.T - t >= 8) tile(Count<8>{});
     }
-    if constexpr (kTileTokens >= 2) {
-        for (; t + 2 <= a.T; t += 2) multiply_tile<NB, 2>(format, w, stride, a.rows(t, 2), out + t * 32);
+    if constexpr (kTileTokens > 4) {
+        if (a.T - t >= 4) tile(Count<4>{});
     }
-    for (; t < a.T; ++t) multiply_tile<NB, 1>(format, w, stride, a.rows(t, 1), out + t * 32);
+    if constexpr (kTileTokens > 3) {
+        if (a.T - t >= 3) tile(Count<3>{});
+    }
+    if constexpr (kTileTokens > 2) {
+        if (a.T - t >= 2) tile(Count<2>{});
+    }
+    if (a.T - t >= 1) tile(Count<1>{});
 }
 
 }  // namespace
 
-void multiply_blocks(Format format, int blocks, const uint8_t* w, int64_t stride, const Activations& a, float* out) {
-    if (blocks == 2) {
-        multiply<2>(format, w, stride, a, out);
+void multiply_blocks(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
+                     uint8_t* form) {
+    if (integer_product(format)) {
+        multiply_integers(format, blocks, w, stride, a, sums, form);
+    } else if (blocks == 2) {
+        multiply_floats<2>(format, w, stride, a, sums);
     } else {
-        multiply<1>(format, w, stride, a, out);
+        multiply_floats<1>(format, w, stride, a, sums);
     }
 }
 
-void expand_block(Format stored, Format working, const uint8_t* w, int64_t K, uint8_t* out) {
+void expand_block(Format stored, const uint8_t* w, int64_t K, float* out) {
     const int64_t runs = ceil_div(K, kRun);
-    if (working == Format::int8) return expand_int4(w, runs, out);
-    float* y = reinterpret_cast<float*>(out);
     for (int64_t k = 0; k < K; ++k)
         for (int64_t lane = 0; lane < 16; ++lane)
-            y[k * 16 + lane] = stored == Format::int8 ? element_int8(w, runs, k, lane) : element_int4(w, runs, k, lane);
+            out[k * 16 + lane] =
+                stored == Format::int8 ? element_int8(w, runs, k, lane) : element_int4(w, runs, k, lane);
 }
 
 }  // namespace DELTAIC_ISA

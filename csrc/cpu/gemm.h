@@ -9,6 +9,8 @@
 namespace deltaic {
 namespace DELTAIC_ISA {
 
+constexpr int64_t kFewTokens = 8;  // up to here a product streams weights from memory through registers
+
 // acc[b][t] += sum_k w[b * block_stride + k * k_stride + (0..15)] * x[t * x_stride + k]
 template <int NB, int NT>
 DELTAIC_INLINE void tile_f32(const float* w, int64_t block_stride, int64_t k_stride, const float* x, int64_t x_stride,
@@ -31,7 +33,7 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
         f32x16 first[NB], second[NB];
         for (int b = 0; b < NB; ++b) {
             const uint8_t* p = w + b * block_stride + k * 32;
-            if (NT == 1) prefetch_far(p + NB * block_stride);  // the same place in the next blocks
+            if (NT <= kFewTokens) prefetch_far(p + NB * block_stride);  // the same place in the next blocks
             first[b] = load_pair_first(p);
             second[b] = load_pair_second(p);
         }
@@ -48,71 +50,78 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
     }
 }
 
-// Products of `blocks` (1 or 2) neighbouring blocks of 16 rows, `stride` bytes apart, with every row of `a`: out
-// [T][32], the 16 sums of the first block and then those of the second. Compiled once: the callers differ only in what
-// they do with the sums.
-void multiply_blocks(Format format, int blocks, const uint8_t* w, int64_t stride, const Activations& a, float* out);
+// Blocks that multiply_blocks takes at a time: their runs fit the first-level cache together.
+constexpr int64_t kGroupBlocks = 4;
 
-// From this many tokens on it pays to expand int4 blocks to int8 once per panel.
-constexpr int64_t kExpandTokens = 8;
+// How the blocks of a segment are read: as they lie in memory, or expanded to float into scratch memory first.
+DELTAIC_INLINE Format working_format(const Weight& w, Format stored) {
+    return w.float_activations && (stored == Format::int8 || stored == Format::int4) ? Format::f32 : stored;
+}
+DELTAIC_INLINE bool integer_product(Format working) { return working == Format::int8 || working == Format::int4; }
 
-// How the blocks of a segment are read: as they lie in memory, or expanded into scratch memory first.
-DELTAIC_INLINE Format working_format(const Weight& w, Format stored, int64_t T) {
-    if (stored != Format::int8 && stored != Format::int4) return stored;
-    if (w.float_activations) return Format::f32;
-    return stored == Format::int4 && T >= kExpandTokens && kBias != 0 ? Format::int8 : stored;
+// Tokens whose activations stay in the second-level cache while many row blocks pass over them. Integer products go
+// through the tokens once per run of columns, in order: they want as many as will do.
+DELTAIC_INLINE int64_t panel_tokens(Format working, int64_t K) {
+    if (integer_product(working)) return 516;
+    return max64(24, (int64_t{1} << 17) / max64(K, 1) / 12 * 12);
 }
 
-// Scratch bytes that one thread needs to expand a pair of blocks.
-DELTAIC_INLINE int64_t expand_bytes(const Weight& w, int64_t T) {
+// Bytes of work space that one thread needs to multiply with T tokens: sums, and weights on their way to another form.
+DELTAIC_INLINE int64_t work_bytes(const Weight& w, int64_t T) {
     int64_t bytes = 0;
     for (int s = 0; s < w.segments; ++s) {
-        const Format format = working_format(w, w.segment[s].format, T);
-        if (format != w.segment[s].format) bytes = max64(bytes, 2 * block_bytes(format, w.columns));
+        const Format working = working_format(w, w.segment[s].format);
+        const int64_t sums = min64(T, panel_tokens(working, w.columns)) * kSumStride * 4;
+        int64_t form = 0;
+        if (working != w.segment[s].format) form = 2 * block_bytes(working, w.columns);
+        if (working == Format::int4 && kExpandsInt4 && T > kFewTokens) form = kGroupBlocks * kRun * kBlockRows;
+        bytes = max64(bytes, sums + form);
     }
-    return bytes;
+    return round_up(bytes, 64);
 }
 
-// One block of format `stored` as one of format `working`.
-void expand_block(Format stored, Format working, const uint8_t* w, int64_t K, uint8_t* out);
+// sums [T][kSumStride]: the 16 sums of each of `blocks` neighbouring blocks (at most kGroupBlocks; at most 2 of float
+// formats), `stride` bytes apart, with every row of `a`. `form` is work space for weights. Compiled once: the callers
+// differ only in what they do with the sums.
+void multiply_blocks(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
+                     uint8_t* form);
 
-// Tokens whose activations stay in the second-level cache while many row blocks pass over them.
-DELTAIC_INLINE int64_t panel_tokens(Format format, int64_t K) {
-    const int64_t bytes = (format == Format::int8 || format == Format::int4 ? 1 : 4) * max64(K, 1);
-    return max64(24, (int64_t{1} << 19) / bytes / 12 * 12);
-}
-
-constexpr int64_t kSumTokens = 48;  // rows of sums that wait in the first-level cache for the caller
+// One block of an integer format as one of format f32.
+void expand_block(Format stored, const uint8_t* w, int64_t K, float* out);
 
 // Multiplies blocks of one expert of a matrix with all rows of `a`, over pairs of blocks [first_pair, last_pair)
 // counted through all segments: emit(segment, pair within the segment, token, sums of the even block, sums of the odd
-// block). `expanded` has expand_bytes(w, a.T) bytes that belong to this thread.
+// block). `work` has work_bytes(w, a.T) bytes that belong to this thread.
 template <class Emit>
 DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t first_pair, int64_t last_pair,
-                                   const Activations& a, uint8_t* expanded, const Emit& emit) {
+                                   const Activations& a, uint8_t* work, const Emit& emit) {
     int64_t before = 0;
     for (int s = 0; s < w.segments; ++s) {
         const Segment& g = w.segment[s];
         const int64_t pairs = ceil_div(g.blocks, 2);
-        const Format format = working_format(w, g.format, a.T);
-        const int64_t stride = block_bytes(format, a.K), panel = panel_tokens(format, a.K);
+        const Format format = working_format(w, g.format);
+        const int64_t stride = block_bytes(format, a.K), panel = min64(a.T, panel_tokens(format, a.K));
+        const int64_t together = integer_product(format) ? kGroupBlocks / 2 : 1;
+        const int64_t last = min64(last_pair - before, pairs);
+        float* const sums = reinterpret_cast<float*>(work);
+        uint8_t* const form = work + panel * kSumStride * 4;
         for (int64_t begin = 0; begin < a.T; begin += panel) {
-            const int64_t end = min64(begin + panel, a.T);
-            for (int64_t p = max64(first_pair - before, 0); p < min64(last_pair - before, pairs); ++p) {
+            const int64_t count = min64(panel, a.T - begin);
+            for (int64_t p = max64(first_pair - before, 0); p < last; p += together) {
+                const int64_t blocks = min64(2 * min64(together, last - p), g.blocks - 2 * p);
                 const uint8_t* block = w.block(s, expert, 2 * p);
-                const bool both = 2 * p + 1 < g.blocks;
                 if (format != g.format) {
-                    for (int b = 0; b <= (both ? 1 : 0); ++b)
-                        expand_block(g.format, format, w.block(s, expert, 2 * p + b), a.K, expanded + b * stride);
-                    block = expanded;
+                    for (int64_t b = 0; b < blocks; ++b)
+                        expand_block(g.format, w.block(s, expert, 2 * p + b), a.K,
+                                     reinterpret_cast<float*>(form + b * stride));
+                    block = form;
                 }
-                alignas(64) float sums[kSumTokens * 32];
-                for (int64_t t = begin; t < end; t += kSumTokens) {
-                    const int64_t count = min64(kSumTokens, end - t);
-                    multiply_blocks(format, both ? 2 : 1, block, stride, a.rows(t, count), sums);
-                    for (int64_t i = 0; i < count; ++i)
-                        emit(s, p, t + i, load(sums + i * 32), load(sums + i * 32 + 16));
-                }
+                multiply_blocks(format, blocks, block, stride, a.rows(begin, count), sums, form);
+                for (int64_t b = 0; b < blocks; b += 2)
+                    for (int64_t i = 0; i < count; ++i) {
+                        const float* both = sums + i * kSumStride + b * 16;
+                        emit(s, p + b / 2, begin + i, load(both), b + 1 < blocks ? load(both + 16) : zero());
+                    }
             }
         }
         before += pairs;
@@ -128,7 +137,28 @@ DELTAIC_INLINE int64_t count_pairs(const Weight& w) {
 // Pairs that a thread takes at a time: about 256 KiB of weights, but at least four portions for each thread.
 DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int threads) {
     const int64_t bytes = 2 * block_bytes(w.segment[0].format, w.columns);
-    return max64(1, min64((int64_t{1} << 18) / max64(bytes, 1), pairs / (4 * threads)));
+    const int64_t grain = max64(1, min64((int64_t{1} << 18) / max64(bytes, 1), pairs / (4 * threads)));
+    return grain > 1 ? grain / 2 * 2 : 1;
+}
+
+// multiply_pairs over a whole matrix, on all threads. Few pairs and many tokens are split by tokens as well.
+template <class Emit>
+DELTAIC_INLINE void multiply_all(const Weight& w, const Activations& a, const Emit& emit) {
+    const int threads = thread_count();
+    const int64_t pairs = count_pairs(w), T = a.T;
+    const int64_t wanted = ceil_div(16 * threads, max64(pairs, 1)), slices = max64(1, min64(wanted, T / 96));
+    const int64_t slice = slices > 1 ? round_up(ceil_div(T, slices), 12) : T, room = work_bytes(w, slice);
+    uint8_t* const work = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * threads)));
+    const int64_t grain = T > kFewTokens ? min64(2, pairs) : pair_grain(w, pairs, threads);
+    parallel_for(ceil_div(T, max64(slice, 1)) * pairs, grain, [&](int64_t begin, int64_t end, int thread) {
+        while (begin < end) {
+            const int64_t t = begin / pairs * slice, first = begin % pairs, last = min64(pairs, first + end - begin);
+            multiply_pairs(
+                w, 0, first, last, a.rows(t, min64(slice, T - t)), work + thread * room,
+                [&](int s, int64_t pair, int64_t i, f32x16 even, f32x16 odd) { emit(s, pair, t + i, even, odd); });
+            begin += last - first;
+        }
+    });
 }
 
 // y[t] = (1 + weight) * x[t] / sqrt(mean(x[t]^2) + eps), one row

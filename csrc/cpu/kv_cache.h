@@ -53,12 +53,12 @@ struct Constant {
 
 // Register tiles of the decode path: keys x query rows of a dot product; query rows x groups of 16 dimensions of the
 // sum.
-constexpr int kDotKeys = kTileTokens >= 12 ? 4 : kTileTokens >= 2 ? 2 : 1;
+constexpr int kDotKeys = kTileTokens >= 2 ? 2 : 1;
 constexpr int kDotRows = kTileTokens >= 12 ? 4 : 2;
 constexpr int kSumGroups = kTileTokens >= 12 ? 4 : 1;
 constexpr int64_t kPieceRows = 16;  // query rows that share one pass over the keys
-constexpr int64_t kAhead =
-    64;  // keys or values between the one that is worked on and the one that is called from memory
+constexpr int64_t kAhead = 16;  // keys or values between what is worked on and what is called from memory  // keys or
+                                // values between the one that is worked on and the one that is called from memory
 
 // sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys; q [rows][q_stride], zero past D.
 // `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware
@@ -170,6 +170,8 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
                                  float* scores, float* out, float* highest, float* total) {
     const int64_t dims = round_up(D, 16), stride = kLongPiece, p_stride = stride * Products::kNumbers;
     using Number = typename Products::Number;
+    for (int64_t k = 0; k < min64(kAhead, piece.keys); ++k)
+        for (int64_t byte = 0; byte < keys.row_bytes; byte += 64) prefetch_far(keys.row(piece.first + k) + byte);
     for (int64_t row0 = 0; row0 < rows; row0 += kPieceRows) {
         const int64_t n = min64(kPieceRows, rows - row0), last = piece.visible(row0 + n - 1);
         if (last == 0) continue;

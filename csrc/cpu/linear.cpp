@@ -9,10 +9,10 @@ namespace DELTAIC_ISA {
 
 namespace {
 
-// One row as int8: x ~ scale * q for each run of 128 columns; columns past K are zero.
-void quantise_row(const float* x, int64_t K, int64_t runs, int8_t* q, float* scale, int32_t* run_sum,
-                  int32_t* group_sum) {
-    for (int64_t run = 0; run < runs; ++run) {
+// Row t as int8: x ~ scale * q for each run of 128 columns; columns past K are zero.
+void quantise_row(const float* x, int64_t K, const Activations& a, int64_t t) {
+    for (int64_t run = 0; run < a.runs; ++run) {
+        const int64_t i = run * a.stride + t;
         const float* p = x + run * kRun;
         const int64_t columns = min64(kRun, K - run * kRun);
         f32x16 v[8], largest = zero();
@@ -22,13 +22,16 @@ void quantise_row(const float* x, int64_t K, int64_t runs, int8_t* q, float* sca
         }
         const float amax = reduce_max(largest);
         const float step = amax / 127.0f, inverse = amax > 0 ? 127.0f / amax : 0.0f;
+        int8_t* q = const_cast<int8_t*>(a.q) + i * kWordBytes;
+        int16_t* bias = const_cast<int16_t*>(a.group_bias) + i * 8;
         int32_t sum = 0;
         for (int64_t g = 0; g < 8; ++g) {
-            group_sum[run * 8 + g] = store_int8(q + run * kRun + g * 16, mul(v[g], set1(inverse)));
-            sum += group_sum[run * 8 + g];
+            const int32_t of_group = store_int8(q + g * 16, mul(v[g], set1(inverse)));
+            bias[g] = static_cast<int16_t>(-8 * of_group);
+            sum += of_group;
         }
-        scale[run] = step;
-        run_sum[run] = sum;
+        const_cast<float*>(a.scale)[i] = step;
+        const_cast<int32_t*>(a.run_sum)[i] = sum;
     }
 }
 
@@ -39,9 +42,6 @@ Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, 
     if (!norm) a.x = x;
     if (!norm && !integers) return a;
     float* normed = const_cast<float*>(a.x);
-    int8_t* q = const_cast<int8_t*>(a.q);
-    float* scale = const_cast<float*>(a.scale);
-    int32_t *run_sum = const_cast<int32_t*>(a.run_sum), *group_sum = const_cast<int32_t*>(a.group_sum);
     parallel_for(T, max64(1, 16384 / max64(K, 1)), [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) {
             const float* row = x + t * K;
@@ -49,9 +49,7 @@ Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, 
                 rms_norm_row(row, norm.f32(), K, eps, normed + t * K);
                 row = normed + t * K;
             }
-            if (integers)
-                quantise_row(row, K, a.runs, q + t * a.runs * kRun, scale + t * a.runs, run_sum + t * a.runs,
-                             group_sum + t * a.runs * 8);
+            if (integers) quantise_row(row, K, a, t);
         }
     });
     return a;
@@ -62,34 +60,24 @@ void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t ac
     const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wants_integers(w));
     int64_t row0[Weight::kMaxSegments] = {};  // first output of each segment
     for (int s = 1; s < w.segments; ++s) row0[s] = row0[s - 1] + w.segment[s - 1].rows;
-    const int64_t pairs = count_pairs(w), room = expand_bytes(w, T);
-    uint8_t* expanded = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * thread_count())));
     const auto finish = [&](int64_t n, int64_t valid, int64_t t, f32x16 sums) {
         if (bias) sums = add(sums, load_n(bias.f32() + n, valid));
         sums = activate(static_cast<Activation>(activation), sums);
         if (residual) sums = add(sums, load_n(residual.f32() + t * N + n, valid));
         store_n(y.f32() + t * N + n, sums, valid);
     };
-    parallel_for(pairs, pair_grain(w, pairs, thread_count()), [&](int64_t begin, int64_t end, int thread) {
-        multiply_pairs(w, 0, begin, end, a, expanded + thread * room,
-                       [&](int s, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
-                           const int64_t n = pair * 32, rows = w.segment[s].rows;
-                           finish(row0[s] + n, min64(16, rows - n), t, even);
-                           if (n + 16 < rows) finish(row0[s] + n + 16, min64(16, rows - n - 16), t, odd);
-                       });
+    multiply_all(w, a, [&](int s, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
+        const int64_t n = pair * 32, rows = w.segment[s].rows;
+        finish(row0[s] + n, min64(16, rows - n), t, even);
+        if (n + 16 < rows) finish(row0[s] + n + 16, min64(16, rows - n - 16), t, odd);
     });
 }
 
 void swiglu(View x, const Weight& w, View norm, float eps, View y) {
     const int64_t T = x.shape[0], I = y.shape[1];
     const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wants_integers(w));
-    const int64_t pairs = count_pairs(w), room = expand_bytes(w, T);
-    uint8_t* expanded = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * thread_count())));
-    parallel_for(pairs, pair_grain(w, pairs, thread_count()), [&](int64_t begin, int64_t end, int thread) {
-        multiply_pairs(w, 0, begin, end, a, expanded + thread * room,
-                       [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
-                           store_n(y.f32() + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
-                       });
+    multiply_all(w, a, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
+        store_n(y.f32() + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
     });
 }
 

@@ -71,8 +71,8 @@ Routing route(const int64_t* experts, const float* coefficients, int64_t T, int6
 
 // hidden[t] = silu(x[t] Wg^T) * (x[t] Wu^T) for pairs [begin, end) of blocks
 DELTAIC_INLINE void glu_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& x,
-                              uint8_t* expanded, int64_t I, float* hidden) {
-    multiply_pairs(w, expert, begin, end, x, expanded, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
+                              uint8_t* work, int64_t I, float* hidden) {
+    multiply_pairs(w, expert, begin, end, x, work, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
         store_n(hidden + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
     });
 }
@@ -81,8 +81,8 @@ DELTAIC_INLINE void glu_pairs(const Weight& w, int64_t expert, int64_t begin, in
 // coefficient
 template <class Target>
 DELTAIC_INLINE void add_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& hidden,
-                              uint8_t* expanded, int64_t H, float* y, const Target& target) {
-    multiply_pairs(w, expert, begin, end, hidden, expanded, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
+                              uint8_t* work, int64_t H, float* y, const Target& target) {
+    multiply_pairs(w, expert, begin, end, hidden, work, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
         int64_t t;
         const f32x16 c = set1(target(i, &t));
         const int64_t n = pair * 32;
@@ -108,8 +108,8 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Activations h = prepare(x.f32(), T, H, norm, eps, wants_integers(gate_up) || wants_integers(shared_gate_up));
     const Weight* const matrices[] = {&router, &gate_up, &down, &shared_gate_up, &shared_down, &shared_gate};
     int64_t room = 0;
-    for (const Weight* w : matrices) room = max64(room, expand_bytes(*w, T));
-    uint8_t* expanded = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * threads)));
+    for (const Weight* w : matrices) room = max64(room, work_bytes(*w, T));
+    uint8_t* work = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * threads)));
 
     // Router logits and the gate of the shared expert, which is one more pair of blocks.
     float* logits = scratch_f32(T * E);
@@ -117,7 +117,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const int64_t router_pairs = count_pairs(router);
     parallel_for(
         router_pairs + 1, pair_grain(router, router_pairs + 1, threads), [&](int64_t begin, int64_t end, int thread) {
-            uint8_t* const mine = expanded + thread * room;
+            uint8_t* const mine = work + thread * room;
             multiply_pairs(router, 0, begin, min64(end, router_pairs), h, mine,
                            [&](int, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
                                const int64_t n = pair * 32;
@@ -140,7 +140,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Routing routing = route(experts, coefficients, T, top_k, E);
 
     // Gate and up. Rows of a group are gathered into a panel per thread; a group of one is read where it lies.
-    const int64_t panel = min64(panel_tokens(gate_up.segment[0].format, H), T);
+    const int64_t panel = min64(panel_tokens(working_format(gate_up, gate_up.segment[0].format), H), T);
     const Activations gathered = scratch_activations(T > 1 ? threads * panel : 0, H, true, h.q != nullptr);
     float* hidden = scratch_f32(T * top_k * I);
     float* shared_hidden = scratch_f32(T * Is);
@@ -149,7 +149,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     // One expert at a time if there are enough of them, so that its rows are gathered once.
     const int64_t grain = routing.size >= 4 * threads ? pairs : pair_grain(gate_up, routed, threads);
     parallel_for(routed + shared_pairs, grain, [&](int64_t begin, int64_t end, int thread) {
-        uint8_t* const mine = expanded + thread * room;
+        uint8_t* const mine = work + thread * room;
         while (begin < min64(end, routed)) {
             const Group& group = routing.groups[begin / pairs];
             const int64_t pair = begin % pairs, last = min64(pairs, pair + end - begin);
@@ -173,7 +173,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Activations shared_in = prepare(shared_hidden, T, Is, View{}, 0.0f, wants_integers(shared_down));
     const int64_t out_pairs = count_pairs(down);
     parallel_for(out_pairs, max64(1, out_pairs / (8 * threads)), [&](int64_t begin, int64_t end, int thread) {
-        uint8_t* const mine = expanded + thread * room;
+        uint8_t* const mine = work + thread * room;
         const int64_t n = begin * 32, width = min64(end * 32, H) - n;
         for (int64_t t = 0; t < T; ++t) {
             float* out = y.f32() + t * H + n;

@@ -58,13 +58,16 @@ void layer_norm(View x, View weight, View bias, float eps, View y) {
             f32x16 sum = zero(), squares = zero();
             for (int64_t i = 0; i < D; i += 16) sum = add(sum, load_n(row + i, D - i));
             const float mean = reduce_add(sum) / static_cast<float>(D);
-            for (int64_t i = 0; i < D; i += 16) {
-                const f32x16 d = load_n(row + i, D - i);
-                // Lanes past the end hold zero and would add mean^2: take them out by loading the mean through the same
-                // mask.
+            const int64_t whole = D / 16 * 16;
+            for (int64_t i = 0; i < whole; i += 16) {
+                const f32x16 centred = sub(load(row + i), set1(mean));
+                squares = fma(centred, centred, squares);
+            }
+            if (whole < D) {
+                // Lanes past the end hold zero and would add mean^2: their mean is zero too.
                 float means[16];
-                for (int j = 0; j < 16; ++j) means[j] = i + j < D ? mean : 0.0f;
-                const f32x16 centred = sub(d, load(means));
+                for (int j = 0; j < 16; ++j) means[j] = whole + j < D ? mean : 0.0f;
+                const f32x16 centred = sub(load_n(row + whole, D - whole), load(means));
                 squares = fma(centred, centred, squares);
             }
             const float scale = 1.0f / sqrtf(reduce_add(squares) / static_cast<float>(D) + eps);

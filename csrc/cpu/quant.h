@@ -9,53 +9,56 @@
 namespace deltaic {
 namespace DELTAIC_ISA {
 
-// Rows of activations, as plain floats and, where a quantised matrix reads them, as int8.
+constexpr int64_t kWordBytes = 128;  // of one token and run: 128 int8 or 64 bfloat16 numbers, 32 words of 4 bytes
+
+// Rows of activations: as plain floats, and in the forms that products read. Those are run-major, so that the tokens of
+// a register tile lie at constant distances and many tokens stream in order while one run of weights stays in cache.
 struct Activations {
     int64_t T = 0, K = 0;
-    const float* x = nullptr;            // [T][K]
-    int64_t runs = 0;                    // ceil(K / 128)
-    const int8_t* q = nullptr;           // [T][runs * 128], x ~ scale * q
-    const float* scale = nullptr;        // [T][runs]
-    const int32_t* run_sum = nullptr;    // [T][runs] sum of q
-    const int32_t* group_sum = nullptr;  // [T][runs * 8]
+    int64_t stride = 0;                   // tokens that the arrays below have room for
+    const float* x = nullptr;             // [T][K]
+    int64_t runs = 0;                     // ceil(K / 128)
+    const int8_t* q = nullptr;            // [runs][stride][128], x ~ scale * q
+    const float* scale = nullptr;         // [runs][stride]
+    const int32_t* run_sum = nullptr;     // [runs][stride] sum of q
+    const int16_t* group_bias = nullptr;  // [runs][stride][8] -8 * sum of q over a group of 16 columns
 
+    // Tokens [first, first + count).
     DELTAIC_INLINE Activations rows(int64_t first, int64_t count) const {
         Activations a = *this;
         a.T = count;
         a.x += first * K;
-        if (q)
-            a.q += first * runs * kRun, a.scale += first * runs, a.run_sum += first * runs,
-                a.group_sum += first * runs * 8;
+        if (q) a.q += first * kWordBytes, a.scale += first, a.run_sum += first, a.group_bias += first * 8;
         return a;
     }
+    DELTAIC_INLINE const int8_t* quads(int64_t run) const { return q + run * stride * kWordBytes; }
 };
 
 // Scratch memory for T rows of K columns. Calling thread only.
 DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats, bool integers) {
     Activations a;
-    a.T = T, a.K = K, a.runs = ceil_div(K, kRun);
+    a.T = a.stride = T, a.K = K, a.runs = ceil_div(K, kRun);
     if (floats) a.x = scratch_f32(T * K);
     if (integers) {
-        a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(T * a.runs * kRun)));
+        a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(a.runs * T * kWordBytes)));
         a.scale = scratch_f32(T * a.runs);
         a.run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs) * 4));
-        a.group_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs * 8) * 4));
+        a.group_bias = static_cast<int16_t*>(scratch(static_cast<size_t>(T * a.runs) * 16));
     }
     return a;
 }
 
 // Copies row `from` of `source` to row `to` of `target`, whose arrays are writable memory of the same form.
 DELTAIC_INLINE void copy_row(const Activations& source, int64_t from, const Activations& target, int64_t to) {
-    const int64_t runs = source.runs;
     memcpy(const_cast<float*>(target.x) + to * source.K, source.x + from * source.K, static_cast<size_t>(source.K) * 4);
     if (!source.q) return;
-    memcpy(const_cast<int8_t*>(target.q) + to * runs * kRun, source.q + from * runs * kRun,
-           static_cast<size_t>(runs * kRun));
-    memcpy(const_cast<float*>(target.scale) + to * runs, source.scale + from * runs, static_cast<size_t>(runs) * 4);
-    memcpy(const_cast<int32_t*>(target.run_sum) + to * runs, source.run_sum + from * runs,
-           static_cast<size_t>(runs) * 4);
-    memcpy(const_cast<int32_t*>(target.group_sum) + to * runs * 8, source.group_sum + from * runs * 8,
-           static_cast<size_t>(runs) * 32);
+    for (int64_t run = 0; run < source.runs; ++run) {
+        const int64_t i = run * source.stride + from, j = run * target.stride + to;
+        memcpy(const_cast<int8_t*>(target.q) + j * kWordBytes, source.q + i * kWordBytes, kWordBytes);
+        const_cast<float*>(target.scale)[j] = source.scale[i];
+        const_cast<int32_t*>(target.run_sum)[j] = source.run_sum[i];
+        memcpy(const_cast<int16_t*>(target.group_bias) + j * 8, source.group_bias + i * 8, 16);
+    }
 }
 
 DELTAIC_INLINE int32_t load_i32(const void* p) {
@@ -64,67 +67,197 @@ DELTAIC_INLINE int32_t load_i32(const void* p) {
     return value;
 }
 
-// --- the two integer products that differ between instruction sets
-// ----------------------------------------------------------- dot4: acc[lane] += sum over 4 bytes of (w[lane] - 128) *
-// a, except that kBias * sum(a) may be left for the caller to subtract. dot16: acc[lane] += sum over 16 columns of
-// nibble * a; w is a group of two lines.
+// --- the integer products, which differ between instruction sets
+//
+// run_int8: sum[b][t] = sum over the 128 columns of a run of (w - 128) * q. `w` is the run's 32 lines in block 0, the
+// next block lies `stride` bytes further; token t's numbers lie at q + t * 128; run_sum[t] is the sum of its q.
+// run_int4: the same of (nibble - 8) * s * q; `w` is the run's 16 lines, `scales` its 64 bytes, bias[t * 8 + g] is
+// -8 times the sum of group g's q.
+// With kAhead, what lies `far` bytes after each line is brought into the second-level cache.
 
 #if defined(__AVX512VNNI__)
-constexpr int32_t kBias = 128;
-template <int NB, int NT>
-DELTAIC_INLINE void dot4(const uint8_t* const (&w)[NB], const int8_t* a, int64_t a_stride, i32x16 (&acc)[NB][NT]) {
-    ivec wb[NB];
-    for (int b = 0; b < NB; ++b) wb[b] = i_load(w[b]);
-    for (int t = 0; t < NT; ++t) {
-        const ivec at = i_set1(load_i32(a + t * a_stride));
-        for (int b = 0; b < NB; ++b) acc[b][t].part[0] = _mm512_dpbusd_epi32(acc[b][t].part[0], wb[b], at);
-    }
-}
-template <int NT>
-DELTAIC_INLINE void dot16(const uint8_t* w, const int8_t* a, int64_t a_stride, i32x16 (&acc)[NT]) {
-    const ivec low = _mm512_set1_epi8(15);
-    const ivec line0 = i_load(w), line1 = i_load(w + 64);
-    const ivec quads[4] = {_mm512_and_si512(line0, low), _mm512_and_si512(_mm512_srli_epi16(line0, 4), low),
-                           _mm512_and_si512(line1, low), _mm512_and_si512(_mm512_srli_epi16(line1, 4), low)};
-    for (int t = 0; t < NT; ++t)
-        for (int j = 0; j < 4; ++j)
-            acc[t].part[0] = _mm512_dpbusd_epi32(acc[t].part[0], quads[j], i_set1(load_i32(a + t * a_stride + 4 * j)));
-}
-#elif defined(__AVX2__)
-constexpr int32_t kBias = 0;
-// vpmaddubsw saturates, so the sign moves from the weight to the activation: |w| <= 128, |a| <= 127, two products fit
-// 16 bits.
-template <int NB, int NT>
-DELTAIC_INLINE void dot4(const uint8_t* const (&w)[NB], const int8_t* a, int64_t a_stride, i32x16 (&acc)[NB][NT]) {
-    const __m256i ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8(static_cast<char>(0x80));
-    for (int b = 0; b < NB; ++b)
-        for (int i = 0; i < kParts; ++i) {
-            const __m256i wi = _mm256_xor_si256(i_load(w[b] + 32 * i), flip), magnitude = _mm256_abs_epi8(wi);
-            for (int t = 0; t < NT; ++t) {
-                const __m256i at = _mm256_sign_epi8(i_set1(load_i32(a + t * a_stride)), wi);
-                acc[b][t].part[i] =
-                    i_add(acc[b][t].part[i], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, at), ones));
+constexpr bool kExpandsInt4 = true;  // for many tokens it pays to turn a run of int4 into int8 once
+
+// Sums that a lane's products are spread over, to be added in the end: enough chains for the latency of an instruction.
+DELTAIC_INLINE constexpr int chains(int tiles) { return tiles >= 4 ? 1 : tiles >= 2 ? 2 : 4; }
+
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, const int8_t* q, const int32_t* run_sum,
+                             i32x16 (&sum)[NB][NT]) {
+    constexpr int C = chains(NB * NT);
+    ivec acc[NB][NT][C];
+    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b)
+        DELTAIC_UNROLL for (int c = 0; c < C; ++c) acc[b][t][c] = i_set1(c ? 0 : -128 * run_sum[t]);
+    for (int line = 0; line < 32; line += C) DELTAIC_UNROLL for (int c = 0; c < C; ++c) {
+            ivec wb[NB];
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* p = w + b * stride + (line + c) * 64;
+                wb[b] = i_load(p);
+                if (kAhead) prefetch_far(p + far);
+            }
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                const ivec at = i_set1(load_i32(q + t * kWordBytes + (line + c) * 4));
+                DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+                    acc[b][t][c] = _mm512_dpbusd_epi32(acc[b][t][c], wb[b], at);
+                }
             }
         }
+    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        DELTAIC_UNROLL for (int c = 1; c < C; ++c) acc[b][t][0] = i_add(acc[b][t][0], acc[b][t][c]);
+        sum[b][t].part[0] = acc[b][t][0];
+    }
 }
-// Nibbles are below 16: four quads (15 * 127 * 2 * 4 = 15240) are added in 16 bits before widening.
-template <int NT>
-DELTAIC_INLINE void dot16(const uint8_t* w, const int8_t* a, int64_t a_stride, i32x16 (&acc)[NT]) {
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < kParts; ++i) {
-        const __m256i line0 = i_load(w + 32 * i), line1 = i_load(w + 64 + 32 * i);
-        const __m256i quads[4] = {_mm256_and_si256(line0, low), _mm256_and_si256(_mm256_srli_epi16(line0, 4), low),
-                                  _mm256_and_si256(line1, low), _mm256_and_si256(_mm256_srli_epi16(line1, 4), low)};
-        for (int t = 0; t < NT; ++t) {
-            __m256i sum = _mm256_maddubs_epi16(quads[0], i_set1(load_i32(a + t * a_stride)));
-            for (int j = 1; j < 4; ++j)
-                sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(quads[j], i_set1(load_i32(a + t * a_stride + 4 * j))));
-            acc[t].part[i] = i_add(acc[t].part[i], _mm256_madd_epi16(sum, ones));
+
+// 16 bytes of two 4-bit scales - 1 each: the scales of the even and the odd group, in both 16-bit halves of a lane.
+DELTAIC_INLINE void unpack_scales(const uint8_t* scales, ivec* even, ivec* odd) {
+    constexpr auto both = [](int i) { return static_cast<int>(0x80008000u + static_cast<uint32_t>(i) * 0x10001u); };
+    const ivec halves = _mm512_setr_epi32(both(0), both(1), both(2), both(3), both(4), both(5), both(6), both(7),
+                                          both(8), both(9), both(10), both(11), both(12), both(13), both(14), both(15));
+    const ivec bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+    const ivec packed = _mm512_shuffle_epi8(bytes, halves), one = _mm512_set1_epi16(1);
+    *even = _mm512_add_epi16(_mm512_and_si512(packed, _mm512_set1_epi16(15)), one);
+    *odd = _mm512_add_epi16(_mm512_srli_epi16(packed, 4), one);
+}
+
+// A line holds two quads of nibbles. Two neighbouring nibbles, one in each byte of a 16-bit half, are multiplied by
+// their scale at once: 15 * 16 fits a byte, so nothing is carried from one to the other.
+DELTAIC_INLINE ivec low_quad(ivec line, ivec s) {
+    return _mm512_mullo_epi16(_mm512_and_si512(line, _mm512_set1_epi8(15)), s);
+}
+DELTAIC_INLINE ivec high_quad(ivec line, ivec s) { return low_quad(_mm512_srli_epi16(line, 4), s); }
+
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    constexpr int C = chains(NB * NT);
+    ivec acc[NB][NT][C];
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        if (kAhead) prefetch_far(scales + b * stride + far);
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int c = 0; c < C; ++c) acc[b][t][c] = i_set1(0);
+    }
+    for (int pair = 0; pair < 4; ++pair) {
+        ivec s[2][NB];
+        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+            unpack_scales(scales + b * stride + pair * 16, &s[0][b], &s[1][b]);
+            const ivec both = _mm512_mask_blend_epi16(0xaaaaaaaau, s[0][b], s[1][b]);
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                acc[b][t][0] = _mm512_dpwssd_epi32(acc[b][t][0], both, i_set1(load_i32(bias + t * 8 + pair * 2)));
+            }
         }
+        DELTAIC_UNROLL for (int line = 0; line < 4; ++line) {
+            ivec low[NB], high[NB];
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+                const uint8_t* p = w + b * stride + (pair * 4 + line) * 64;
+                const ivec both = i_load(p);
+                if (kAhead) prefetch_far(p + far);
+                low[b] = low_quad(both, s[line / 2][b]), high[b] = high_quad(both, s[line / 2][b]);
+            }
+            const int c0 = 2 * line % C, c1 = (2 * line + 1) % C;
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                const int8_t* at = q + t * kWordBytes + (pair * 4 + line) * 8;
+                const ivec first = i_set1(load_i32(at)), second = i_set1(load_i32(at + 4));
+                DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+                    acc[b][t][c0] = _mm512_dpbusd_epi32(acc[b][t][c0], low[b], first);
+                    acc[b][t][c1] = _mm512_dpbusd_epi32(acc[b][t][c1], high[b], second);
+                }
+            }
+        }
+    }
+    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        DELTAIC_UNROLL for (int c = 1; c < C; ++c) acc[b][t][0] = i_add(acc[b][t][0], acc[b][t][c]);
+        sum[b][t].part[0] = acc[b][t][0];
+    }
+}
+
+// One run of an int4 block as the 32 lines of an int8 block: the same integers, s multiplied in.
+DELTAIC_INLINE void expand_int4(const uint8_t* w, const uint8_t* scales, uint8_t* out) {
+    for (int pair = 0; pair < 4; ++pair) {
+        ivec s[2];
+        unpack_scales(scales + pair * 16, &s[0], &s[1]);
+        DELTAIC_UNROLL for (int line = 0; line < 4; ++line) {
+            const ivec both = i_load(w + (pair * 4 + line) * 64), by = s[line / 2];
+            // (nibble - 8) s + 128 = nibble s - (8 s - 128), in bytes
+            const ivec offset = _mm512_xor_si512(_mm512_mullo_epi16(by, _mm512_set1_epi16(0x0808)),
+                                                 _mm512_set1_epi8(static_cast<char>(0x80)));
+            uint8_t* quads = out + (pair * 4 + line) * 128;
+            _mm512_storeu_si512(quads, _mm512_sub_epi8(low_quad(both, by), offset));
+            _mm512_storeu_si512(quads + 64, _mm512_sub_epi8(high_quad(both, by), offset));
+        }
+    }
+}
+#else
+constexpr bool kExpandsInt4 = false;
+DELTAIC_INLINE void expand_int4(const uint8_t*, const uint8_t*, uint8_t*) {}
+
+#if defined(__AVX2__)
+// vpmaddubsw saturates, so the sign moves from the weight to the activation: |w| <= 127, |q| <= 127, two products fit
+// 16 bits. Half a block (8 rows) at a time where the tokens fill the 16 registers.
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, const int8_t* q, const int32_t*,
+                             i32x16 (&sum)[NB][NT]) {
+    const __m256i ones = _mm256_set1_epi16(1), flip = _mm256_set1_epi8(static_cast<char>(0x80));
+    constexpr int kTogether = NT == 1 ? kParts : 1;
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i0 = 0; i0 < kParts; i0 += kTogether) {
+        ivec acc[NT][kTogether];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kTogether; ++i) acc[t][i] =
+            i_set1(0);
+        for (int line = 0; line < 32; ++line) {
+            const uint8_t* p = w + b * stride + line * 64;
+            if (kAhead && i0 == 0) prefetch_far(p + far);
+            DELTAIC_UNROLL for (int i = 0; i < kTogether; ++i) {
+                const __m256i wi = _mm256_xor_si256(i_load(p + 32 * (i0 + i)), flip), size = _mm256_abs_epi8(wi);
+                DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                    const __m256i at = _mm256_sign_epi8(i_set1(load_i32(q + t * kWordBytes + line * 4)), wi);
+                    acc[t][i] = i_add(acc[t][i], _mm256_madd_epi16(_mm256_maddubs_epi16(size, at), ones));
+                }
+            }
+        }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kTogether; ++i) sum[b][t]
+            .part[i0 + i] = acc[t][i];
+    }
+}
+
+// Nibbles are below 16: the four quads of a group (15 * 127 * 2 * 4 = 15240) are added in 16 bits, and what widens the
+// pairs to 32 bits multiplies them by s.
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    const __m256i low = _mm256_set1_epi8(15), nibble = _mm256_set1_epi16(15), one = _mm256_set1_epi16(1);
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+        ivec acc[NT];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
+        if (kAhead && i == 0) prefetch_far(scales + b * stride + far);
+        for (int pair = 0; pair < 4; ++pair) {
+            __m256i s = i_load_u8(scales + b * stride + pair * 16 + 8 * i);
+            s = _mm256_or_si256(s, _mm256_slli_epi32(s, 16));
+            const __m256i by[2] = {_mm256_add_epi16(_mm256_and_si256(s, nibble), one),
+                                   _mm256_add_epi16(_mm256_srli_epi16(s, 4), one)};
+            const __m256i both = _mm256_blend_epi16(by[0], by[1], 0xaa);
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                acc[t] = i_add(acc[t], _mm256_madd_epi16(both, i_set1(load_i32(bias + t * 8 + pair * 2))));
+            }
+            DELTAIC_UNROLL for (int half = 0; half < 2; ++half) {
+                const int g = 2 * pair + half;
+                const uint8_t* p = w + b * stride + g * 128;
+                if (kAhead && i == 0) prefetch_far(p + far), prefetch_far(p + 64 + far);
+                const __m256i line0 = i_load(p + 32 * i), line1 = i_load(p + 64 + 32 * i);
+                const __m256i quads[4] = {
+                    _mm256_and_si256(line0, low), _mm256_and_si256(_mm256_srli_epi16(line0, 4), low),
+                    _mm256_and_si256(line1, low), _mm256_and_si256(_mm256_srli_epi16(line1, 4), low)};
+                DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                    const int8_t* at = q + t * kWordBytes + g * kGroup;
+                    __m256i dot = _mm256_maddubs_epi16(quads[0], i_set1(load_i32(at)));
+                    DELTAIC_UNROLL for (int j = 1; j < 4; ++j) {
+                        dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(quads[j], i_set1(load_i32(at + 4 * j))));
+                    }
+                    acc[t] = i_add(acc[t], _mm256_madd_epi16(dot, by[half]));
+                }
+            }
+        }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) sum[b][t].part[i] = acc[t];
     }
 }
 #elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
-constexpr int32_t kBias = 0;
 DELTAIC_INLINE ivec neon_dot(ivec acc, int8x16_t w, int8x16_t a) {
 #if defined(__ARM_FEATURE_DOTPROD)
     return vdotq_s32(acc, w, a);
@@ -133,145 +266,109 @@ DELTAIC_INLINE ivec neon_dot(ivec acc, int8x16_t w, int8x16_t a) {
     return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
 }
-template <int NB, int NT>
-DELTAIC_INLINE void dot4(const uint8_t* const (&w)[NB], const int8_t* a, int64_t a_stride, i32x16 (&acc)[NB][NT]) {
-    int8x16_t at[NT];
-    for (int t = 0; t < NT; ++t) at[t] = vreinterpretq_s8_s32(vdupq_n_s32(load_i32(a + t * a_stride)));
-    for (int b = 0; b < NB; ++b)
-        for (int i = 0; i < kParts; ++i) {
-            const int8x16_t wi = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w[b] + 16 * i), vdupq_n_u8(0x80)));
-            for (int t = 0; t < NT; ++t) acc[b][t].part[i] = neon_dot(acc[b][t].part[i], wi, at[t]);
+DELTAIC_INLINE int8x16_t neon_quad(const int8_t* q) { return vreinterpretq_s8_s32(vdupq_n_s32(load_i32(q))); }
+
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, const int8_t* q, const int32_t*,
+                             i32x16 (&sum)[NB][NT]) {
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        ivec acc[NT][kParts];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) acc[t][i] =
+            i_set1(0);
+        for (int line = 0; line < 32; ++line) {
+            const uint8_t* p = w + b * stride + line * 64;
+            if (kAhead) prefetch_far(p + far);
+            int8x16_t wi[kParts];
+            DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+                wi[i] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * i), vdupq_n_u8(0x80)));
+            }
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                const int8x16_t at = neon_quad(q + t * kWordBytes + line * 4);
+                DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) acc[t][i] = neon_dot(acc[t][i], wi[i], at);
+            }
         }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) sum[b][t].part[i] =
+            acc[t][i];
+    }
 }
-template <int NT>
-DELTAIC_INLINE void dot16(const uint8_t* w, const int8_t* a, int64_t a_stride, i32x16 (&acc)[NT]) {
-    for (int i = 0; i < kParts; ++i) {
-        const uint8x16_t line0 = vld1q_u8(w + 16 * i), line1 = vld1q_u8(w + 64 + 16 * i), low = vdupq_n_u8(15);
-        const int8x16_t quads[4] = {
-            vreinterpretq_s8_u8(vandq_u8(line0, low)), vreinterpretq_s8_u8(vshrq_n_u8(line0, 4)),
-            vreinterpretq_s8_u8(vandq_u8(line1, low)), vreinterpretq_s8_u8(vshrq_n_u8(line1, 4))};
-        for (int t = 0; t < NT; ++t)
-            for (int j = 0; j < 4; ++j)
-                acc[t].part[i] = neon_dot(acc[t].part[i], quads[j],
-                                          vreinterpretq_s8_s32(vdupq_n_s32(load_i32(a + t * a_stride + 4 * j))));
+
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    const uint8x16_t low = vdupq_n_u8(15);
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+        ivec acc[NT];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
+        if (kAhead && i == 0) prefetch_far(scales + b * stride + far);
+        for (int g = 0; g < 8; ++g) {
+            const uint8_t* p = w + b * stride + g * 128;
+            if (kAhead && i == 0) prefetch_far(p + far), prefetch_far(p + 64 + far);
+            const ivec packed = i_load_u8(scales + b * stride + g / 2 * 16 + 4 * i);
+            const ivec s = i_add(g % 2 ? i_shr<4>(packed) : i_and(packed, i_set1(15)), i_set1(1));
+            const uint8x16_t line0 = vld1q_u8(p + 16 * i), line1 = vld1q_u8(p + 64 + 16 * i);
+            const int8x16_t quads[4] = {
+                vreinterpretq_s8_u8(vandq_u8(line0, low)), vreinterpretq_s8_u8(vshrq_n_u8(line0, 4)),
+                vreinterpretq_s8_u8(vandq_u8(line1, low)), vreinterpretq_s8_u8(vshrq_n_u8(line1, 4))};
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                const int8_t* at = q + t * kWordBytes + g * kGroup;
+                ivec dot = i_set1(bias[t * 8 + g]);
+                DELTAIC_UNROLL for (int j = 0; j < 4; ++j) dot = neon_dot(dot, quads[j], neon_quad(at + 4 * j));
+                acc[t] = vmlaq_s32(acc[t], dot, s);
+            }
+        }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) sum[b][t].part[i] = acc[t];
     }
 }
 #else
-constexpr int32_t kBias = 0;
-template <int NB, int NT>
-DELTAIC_INLINE void dot4(const uint8_t* const (&w)[NB], const int8_t* a, int64_t a_stride, i32x16 (&acc)[NB][NT]) {
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t, const int8_t* q, const int32_t*,
+                             i32x16 (&sum)[NB][NT]) {
     for (int b = 0; b < NB; ++b)
         for (int t = 0; t < NT; ++t)
             for (int lane = 0; lane < 16; ++lane) {
-                int32_t sum = 0;
-                for (int j = 0; j < 4; ++j) sum += (w[b][4 * lane + j] - 128) * a[t * a_stride + j];
-                acc[b][t].part[lane / kWidth][lane % kWidth] += sum;
+                int32_t dot = 0;
+                for (int k = 0; k < kRun; ++k)
+                    dot += (w[b * stride + k / 4 * 64 + 4 * lane + k % 4] - 128) * q[t * kWordBytes + k];
+                sum[b][t].part[lane / kWidth][lane % kWidth] = dot;
             }
 }
-template <int NT>
-DELTAIC_INLINE void dot16(const uint8_t* w, const int8_t* a, int64_t a_stride, i32x16 (&acc)[NT]) {
-    for (int t = 0; t < NT; ++t)
-        for (int lane = 0; lane < 16; ++lane) {
-            int32_t sum = 0;
-            for (int line = 0; line < 2; ++line)
-                for (int j = 0; j < 4; ++j) {
-                    const int32_t byte = w[64 * line + 4 * lane + j];
-                    const int8_t* at = a + t * a_stride + 8 * line + j;
-                    sum += (byte & 15) * at[0] + (byte >> 4) * at[4];
-                }
-            acc[t].part[lane / kWidth][lane % kWidth] += sum;
-        }
-}
-#endif
-
-// --- products of blocks of 16 rows with NT tokens
-// ----------------------------------------------------------------------------
-
-template <int NB, int NT>
-DELTAIC_INLINE void tile_int8(const uint8_t* w, int64_t block_stride, const Activations& a, f32x16 (&acc)[NB][NT]) {
-    const int64_t q_stride = a.runs * kRun;
-    for (int64_t run = 0; run < a.runs; ++run) {
-        i32x16 sum[NB][NT];
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t, const int8_t* q,
+                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    for (int b = 0; b < NB; ++b)
         for (int t = 0; t < NT; ++t)
-            for (int b = 0; b < NB; ++b) sum[b][t] = set1(kBias == 0 ? 0 : -kBias * a.run_sum[t * a.runs + run]);
-        for (int quad = 0; quad < kRun / 4; ++quad) {
-            const uint8_t* p[NB];
-            for (int b = 0; b < NB; ++b) p[b] = w + b * block_stride + run * 2048 + quad * 64;
-            if (NT == 1)  // the same place in the next blocks
-                for (int b = 0; b < NB; ++b) prefetch_far(p[b] + NB * block_stride);
-            dot4<NB, NT>(p, a.q + run * kRun + quad * 4, q_stride, sum);
-        }
-        for (int b = 0; b < NB; ++b) {
-            const f32x16 d =
-                load_f16(reinterpret_cast<const uint16_t*>(w + b * block_stride + a.runs * 2048) + run * 16);
-            for (int t = 0; t < NT; ++t)
-                acc[b][t] = fma(mul(to_float(sum[b][t]), set1(a.scale[t * a.runs + run])), d, acc[b][t]);
-        }
-    }
-}
-
-template <int NB, int NT>
-DELTAIC_INLINE void tile_int4(const uint8_t* w, int64_t block_stride, const Activations& a, f32x16 (&acc)[NB][NT]) {
-    const int64_t q_stride = a.runs * kRun;
-    for (int64_t run = 0; run < a.runs; ++run)
-        for (int b = 0; b < NB; ++b) {
-            const uint8_t* lines = w + b * block_stride + run * 1024;
-            const uint8_t* scales = w + b * block_stride + a.runs * 1024 + run * 64;
-            if (NT == 1) prefetch_far(scales + NB * block_stride);
-            f32x16 sum[NT];  // integers below 2^24: exact
-            for (int t = 0; t < NT; ++t) sum[t] = zero();
-            for (int g = 0; g < 8; ++g) {
-                i32x16 s = load_u8(scales + g / 2 * 16), dot[NT];
-                for (int i = 0; i < kParts; ++i)
-                    s.part[i] = i_add(g % 2 ? i_shr<4>(s.part[i]) : i_and(s.part[i], i_set1(15)), i_set1(1));
-                if (NT == 1)
-                    prefetch_far(lines + g * 128 + NB * block_stride),
-                        prefetch_far(lines + g * 128 + 64 + NB * block_stride);
-                for (int t = 0; t < NT; ++t) dot[t] = set1(-8 * a.group_sum[(t * a.runs + run) * 8 + g]);
-                dot16<NT>(lines + g * 128, a.q + run * kRun + g * kGroup, q_stride, dot);
-                for (int t = 0; t < NT; ++t) sum[t] = fma(to_float(dot[t]), to_float(s), sum[t]);
-            }
-            const f32x16 d =
-                load_f16(reinterpret_cast<const uint16_t*>(w + b * block_stride + a.runs * 1088) + run * 16);
-            for (int t = 0; t < NT; ++t) acc[b][t] = fma(mul(sum[t], set1(a.scale[t * a.runs + run])), d, acc[b][t]);
-        }
-}
-
-// An int4 block as an int8 block (s multiplied in), for many tokens: the same integers, so the same results.
-DELTAIC_INLINE void expand_int4(const uint8_t* w, int64_t runs, uint8_t* out) {
-    for (int64_t run = 0; run < runs; ++run)
-        for (int g = 0; g < 8; ++g) {
-            const uint8_t* lines = w + run * 1024 + g * 128;
-            const uint8_t* scales = w + runs * 1024 + run * 64 + g / 2 * 16;
-            uint8_t* quads = out + run * 2048 + g * 256;
-#if defined(__AVX512F__)
-            const ivec packed = i_load_u8(scales);
-            ivec s = i_add(g % 2 ? _mm512_srli_epi32(packed, 4) : i_and(packed, i_set1(15)), i_set1(1));
-            s = _mm512_or_si512(s, _mm512_slli_epi32(s, 16));  // the row's scale in both 16-bit halves of its lane
-            const ivec low = _mm512_set1_epi8(15), even = _mm512_set1_epi16(0xff),
-                       flip = _mm512_set1_epi8(static_cast<char>(0x80));
-            for (int j = 0; j < 4; ++j) {
-                const ivec line = i_load(lines + j / 2 * 64);
-                const ivec value = _mm512_sub_epi8(_mm512_and_si512(j % 2 ? _mm512_srli_epi16(line, 4) : line, low),
-                                                   _mm512_set1_epi8(8));
-                const ivec first = _mm512_mullo_epi16(value, s);  // low byte: even columns times s
-                const ivec second = _mm512_mullo_epi16(_mm512_srai_epi16(value, 8), s);
-                const ivec both = _mm512_or_si512(_mm512_and_si512(first, even), _mm512_slli_epi16(second, 8));
-                _mm512_storeu_si512(quads + j * 64, _mm512_xor_si512(both, flip));
-            }
-#else
-            for (int j = 0; j < 4; ++j)
-                for (int r = 0; r < 16; ++r) {
-                    const int s = (g % 2 ? scales[r] >> 4 : scales[r] & 15) + 1;
-                    for (int c = 0; c < 4; ++c) {
-                        const int byte = lines[j / 2 * 64 + 4 * r + c];
-                        quads[j * 64 + 4 * r + c] =
-                            static_cast<uint8_t>(((j % 2 ? byte >> 4 : byte & 15) - 8) * s + 128);
-                    }
+            for (int lane = 0; lane < 16; ++lane) {
+                int32_t total = 0;
+                for (int g = 0; g < 8; ++g) {
+                    const int32_t packed = scales[b * stride + g / 2 * 16 + lane];
+                    int32_t dot = bias[t * 8 + g];
+                    for (int line = 0; line < 2; ++line)
+                        for (int j = 0; j < 4; ++j) {
+                            const int32_t byte = w[b * stride + g * 128 + 64 * line + 4 * lane + j];
+                            const int8_t* at = q + t * kWordBytes + g * kGroup + 8 * line + j;
+                            dot += (byte & 15) * at[0] + (byte >> 4) * at[4];
+                        }
+                    total += ((g % 2 ? packed >> 4 : packed & 15) + 1) * dot;
                 }
+                sum[b][t].part[lane / kWidth][lane % kWidth] = total;
+            }
+}
 #endif
-        }
-    memcpy(out + runs * 2048, w + runs * 1088, static_cast<size_t>(runs) * 32);
+#endif
+
+// --- what every instruction set adds up from them
+
+constexpr int64_t kSumStride = 64;  // floats between the sums of one token and the next
+
+// Adds d * scale * (integer sum) of one run to acc [b][t]: the same operations for every tile size, run after run, so
+// that a token's sum does not depend on who shares its tile.
+DELTAIC_INLINE f32x16 add_run(f32x16 acc, i32x16 sum, float scale, f32x16 d) {
+    return fma(mul(to_float(sum), set1(scale)), d, acc);
+}
+
+template <int NB>
+DELTAIC_INLINE void load_halves(const uint8_t* halves, int64_t stride, f32x16 (&d)[NB]) {
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) d[b] = load_f16(reinterpret_cast<const uint16_t*>(halves + b * stride));
 }
 
 // Column k of row `lane` of an int8 or int4 block, as a number.

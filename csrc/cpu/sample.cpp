@@ -150,6 +150,21 @@ struct Ordered {
     int64_t size;
 };
 
+// Sorts the `n` candidates in a; b is room for as many.
+Ordered in_order(Candidate* a, Candidate* b, int64_t n, int64_t limit) {
+    if (n == 0) return {a, 0};
+    const auto step = [&](const auto& digit) {
+        if (distribute(a, b, n, digit)) {
+            Candidate* sorted = b;
+            b = a;
+            a = sorted;
+        }
+    };
+    for (int shift = 0; limit >> shift; shift += 8) step([=](const Candidate& c) { return c.id >> shift & 255; });
+    for (int shift = 0; shift < 64; shift += 8) step([=](const Candidate& c) { return c.key >> shift & 255; });
+    return {a, n};
+}
+
 Ordered gather(const Logits& l, float least) {
     int64_t capacity = l.changes;
     for (int64_t g = 0; g < l.groups; ++g) capacity += l.maxima[g] >= least ? kRows : 0;
@@ -164,17 +179,7 @@ Ordered gather(const Logits& l, float least) {
     }
     for (int64_t i = 0; i < l.changes; ++i)
         if (l.changed[i].value >= least) a[n++] = {key_of(l.changed[i].value), l.changed[i].id};
-    if (n == 0) return {a, 0};
-    const auto step = [&](const auto& digit) {
-        if (distribute(a, b, n, digit)) {
-            Candidate* sorted = b;
-            b = a;
-            a = sorted;
-        }
-    };
-    for (int shift = 0; l.limit >> shift; shift += 8) step([=](const Candidate& c) { return c.id >> shift & 255; });
-    for (int shift = 0; shift < 64; shift += 8) step([=](const Candidate& c) { return c.key >> shift & 255; });
-    return {a, n};
+    return in_order(a, b, n, l.limit);
 }
 
 // sum of e^((logit - top) / temperature)
@@ -244,6 +249,108 @@ int64_t draw(const Ordered& c, bool all, double mass, const Filter& filter, doub
     return closed ? kept - 1 : -1;
 }
 
+// For distributions so flat that the candidates would be most of the vocabulary: the mass of each small range of
+// logits, from the top down, says in which range the filter and the draw end, and only those are sorted. Masses are
+// whole numbers, so that their sums do not depend on the order.
+class Ranges {
+  public:
+    Ranges(const Logits& l, double temperature) : l_(l), temperature_(temperature), top_(static_cast<float>(l.top)) {
+        const double inverse = 1.0 / temperature;
+        scale_ = inverse < kLargest ? static_cast<float>(inverse) : kLargest;
+        int bits = 0;
+        while (l.limit >> bits) ++bits;
+        unit_ = static_cast<float>(int64_t{1} << (62 - bits));
+        const int64_t size = kRanges * thread_count();
+        mass_ = static_cast<int64_t*>(scratch(static_cast<size_t>(size) * sizeof(int64_t)));
+        for (int64_t i = 0; i < size; ++i) mass_[i] = 0;
+        parallel_for(l.groups / 16, 16, [&](int64_t begin, int64_t end, int thread) {
+            int64_t* mass = mass_ + thread * kRanges;
+            for (int64_t i = begin * kStrip; i < min64(l.limit, end * kStrip); i += 16) {
+                float index[16], weight[16];
+                const f32x16 below = mul(sub(set1(top_), l.lanes(i)), set1(scale_));
+                store(index, mul(below, set1(kPerUnit)));
+                store(weight, mul(exp(sub(zero(), below)), set1(unit_)));
+                for (int64_t j = 0; j < 16; ++j) mass[clamped(index[j])] += static_cast<int64_t>(weight[j]);
+            }
+        });
+        for (int64_t t = 1; t < thread_count(); ++t)
+            for (int64_t r = 0; r < kRanges; ++r) mass_[r] += mass_[t * kRanges + r];
+        for (int64_t i = 0; i < l.changes; ++i)
+            mass_[range(l.changed[i].value)] += static_cast<int64_t>(weight_of(l.changed[i].value) * unit_);
+        for (int64_t r = 0; r < kRanges; ++r) total_ += static_cast<double>(mass_[r]);
+    }
+
+    int64_t draw(double top_p, double uniform) const {
+        double kept = total_;
+        if (top_p < 1.0) {
+            double before = 0.0;
+            const int64_t last = find(top_p * total_, before);
+            const Ordered c = gather(last);
+            for (int64_t i = 0; i < c.size && before < top_p * total_; ++i) before += weight(c, i);
+            kept = before;
+        }
+        double before = 0.0;
+        const Ordered c = gather(find(uniform * kept, before));
+        int64_t i = 0;
+        while (i + 1 < c.size && (before += weight(c, i)) <= uniform * kept) ++i;
+        return c.items[i].id;
+    }
+
+  private:
+    static constexpr int64_t kRanges = 2048;
+    static constexpr float kPerUnit = 64.0f;  // ranges per unit of logit / temperature; e^-32 and less is the last one
+
+    static DELTAIC_INLINE int64_t clamped(float index) {
+        return index < static_cast<float>(kRanges - 1) ? static_cast<int64_t>(index) : kRanges - 1;
+    }
+    DELTAIC_INLINE int64_t range(double value) const {
+        return clamped((top_ - static_cast<float>(value)) * scale_ * kPerUnit);
+    }
+    double weight_of(double value) const { return ::exp((value - l_.top) / temperature_); }
+    double weight(const Ordered& c, int64_t i) const {
+        return weight_of(value_of(c.items[i].key)) * static_cast<double>(unit_);
+    }
+
+    // The range in which the running mass exceeds `target`, or the last that has any; `before`: the mass above it.
+    int64_t find(double target, double& before) const {
+        int64_t found = 0;
+        double sum = 0.0;
+        for (int64_t r = 0; r < kRanges && sum <= target; ++r) {
+            if (mass_[r] == 0) continue;
+            found = r, before = sum;
+            sum += static_cast<double>(mass_[r]);
+        }
+        return found;
+    }
+
+    Ordered gather(int64_t r) const {
+        int64_t n = 0;
+        const auto visit = [&](const auto& take) {
+            for (int64_t g = 0; g < l_.groups; ++g) {
+                if (l_.maxima[g] == -kInfinity || range(static_cast<double>(l_.maxima[g])) > r) continue;
+                const int64_t first = g / 16 * kStrip + g % 16, last = min64(l_.limit, (g / 16 + 1) * kStrip);
+                for (int64_t id = first; id < last; id += 16)
+                    if (range(static_cast<double>(l_.values[id])) == r && l_.values[id] > -kInfinity && !l_.marked(id))
+                        take(static_cast<double>(l_.values[id]), id);
+            }
+            for (int64_t i = 0; i < l_.changes; ++i)
+                if (range(l_.changed[i].value) == r && l_.changed[i].value > -kInfinity)
+                    take(l_.changed[i].value, l_.changed[i].id);
+        };
+        visit([&](double, int64_t) { ++n; });
+        const size_t bytes = static_cast<size_t>(n) * sizeof(Candidate);
+        Candidate *a = static_cast<Candidate*>(scratch(bytes)), *b = static_cast<Candidate*>(scratch(bytes));
+        n = 0;
+        visit([&](double value, int64_t id) { a[n++] = {key_of(value), id}; });
+        return in_order(a, b, n, l_.limit);
+    }
+
+    const Logits& l_;
+    double temperature_, total_ = 0.0;
+    float top_, scale_, unit_;
+    int64_t* mass_;
+};
+
 bool is_finite(double value) { return value - value == 0.0; }
 
 }  // namespace
@@ -304,13 +411,24 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
         return;
     }
     const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
+    // No logit below this passes min_p; the rounding of float is left to the draw.
+    float lowest = -kInfinity;
+    if (min_p > 0.0) {
+        const double edge = l.top + temperature * ::log(min_p);
+        lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
+    }
     for (int64_t groups = kFirstGroups;; groups *= 16) {
-        const float least = threshold(l.maxima, l.groups, groups);
-        const bool all = least == -kInfinity;
+        float least = threshold(l.maxima, l.groups, groups);
+        if (!(least > lowest)) least = lowest;
+        const bool all = least == lowest;
         const Ordered c = gather(l, least);
         const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
         if (chosen >= 0) {
             token.i64()[0] = c.items[chosen].id;
+            return;
+        }
+        if (min_p <= 0.0) {
+            token.i64()[0] = Ranges(l, temperature).draw(top_p, uniform);
             return;
         }
     }

@@ -20,11 +20,15 @@
 #include <arm_neon.h>
 #endif
 
+// Before a loop over register tiles: its arrays become registers only where the loop is gone.
+#define DELTAIC_UNROLL _Pragma("GCC unroll 16")
+
 namespace deltaic {
 namespace DELTAIC_ISA {
 
 DELTAIC_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 DELTAIC_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+DELTAIC_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 DELTAIC_INLINE float bits_to_float(uint32_t bits) {
     float value;
@@ -452,7 +456,25 @@ DELTAIC_INLINE f32x16 reduce_add(const f32x16 (&a)[16]) {
     return r;
 }
 
-// Sum and maximum of all lanes, in one fixed order for every instruction set.
+// Sum and maximum of all lanes, in one fixed order for every instruction set: halves are added (compared) lane by lane.
+#if defined(__AVX2__)
+template <class F>
+DELTAIC_INLINE float fold(f32x16 a, const F& f) {
+#if defined(__AVX512F__)
+    const __m256 h = f(_mm512_castps512_ps256(a.part[0]), _mm512_extractf32x8_ps(a.part[0], 1));
+#else
+    const __m256 h = f(a.part[0], a.part[1]);
+#endif
+    const __m256 four = f(h, _mm256_permute2f128_ps(h, h, 1)), two = f(four, _mm256_permute_ps(four, 0x4e));
+    return _mm256_cvtss_f32(f(two, _mm256_permute_ps(two, 0xb1)));
+}
+DELTAIC_INLINE float reduce_add(f32x16 a) {
+    return fold(a, [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_add_ps(x, y); });
+}
+DELTAIC_INLINE float reduce_max(f32x16 a) {
+    return fold(a, [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_max_ps(x, y); });
+}
+#else
 DELTAIC_INLINE float reduce_add(f32x16 a) {
     float t[16];
     store(t, a);
@@ -467,6 +489,7 @@ DELTAIC_INLINE float reduce_max(f32x16 a) {
         for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
     return t[0];
 }
+#endif
 
 // e^x: x = n ln2 + r, |r| <= ln2/2, Taylor to r^7 (relative error below 2e-7). Clamped to the range of normal floats.
 DELTAIC_INLINE f32x16 exp(f32x16 x) {
@@ -509,6 +532,19 @@ DELTAIC_INLINE i32x16 load_u8(const uint8_t* p) {
 }
 // Rounds to int8 (values must fit), stores 16 bytes and returns their sum.
 DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtepi32_epi8(v_round(a.part[0]));
+#else
+    const __m256i words = _mm256_packs_epi32(v_round(a.part[0]), v_round(a.part[1]));  // 0-3 8-11 4-7 12-15
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+#endif
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    // sums of eight unsigned bytes, after all were raised by 128
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+#else
     int32_t lanes[16], sum = 0;
     for (int i = 0; i < kParts; ++i) {
         const ivec rounded = v_round(a.part[i]);
@@ -519,6 +555,7 @@ DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) {
         sum += lanes[i];
     }
     return sum;
+#endif
 }
 DELTAIC_INLINE f32x16 to_float(i32x16 a) {
     f32x16 r;

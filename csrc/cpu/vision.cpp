@@ -59,8 +59,6 @@ void patch_embed(View image, const Weight& weight, View bias, View pos_embed, in
     const int64_t panel = min64(patches, kPanelPatches);
     float* x = scratch_f32(panel * K);
     Corners* places = static_cast<Corners*>(scratch(static_cast<size_t>(panel) * sizeof(Corners)));
-    const int64_t pairs = count_pairs(weight), room = expand_bytes(weight, panel);
-    uint8_t* expanded = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * thread_count())));
     for (int64_t begin = 0; begin < patches; begin += panel) {
         const int64_t count = min64(panel, patches - begin);
         parallel_for(count, 16, [&](int64_t first, int64_t last, int) {
@@ -93,12 +91,9 @@ void patch_embed(View image, const Weight& weight, View bias, View pos_embed, in
             store_n(y.f32() + (begin + i) * V + n, add(add(sums, load_n(bias.f32() + n, valid)), position), valid);
         };
         const Activations a = prepare(x, count, K, View{}, 0.0f, wants_integers(weight));
-        parallel_for(pairs, pair_grain(weight, pairs, thread_count()), [&](int64_t first, int64_t last, int thread) {
-            multiply_pairs(weight, 0, first, last, a, expanded + thread * room,
-                           [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
-                               finish(pair * 32, i, even);
-                               if (pair * 32 + 16 < V) finish(pair * 32 + 16, i, odd);
-                           });
+        multiply_all(weight, a, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
+            finish(pair * 32, i, even);
+            if (pair * 32 + 16 < V) finish(pair * 32 + 16, i, odd);
         });
     }
 }

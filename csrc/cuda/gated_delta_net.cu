@@ -22,6 +22,8 @@ constexpr int kChunk = 64;
 struct Shape {
     int64_t Hk, Hv, Dk, Dv, C;                                                // C = 2 Hk Dk + Hv Dv
     __host__ __device__ int64_t row() const { return C + Hv * Dv + 2 * Hv; }  // columns of proj
+    // Columns of trace: u (C) | k (Hk Dk) | w (Hv Dv) | decay (Hv).
+    __host__ __device__ int64_t trace() const { return C + Hk * Dk + Hv * Dv + Hv; }
 };
 
 // Addresses of one array per sequence, in device memory, so that a captured graph can serve any sequence; `offset`
@@ -33,12 +35,12 @@ struct Pointers {
 };
 
 // One thread per channel and up to kConvTile tokens of a sequence; the last three rows of u become the new state where
-// one block has seen all tokens (`update`), otherwise conv_state_kernel does that afterwards.
+// one block has seen all tokens (`update`), otherwise conv_state_kernel does that afterwards. With a trace they do not.
 constexpr int kConvTile = 16;
 
 template <class T>
 __global__ void conv_kernel(const T* proj, const float* weight, Pointers states, const int64_t* cu_seqlens, Shape s,
-                            float* c, int64_t update) {
+                            float* c, float* trace, int64_t update) {
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = blockIdx.z;
     const int64_t begin = cu_seqlens[b] + static_cast<int64_t>(blockIdx.y) * kConvTile, end = cu_seqlens[b + 1];
     if (channel >= s.C || begin >= end) return;
@@ -53,6 +55,7 @@ __global__ void conv_kernel(const T* proj, const float* weight, Pointers states,
     const int64_t last = begin + kConvTile < end ? begin + kConvTile : end;
     for (int64_t t = begin; t < last; ++t) {
         const float u = to_float(proj[t * s.row() + channel]);
+        if (trace) trace[t * s.trace() + channel] = u;
         c[t * s.C + channel] = silu(w[0] * past[0] + w[1] * past[1] + w[2] * past[2] + w[3] * u);
         past[0] = past[1], past[1] = past[2], past[2] = u;
     }
@@ -92,11 +95,11 @@ __device__ __forceinline__ float l2_scale(const float* x, int64_t Dk) {
 }
 
 // Block (column group, head, sequence) of 4 warps; lane = column, warp w owns rows w, w+4, w+8... of Dk. ROWS = rows
-// per thread.
+// per thread. With a trace the state is not written, and the trace takes what commit_kernel needs to do it later.
 template <class T, int ROWS>
 __global__ void __launch_bounds__(128, 2)
     recurrent_kernel(const T* proj, const float* c, const float* A_log, const float* dt_bias, Pointers states,
-                     const int64_t* cu_seqlens, Shape s, float* o) {
+                     const int64_t* cu_seqlens, Shape s, float* trace, float* o) {
     DELTAIC_SHARED(float, q, kMaxWidth);
     DELTAIC_SHARED(float, k, kMaxWidth);
     DELTAIC_SHARED(float, parts, 4 * 2 * kColumns);
@@ -114,6 +117,7 @@ __global__ void __launch_bounds__(128, 2)
     for (int64_t t = cu_seqlens[b]; t < cu_seqlens[b + 1]; ++t) {
         const float* cq = c + t * s.C + key_head * s.Dk;
         const float* ck = cq + s.Hk * s.Dk;
+        float* traced = trace ? trace + t * s.trace() + s.C : nullptr;
         __syncthreads();  // the last token's q, k and parts have been read
         if (warp < 2) {
             const float* x = warp ? ck : cq;
@@ -124,6 +128,8 @@ __global__ void __launch_bounds__(128, 2)
                     k[i] = v;
                 else
                     q[i] = v;
+                if (warp && traced && i < s.Dk && blockIdx.x == 0 && h % (s.Hv / s.Hk) == 0)
+                    traced[key_head * s.Dk + i] = v;
             }
         }
         __syncthreads();
@@ -151,12 +157,60 @@ __global__ void __launch_bounds__(128, 2)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) S[r] = fmaf(k[warp + 4 * r], error, S[r]);
         if (warp == 0 && inside) o[(t * s.Hv + h) * s.Dv + column] = fmaf(kq, error, Sq);
+        if (!traced) continue;
+        if (warp == 1 && inside) traced[s.Hk * s.Dk + h * s.Dv + column] = error;
+        if (threadIdx.x == 0 && blockIdx.x == 0) traced[s.Hk * s.Dk + s.Hv * s.Dv + h] = decay;
     }
+    if (trace) return;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const int64_t row = warp + 4 * r;
         if (inside && row < s.Dk) state[row * s.Dv] = S[r];
     }
+}
+
+// S <- decay S + k w^T for the first counts[b] rows of each sequence, as recurrent_kernel does it. Block (column group,
+// head, layer and sequence); warps and lanes as there.
+template <int ROWS>
+__global__ void __launch_bounds__(128) commit_kernel(const float* trace, Pointers states, const int64_t* cu_seqlens,
+                                                     const int64_t* counts, Shape s, int64_t layers, int64_t tokens) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + lane, h = blockIdx.y;
+    const int64_t b = blockIdx.z / layers, layer = blockIdx.z % layers, n = counts[b];
+    if (column >= s.Dv || n == 0) return;
+    float* state = states.of(b) + (layer * s.Hv + h) * s.Dk * s.Dv + column;
+    float S[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) S[r] = warp + 4 * r < s.Dk ? state[(warp + 4 * r) * s.Dv] : 0.0f;
+    for (int64_t t = cu_seqlens[b]; t < cu_seqlens[b] + n; ++t) {
+        const float* traced = trace + (layer * tokens + t) * s.trace() + s.C;
+        const float* k = traced + h / (s.Hv / s.Hk) * s.Dk;
+        const float error = traced[s.Hk * s.Dk + h * s.Dv + column], decay = traced[s.Hk * s.Dk + s.Hv * s.Dv + h];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            S[r] *= decay;
+            S[r] = fmaf(warp + 4 * r < s.Dk ? k[warp + 4 * r] : 0.0f, error, S[r]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+        if (warp + 4 * r < s.Dk) state[(warp + 4 * r) * s.Dv] = S[r];
+}
+
+// The last three rows of (old rows, first counts[b] rows of u). Block (channels, layer, sequence).
+__global__ void commit_conv_kernel(const float* trace, Pointers states, const int64_t* cu_seqlens,
+                                   const int64_t* counts, Shape s, int64_t tokens) {
+    const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, layer = blockIdx.y,
+                  b = blockIdx.z, n = counts[b];
+    if (channel >= s.C || n == 0) return;
+    float* state = states.of(b) + layer * (kTaps - 1) * s.C + channel;
+    float rows[kTaps - 1];
+    for (int j = 0; j < kTaps - 1; ++j) {
+        const int64_t t = n - (kTaps - 1) + j;
+        rows[j] =
+            t >= 0 ? trace[(layer * tokens + cu_seqlens[b] + t) * s.trace() + channel] : state[(t + kTaps - 1) * s.C];
+    }
+    for (int j = 0; j < kTaps - 1; ++j) state[j * s.C] = rows[j];
 }
 
 // y = norm * o / sqrt(mean o^2 + eps) * silu(z): one warp per token and head.
@@ -407,12 +461,12 @@ __global__ void __launch_bounds__(kScanThreads)
 template <class T>
 void run(const T* proj, const float* conv_weight, const float* A_log, const float* dt_bias, const float* norm,
          float eps, Shape s, const int64_t* cu_seqlens, Pointers conv_states, Pointers states, float* c, float* o,
-         float* chunks, T* y, int64_t tokens, int64_t sequences, int64_t longest, Stream stream) {
+         float* chunks, float* trace, T* y, int64_t tokens, int64_t sequences, int64_t longest, Stream stream) {
     const unsigned B = static_cast<unsigned>(sequences), Hv = static_cast<unsigned>(s.Hv);
     const bool one_tile = longest <= kConvTile;
     launch("gated_delta_net conv", conv_kernel<T>, dim3(blocks_for(s.C, 128), blocks_for(longest, kConvTile), B), 128,
-           0, stream, proj, conv_weight, conv_states, cu_seqlens, s, c, int64_t{one_tile});
-    if (!one_tile)
+           0, stream, proj, conv_weight, conv_states, cu_seqlens, s, c, trace, int64_t{one_tile && !trace});
+    if (!one_tile && !trace)
         launch("gated_delta_net conv_state", conv_state_kernel<T>, dim3(blocks_for(s.C, 128), B), 128, 0, stream, proj,
                conv_states, cu_seqlens, s);
     const dim3 columns(blocks_for(s.Dv, kColumns), Hv, B);
@@ -428,7 +482,7 @@ void run(const T* proj, const float* conv_weight, const float* A_log, const floa
                             : s.Dk <= 64 ? recurrent_kernel<T, 16>
                                          : recurrent_kernel<T, 32>;
         launch("gated_delta_net recurrent", kernel, columns, 128, 0, stream, proj, static_cast<const float*>(c), A_log,
-               dt_bias, states, cu_seqlens, s, o);
+               dt_bias, states, cu_seqlens, s, trace, o);
     }
     launch("gated_delta_net gated_norm", gated_norm_kernel<T>, blocks_for(tokens * s.Hv, 4), 128, 0, stream,
            static_cast<const float*>(o), proj, norm, eps, s, y, tokens * s.Hv);
@@ -444,18 +498,36 @@ int64_t gated_delta_net_chunk_floats(int64_t Hv, int64_t Dk, int64_t Dv, int64_t
 void gated_delta_net(const void* proj, const float* conv_weight, const float* A_log, const float* dt_bias,
                      const float* norm, float eps, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,
                      const int64_t* cu_seqlens, const int64_t* conv_states, int64_t conv_offset, const int64_t* states,
-                     int64_t state_offset, float* c, float* o, float* chunks, void* y, int64_t T, int64_t B,
-                     int64_t longest, int64_t type, Stream stream) {
+                     int64_t state_offset, float* c, float* o, float* chunks, float* trace, void* y, int64_t T,
+                     int64_t B, int64_t longest, int64_t type, Stream stream) {
     if (Hk < 1 || Hv < 1 || Hv % Hk || Dk < 1 || Dk > kMaxWidth || Dv < 1 || Dv > kMaxWidth)
         fail("gated_delta_net", "expected value heads in multiples of key heads, and heads of 1 to 128 channels");
+    if (trace && chunks) fail("gated_delta_net", "the chunked form makes no trace");
     if (T == 0 || B == 0) return;
     const Shape s{Hk, Hv, Dk, Dv, 2 * Hk * Dk + Hv * Dv};
     with_type("gated_delta_net", type, [&](auto element) {
         using E = decltype(element);
         run(static_cast<const E*>(proj), conv_weight, A_log, dt_bias, norm, eps, s, cu_seqlens,
-            Pointers{conv_states, conv_offset}, Pointers{states, state_offset}, c, o, chunks, static_cast<E*>(y), T, B,
-            longest, stream);
+            Pointers{conv_states, conv_offset}, Pointers{states, state_offset}, c, o, chunks, trace, static_cast<E*>(y),
+            T, B, longest, stream);
     });
+}
+
+void gated_delta_net_commit(const float* trace, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,
+                            const int64_t* cu_seqlens, const int64_t* counts, const int64_t* conv_states,
+                            const int64_t* states, int64_t L, int64_t T, int64_t B, Stream stream) {
+    if (Hk < 1 || Hv < 1 || Hv % Hk || Dk < 1 || Dk > kMaxWidth || Dv < 1 || Dv > kMaxWidth)
+        fail("gated_delta_net_commit",
+             "expected value heads in multiples of key heads, and heads of 1 to 128 channels");
+    if (L == 0 || T == 0 || B == 0) return;
+    const Shape s{Hk, Hv, Dk, Dv, 2 * Hk * Dk + Hv * Dv};
+    launch("gated_delta_net_commit conv", commit_conv_kernel,
+           dim3(blocks_for(s.C, 128), static_cast<unsigned>(L), static_cast<unsigned>(B)), 128, 0, stream, trace,
+           Pointers{conv_states, 0}, cu_seqlens, counts, s, T);
+    const auto kernel = Dk <= 32 ? commit_kernel<8> : Dk <= 64 ? commit_kernel<16> : commit_kernel<32>;
+    launch("gated_delta_net_commit", kernel,
+           dim3(blocks_for(Dv, kColumns), static_cast<unsigned>(Hv), static_cast<unsigned>(B * L)), 128, 0, stream,
+           trace, Pointers{states, 0}, cu_seqlens, counts, s, L, T);
 }
 
 }  // namespace cuda

@@ -2,7 +2,8 @@
 // python/deltaic/ops/reference.py, and python/deltaic/ops/cuda.py says how operators are made of these.
 //
 // All pointers are device memory. `type` is enum Type of the activations x, y (f32 or bf16); T tokens. No entry point
-// allocates, waits for the device, or reads device memory from the host: all can be captured into a graph.
+// allocates, waits for the device, or reads device memory from the host: all can be captured into a graph. `states` and
+// the like are arrays of addresses, one per sequence.
 #pragma once
 
 #include "cuda/weight.h"
@@ -22,11 +23,14 @@
                const void* residual, void* y, int64_t T, int64_t type, int64_t float_output, Stream stream))           \
     X(dequantise,                                                                                                      \
       (const Matrices& w, int64_t part, int64_t first, int64_t count, void* y, int64_t type, Stream stream))           \
-    X(gated_delta_net,                                                                                                 \
-      (const void* proj, const float* conv_weight, const float* A_log, const float* dt_bias, const float* norm,        \
-       float eps, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv, const int64_t* cu_seqlens,                           \
-       const int64_t* conv_states, int64_t conv_offset, const int64_t* states, int64_t state_offset, float* c,         \
-       float* o, float* chunks, void* y, int64_t T, int64_t B, int64_t longest, int64_t type, Stream stream))          \
+    X(gated_delta_net, (const void* proj, const float* conv_weight, const float* A_log, const float* dt_bias,          \
+                        const float* norm, float eps, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,                  \
+                        const int64_t* cu_seqlens, const int64_t* conv_states, int64_t conv_offset,                    \
+                        const int64_t* states, int64_t state_offset, float* c, float* o, float* chunks, float* trace,  \
+                        void* y, int64_t T, int64_t B, int64_t longest, int64_t type, Stream stream))                  \
+    X(gated_delta_net_commit, (const float* trace, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,                     \
+                               const int64_t* cu_seqlens, const int64_t* counts, const int64_t* conv_states,           \
+                               const int64_t* states, int64_t L, int64_t T, int64_t B, Stream stream))                 \
     X(gated_attention,                                                                                                 \
       (const void* proj, const float* q_norm, const float* k_norm, const float* cosine, const float* sine, float eps,  \
        int64_t Hq, int64_t Hkv, int64_t D, int64_t half, const int64_t* cu_seqlens, const int64_t* starts,             \

@@ -30,7 +30,26 @@ std::string device_problem() {
 
 namespace {
 __global__ void probe_kernel() {}
+int used_device = 0;
+
+void set_device(int index) {
+    const cudaError_t error = cudaSetDevice(index);
+    if (error != cudaSuccess) throw_cuda_error("cudaSetDevice", error);
+}
 }  // namespace
+
+void use_device(int index) { used_device = index; }
+
+DeviceGuard::DeviceGuard() {
+    int current = 0;
+    if (cudaGetDevice(&current) == cudaSuccess && current == used_device) return;
+    set_device(used_device);
+    before_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+    if (before_ >= 0) cudaSetDevice(before_);
+}
 
 bool has_kernels() {
     cudaFuncAttributes attributes;

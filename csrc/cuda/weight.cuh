@@ -186,7 +186,7 @@ __device__ __forceinline__ void stage_rows(const T* x, const float* norm, const 
 template <Format F, int NT>
 __device__ __forceinline__ void warp_dot(const Matrix& m, const int64_t (&row)[2], const bool (&valid)[2],
                                          Shared<float> h, int64_t first, int64_t span, float (&sum)[2][NT]) {
-    constexpr int kAhead = 4;
+    constexpr int kAhead = NT == 4 ? 2 : 4;  // loads under way; with four, ptxas spills at NT = 4
     const int lane = threadIdx.x % kWarp;
     const int64_t skipped = first / 8, chunks = span / 8;
     for (int64_t c0 = lane; c0 < chunks; c0 += kWarp * kAhead) {

@@ -31,7 +31,7 @@ from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
 from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
 from .machine import default_threads
-from .memory import check_context, checkpoint_bytes, default_cache_bytes
+from .memory import check_context, checkpoint_bytes, default_cache_bytes, room_for_copy
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from .weights.source import Source
 
 KV_DTYPES = ("bf16", "f32")
-MEMORY = ("map", "copy")
+MEMORY = ("auto", "map", "copy")
 DEVICES = ("cpu", "cuda", "reference")
 MAX_THREADS = 1024
 NO_MTP = "no multi-token-prediction layer (mtp.* tensors); use speculate='lookup' or 'auto', or a checkpoint with them"
@@ -99,7 +99,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     kv_dtype: str | None = None,
-    memory: str = "map",
+    memory: str = "auto",
     verify: bool = True,
     context: int | None = None,
     cache_bytes: int | None = None,
@@ -123,7 +123,8 @@ def load(
     kv_dtype      how keys and values are stored: "bf16" or "f32"; None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
-                  pages
+                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" copies on the
+                  CPU if that leaves half of the free memory free, and maps otherwise
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
                   sequence is there is checked before anything is loaded. None: the model's own limit, not checked
@@ -174,7 +175,7 @@ def load(
         mtp = has_mtp and speculate in ("auto", "mtp")
         state = State(config.text, ops, kv, context=context, fingerprint=fingerprint, mtp=mtp)
         if context is not None:
-            check_context(weight_bytes, state, context)
+            check_context(ops, weight_bytes, state, context)
         return state
 
     if (folder / PACKED_FILE).exists():
@@ -183,7 +184,7 @@ def load(
     else:
         parts = _pack(folder, config, ops, wanted, progress, blank_state)
     text, vision, mtp, precision, blank = parts
-    cache_bytes = default_cache_bytes(blank, context) if cache_bytes is None else cache_bytes
+    cache_bytes = default_cache_bytes(ops, blank, context) if cache_bytes is None else cache_bytes
     spill = None
     if cache_folder is not None:
         from .generate.spill import SpillFolder
@@ -249,7 +250,7 @@ def _map(
     from .weights.fingerprint import packed_fingerprint
     from .weights.packed import PackedFile
 
-    with PackedFile(folder, memory) as packed:
+    with PackedFile(folder) as packed:
         precision = replace(packed.precision, activations=activations)
         if wanted is not None and not wanted.same_formats(precision):
             raise ArgumentError(
@@ -257,7 +258,8 @@ def _map(
                 f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
             )
         blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision, packed.has_mtp)
-        packed.prepare(None)
+        if memory == "copy" or (memory == "auto" and ops.__name__.endswith(".cpu") and room_for_copy(packed.nbytes)):
+            packed.copy(None)
         if verify:
             packed.verify(ops, None, "the text model", progress)
             if blank.with_mtp:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -15,7 +16,7 @@ import numpy as np
 
 from .arguments import integer
 from .errors import ContextLengthError
-from .machine import resident_bytes
+from .machine import preemptions, resident_bytes
 
 if TYPE_CHECKING:
     from .api import Model
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PROBE_BYTES = 256 << 20  # far more than any cache
 _PEAK_SECONDS = 0.05
 _SEED = 20260101
+_DISTURBED = 5  # involuntary switches; one or two come with every timer
 
 
 def check_lengths(prompt: int, new: int, repeat: int) -> None:
@@ -35,9 +37,10 @@ def check_lengths(prompt: int, new: int, repeat: int) -> None:
 def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, repeat: int = 5) -> dict[str, Any]:
     """Load a model and time it: `repeat` times a random prompt of `prompt` tokens and `new` sampled tokens.
 
-    Speeds are medians over the repetitions (tokens per second), latencies percentiles over all tokens (milliseconds).
-    The machine's limits are probed before each repetition. Raises what `load` raises, ArgumentError,
-    ContextLengthError.
+    Speeds are medians over the repetitions (tokens per second), latencies percentiles over all tokens (milliseconds),
+    memory what is resident after them (bytes). A token is disturbed if other processes took the processor from this one
+    several times while it was computed; such tokens say more about them than about the model. The machine's limits are
+    probed before each repetition. Raises what `load` raises, ArgumentError, ContextLengthError.
     """
     check_lengths(prompt, new, repeat)
     start = perf_counter()
@@ -49,16 +52,19 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
             f"{model.context_length}"
         )
     probe = Probe(model)
-    prefills, decodes, latencies = [], [], []
+    prefills, decodes, latencies, disturbed = [], [], [], []
     for run in range(repeat):
         probe.run()
-        prefill, steps = _one_run(model, prompt, new, seed=_SEED + run)
+        prefill, steps, switches = _one_run(model, prompt, new, seed=_SEED + run)
         prefills.append(prompt / prefill)
         decodes.append(len(steps) / sum(steps))
         latencies += steps
+        disturbed += [n >= _DISTURBED for n in switches]
+    memory = resident_bytes()
     traffic = traffic_per_token(model, prompt + new // 2)
     decode, bandwidth = median(decodes), probe.bandwidth
     milliseconds = 1e3 * np.array(latencies)
+    quiet = milliseconds[~np.array(disturbed)]
     return {
         **{name: model.info()[name] for name in ("architecture", "device", "isa", "threads", "dtype", "activations")},
         "prompt_tokens": prompt,
@@ -67,9 +73,11 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
         "load_seconds": load_seconds,
         "prefill_tokens_per_second": median(prefills),
         "decode_tokens_per_second": decode,
-        "latency_p50_ms": float(np.percentile(milliseconds, 50)),
-        "latency_p99_ms": float(np.percentile(milliseconds, 99)),
-        "memory": resident_bytes(),
+        **{f"latency_p{p}_ms": float(np.percentile(milliseconds, p)) for p in (50, 90, 99)},
+        "latency_max_ms": float(milliseconds.max()),
+        "disturbed_tokens": sum(disturbed),
+        "latency_p99_undisturbed_ms": float(np.percentile(quiet, 99)) if len(quiet) else None,
+        "memory": None if memory is None else {name: memory[name] for name in ("now", "private")},
         **traffic,
         "read_bandwidth": bandwidth,
         "decode_bandwidth_fraction": traffic["bytes_read_per_token"] * decode / bandwidth if bandwidth else None,
@@ -79,8 +87,9 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
     }
 
 
-def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, list[float]]:
-    """Seconds of prefill, and of each decoded token after the first (sampling included)."""
+def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, list[float], list[int]]:
+    """Seconds of prefill, and of each decoded token after the first (sampling included), and how often other processes
+    took the processor while it was computed."""
     from .generate.cache import PrefixCache, Reading
     from .generate.loop import generate_ids
     from .generate.sampling import Sampler, SamplingParams
@@ -95,18 +104,18 @@ def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, lis
         SamplingParams(temperature=1.0, top_k=20, top_p=0.95, seed=seed),
         limit=vocabulary,
         prompt_ids=made.token_ids,
-        unused=special,
     )
     state = model.new_state()
     state.reserve(prompt + new)
     # without a cache: what one run has read must not shorten the next
     reading = Reading(PrefixCache(0), made, border_id=None, image_token_id=None, split_invariant=True)
     tokens = generate_ids(model._runner, made, reading, sampler, blank=lambda: state, end_ids=(), max_new_tokens=new)
-    marks = [perf_counter()]
+    marks, switches = [perf_counter()], [preemptions()]
     for _ in tokens:
         marks.append(perf_counter())
+        switches.append(preemptions())
     steps = [after - before for before, after in pairwise(marks)]
-    return steps[0], steps[1:]
+    return steps[0], steps[1:], [after - before for before, after in pairwise(switches)][1:]
 
 
 class Probe:
@@ -115,7 +124,6 @@ class Probe:
     def __init__(self, model: Model):
         ops: Any = model._ops
         self._ops: Any = ops if hasattr(ops, "probe_read") else None
-        self._data = np.ones(PROBE_BYTES, np.uint8) if self._ops is not None else None
         self._bandwidths: list[float] = []
         self._peaks: dict[str, list[float]] = {"f32": [], "int8": []}
 
@@ -123,7 +131,9 @@ class Probe:
         """Measure once."""
         if self._ops is None:
             return
-        seconds = min(_seconds(lambda: self._ops.probe_read(self._data)) for _ in range(3))
+        read = partial(self._ops.probe_read, np.ones(PROBE_BYTES, np.uint8))
+        seconds = min(_seconds(read) for _ in range(3))
+        del read  # with its data, which is none of the model's memory
         self._bandwidths.append(PROBE_BYTES / seconds)
         for kind, found in self._peaks.items():
             try:
@@ -224,9 +234,17 @@ def as_table(facts: dict[str, Any]) -> str:
         ("load", f"{facts['load_seconds']:.2f} s"),
         ("prefill", f"{facts['prefill_tokens_per_second']:.1f} tokens/s, {facts['prompt_tokens']} tokens"),
         ("decode", f"{facts['decode_tokens_per_second']:.1f} tokens/s, {facts['new_tokens']} tokens"),
-        ("latency", f"p50 {facts['latency_p50_ms']:.1f} ms, p99 {facts['latency_p99_ms']:.1f} ms per token"),
+        (
+            "latency",
+            f"p50 {facts['latency_p50_ms']:.1f}, p90 {facts['latency_p90_ms']:.1f}, p99 {facts['latency_p99_ms']:.1f}, "
+            f"longest {facts['latency_max_ms']:.1f} ms per token",
+        ),
         ("reads", f"{facts['bytes_read_per_token'] / 1e6:.0f} MB per token"),
     ]
+    if facts["disturbed_tokens"] and facts["latency_p99_undisturbed_ms"] is not None:
+        share = 100 * facts["disturbed_tokens"] / (facts["repeat"] * (facts["new_tokens"] - 1))
+        alone = f"p99 of the others {facts['latency_p99_undisturbed_ms']:.1f} ms"
+        rows.insert(6, ("", f"{share:.1f} % of the tokens were disturbed by other processes, {alone}"))
     if bandwidth is not None:
         rate = facts["bytes_read_per_token"] * facts["decode_tokens_per_second"]
         rows.append(("bandwidth", f"{rate / 1e9:.1f} of {bandwidth / 1e9:.1f} GB/s{percent(rate, bandwidth)})"))

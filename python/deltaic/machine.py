@@ -88,6 +88,15 @@ def resident_bytes(status: Path = _STATUS) -> dict[str, int] | None:
     return {"now": found["VmRSS"], "private": found["RssAnon"], "peak": found["VmHWM"]}
 
 
+def preemptions() -> int:
+    """How often other processes took a processor from this one so far; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
 def available_bytes(
     root: Path = _CGROUP_ROOT, membership: Path = _MEMBERSHIP, meminfo: Path = Path("/proc/meminfo")
 ) -> int | None:

@@ -10,6 +10,8 @@ from .errors import ArgumentError
 from .machine import available_bytes, memory_bytes
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from .model.state import State
     from .weights.checkpoint import Checkpoint
 
@@ -24,9 +26,21 @@ def checkpoint_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     return int(sum(math.prod(t.shape) for t in checkpoint.tensors.values()) * _WEIGHT_BYTES[dtype])
 
 
-def check_context(weights: int, blank: State, context: int) -> None:
-    """Raise ArgumentError if `weights` bytes and one sequence of `context` tokens do not fit into the free memory."""
+def free_bytes(ops: ModuleType) -> int | None:
+    """Bytes that can be had where an op set keeps its arrays; None where the system does not tell."""
+    of_device = getattr(ops, "free_bytes", None)
+    return available_bytes() if of_device is None else of_device()
+
+
+def room_for_copy(nbytes: int) -> bool:
+    """Whether a copy of `nbytes` of weights leaves at least as much again of the memory that is free."""
     free = available_bytes()
+    return free is not None and free >= 2 * nbytes
+
+
+def check_context(ops: ModuleType, weights: int, blank: State, context: int) -> None:
+    """Raise ArgumentError if `weights` bytes and one sequence of `context` tokens do not fit into the free memory."""
+    free = free_bytes(ops)
     sequence = blank.bytes_for(context)
     if free is not None and sequence + weights > free:
         raise ArgumentError(
@@ -35,15 +49,15 @@ def check_context(weights: int, blank: State, context: int) -> None:
         )
 
 
-def default_sequence_bytes() -> int:
+def default_sequence_bytes(ops: ModuleType) -> int:
     """Half of the memory that is free now: what the sequences of a scheduler may take by default."""
-    free = available_bytes()
+    free = free_bytes(ops)
     return (free if free is not None else FALLBACK_BYTES) // 2
 
 
-def default_cache_bytes(blank: State, context: int | None) -> int:
+def default_cache_bytes(ops: ModuleType, blank: State, context: int | None) -> int:
     """A quarter of the free memory, after taking off what one sequence of the `context` that was asked for needs."""
-    free = available_bytes()
+    free = free_bytes(ops)
     if free is None:
         free = (memory_bytes() or FALLBACK_BYTES) // 2
     return max(0, int(CACHE_SHARE * (free - (blank.bytes_for(context) if context else 0))))

@@ -149,7 +149,7 @@ class Session:
         state = self.model.new_state()
         if checkpoint is not None:
             state = checkpoint.state
-            arrays["hidden"] = checkpoint.hidden
+            arrays["hidden"] = checkpoint.host_hidden()
             metadata["generated"] = str(int(checkpoint.generated))
         save_state(state, path, metadata=metadata, arrays=arrays)
 

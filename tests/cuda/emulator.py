@@ -20,6 +20,7 @@ from types import ModuleType
 import numpy as np
 import pybind11
 import torch
+from deltaic.ops.cuda_device import OutOfDeviceMemory
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -109,14 +110,16 @@ def build(edits: dict[str, tuple[str, str]] | None = None) -> ModuleType:
 
 
 class _Memory:
-    """A guarded buffer that numpy reads through the array interface, freed with the last array."""
+    """A guarded buffer of a device that numpy reads through the array interface, freed with the last array."""
 
-    def __init__(self, module: ModuleType, nbytes: int, name: str):
-        self.module, self.address = module, module.guarded_alloc(nbytes, name)
+    def __init__(self, device: EmulatedDevice, nbytes: int, name: str):
+        self.device, self.nbytes, self.address = device, nbytes, device.module.guarded_alloc(nbytes, name)
+        device.used += nbytes
         self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
 
     def __del__(self):
-        self.module.guarded_free(self.address)
+        self.device.used -= self.nbytes
+        self.device.module.guarded_free(self.address)
 
 
 class EmulatedDevice:
@@ -124,15 +127,27 @@ class EmulatedDevice:
 
     torch_device = "cpu"
 
-    def __init__(self, module: ModuleType):
-        self.module = module
+    def __init__(self, module: ModuleType, memory: int = 1 << 40):
+        """memory: bytes that the device is said to have."""
+        self.module, self.memory, self.used = module, memory, 0
 
     def stream(self) -> int:
         return 0
 
+    def fill(self, target, host) -> None:
+        target.copy_(host)
+
+    def free_bytes(self) -> int:
+        return self.memory - self.used
+
+    def wait(self) -> None:
+        pass
+
     def empty(self, shape, dtype) -> torch.Tensor:
         count = int(np.prod(tuple(shape), dtype=np.int64))
         size = torch.empty(0, dtype=dtype).element_size()
-        memory = _Memory(self.module, max(1, count * size), f"{str(dtype).removeprefix('torch.')}{list(shape)}")
+        if count * size > self.free_bytes():
+            raise OutOfDeviceMemory(count * size, self.free_bytes())
+        memory = _Memory(self, max(1, count * size), f"{str(dtype).removeprefix('torch.')}{list(shape)}")
         raw = torch.from_numpy(np.asarray(memory))
         return raw[: count * size].view(dtype).reshape(tuple(shape))

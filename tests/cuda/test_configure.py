@@ -1,4 +1,4 @@
-"""For which cards does CMake build the kernels? With compilers and cards that are made up, and the real ones if there."""
+"""For which cards does CMake build the kernels? With made-up compilers and cards, and the real ones if there."""
 
 from __future__ import annotations
 

@@ -27,9 +27,6 @@ def torch(available=True):
         init=lambda: None,
         get_device_capability=lambda: (7, 0),
         get_device_name=lambda: "Some Card",
-        mem_get_info=lambda device=None: (5_000_000_000, 8_000_000_000),
-        memory_reserved=lambda device: 2_000_000_000,
-        memory_allocated=lambda device: 1_000_000_000,
     )
     return SimpleNamespace(cuda=cuda, __version__="2.9", version=SimpleNamespace(cuda=None))
 
@@ -73,12 +70,6 @@ def test_missing_parts(monkeypatch, missing, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else real(name))
     with pytest.raises(DeviceError, match=message):
         cuda_device._extension() if missing == "deltaic._cuda" else cuda_device._torch()
-
-
-def test_too_little_memory_is_said_before_loading():
-    with pytest.raises(DeviceError, match=r"needs 9\.1 GB of GPU memory, 6\.0 GB are free"):
-        cuda_device.require_memory(9_100_000_000, torch(), None)
-    cuda_device.require_memory(5_900_000_000, torch(), None)
 
 
 def test_info_says_what_is_there():

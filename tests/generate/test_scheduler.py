@@ -116,6 +116,8 @@ def test_each_gets_the_bits_that_it_gets_alone(
     folder, ops, device, monkeypatch, dtype, asked, limits, cached, speculate, leave
 ):
     """Whoever joins at which step, with which chunks and drafts, from the cache or not, and whoever leaves early."""
+    if dtype == "int4" and not ops.SPLIT_INVARIANT:
+        pytest.skip("there are no bits to compare")
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "PREFILL_TOKENS", 32)
         patch.setattr(cache_module, "CHECKPOINT_TOKENS", 64)
@@ -146,14 +148,13 @@ def test_each_gets_the_bits_that_it_gets_alone(
                 assert np.array_equal(np.stack(sampler.logits), logits[: len(sampler.logits)])
 
 
-@pytest.mark.parametrize("depth", [None, 1, 3])
-@pytest.mark.parametrize("mode", ["mtp", "auto"])
+@pytest.mark.parametrize(("mode", "depth"), [("mtp", 1), ("mtp", 3), ("auto", None), ("auto", 2)])
 def test_drafts_change_no_token(miniature, mode, depth):
     """The miniature's MTP layer is trained: drafts are right and wrong, of several sequences in one step."""
     prompts = [[user(f"What is {word}?")] for word in ("red", "a circle", "left of the star", "red red red", "3")]
     each = [GREEDY, {"temperature": 0.8, "seed": 1}, GREEDY, {"temperature": 0.8, "seed": 2}, GREEDY]
-    options = {"each": each, "max_new_tokens": 40, "thinking": False}
-    expected = [miniature.stream(p, max_new_tokens=40, thinking=False, speculate="off", **own).finish()
+    options = {"each": each, "max_new_tokens": 24, "thinking": False}
+    expected = [miniature.stream(p, max_new_tokens=24, thinking=False, speculate="off", **own).finish()
                 for p, own in zip(prompts, each, strict=True)]  # fmt: skip
     miniature.cache.clear()
     miniature._runner.fixed_depth = depth
@@ -175,10 +176,10 @@ def miniature(device):
 def test_rows_are_shared_by_what_they_promise():
     costs = Costs()
     assert share_rows([[1.9, 2.7]], [False], 1, costs) == [0]  # nothing is known
-    for rows, seconds in ((1, 1.0), (2, 1.1), (3, 1.2), (4, 2.0), (5, 3.0)):
+    for rows, seconds in ((2, 1.1), (3, 1.2), (4, 2.0), (5, 3.0), (1, 1.0)) * 3:
         costs.record_step(rows, seconds)
-    costs.record_draft(1, 0.0)
-    costs.record_draft(2, 0.0)
+        costs.record_draft(1, 0.0)
+        costs.record_draft(2, 0.0)
     assert share_rows([[1.9, 2.7], [1.1, 1.2]], [False, False], 2, costs) == [2, 0]
     assert share_rows([[1.05], [1.05]], [False, False], 2, costs) == [0, 0]
     assert share_rows([[1.05], []], [True, True], 2, costs) == [1, 0]
@@ -294,11 +295,12 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
     assert max(n for n, _ in sizes) == 512
 
 
-def test_a_short_prompt_overtakes_a_long_one(model):
+def test_a_short_prompt_overtakes_a_long_one(model, monkeypatch):
+    monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 16)
     scheduler = model.scheduler(prefill_tokens=16)
     decoding = scheduler.submit([1], max_new_tokens=200, **GREEDY)
     next(decoding)
-    long = scheduler.submit([7] * 1800, max_new_tokens=1, **GREEDY)
+    long = scheduler.submit([7] * 300, max_new_tokens=1, **GREEDY)
     scheduler.step()
     short = scheduler.submit([8] * 20, max_new_tokens=1, **GREEDY)
     short.finish()

@@ -15,8 +15,10 @@ from deltaic.errors import ArgumentError, ConfigError, PromptError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
+    from deltaic.chat.prepared import Prepared
 
-def _byte_of_character() -> dict[str, int]:
+
+def symbol_bytes() -> dict[str, int]:
     """GPT-2's table of printable stand-ins for the 256 bytes: printable Latin-1 stands for itself, the rest for
     U+0100 onwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -30,9 +32,22 @@ class Tokenizer:
     """Byte-level BPE of a checkpoint. Special tokens written in a text are recognised as such, as transformers does:
     text from strangers that must not contain them has to be cleaned by the caller."""
 
-    def __init__(self, backend: Backend, eos_token: str | None = None) -> None:
-        """backend: a `tokenizers.Tokenizer` with a byte-level decoder (else ConfigError). eos_token: text of the end
-        token, if any."""
+    def __init__(self, backend: Backend | Prepared, eos_token: str | None = None) -> None:
+        """backend: a `tokenizers.Tokenizer` with a byte-level decoder (else ConfigError), or the prepared vocabulary of
+        a packed folder. eos_token: text of the end token, if any."""
+        from deltaic.chat.prepared import Prepared
+
+        self._prepared = backend if isinstance(backend, Prepared) else None
+        self._library = None if isinstance(backend, Prepared) else self._checked_library(backend)
+        self._special = (
+            self._prepared.special
+            if self._prepared
+            else frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+        )
+        self.eos_token_id = None if eos_token is None else self.id_of(eos_token)
+
+    @staticmethod
+    def _checked_library(backend: Backend) -> Backend:
         from tokenizers.decoders import ByteLevel
 
         if not isinstance(backend.decoder, ByteLevel):
@@ -42,18 +57,29 @@ class Tokenizer:
             )
         backend.no_truncation()
         backend.no_padding()
-        self.backend = backend
-        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         if not backend.get_vocab_size(with_added_tokens=True):
             raise ConfigError("tokenizer: expected a vocabulary, found no tokens")
-        self.eos_token_id = None if eos_token is None else self.id_of(eos_token)
+        return backend
+
+    @property
+    def backend(self) -> Backend:
+        """The `tokenizers.Tokenizer`; AttributeError with a prepared vocabulary, which does without."""
+        if self._library is None:
+            raise AttributeError("backend: the vocabulary was prepared, the tokenizers library has not read it")
+        return self._library
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read `tokenizer.json` (and the end token from `tokenizer_config.json`, if there). Raises ConfigError."""
-        from tokenizers import Tokenizer as Backend
+    def from_folder(cls, folder: str | Path, *, prepared: bool = True) -> Tokenizer:
+        """Read `tokenizer.json` (and the end token from `tokenizer_config.json`, if there). prepared: use what
+        `deltaic quantize` prepared of it, where that is there. Raises ConfigError."""
+        from deltaic.chat.prepared import read_prepared
 
         folder = Path(folder)
+        ready = read_prepared(folder) if prepared else None
+        if ready is not None:
+            return cls(ready, _eos_token(folder / "tokenizer_config.json"))
+        from tokenizers import Tokenizer as Backend
+
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(
@@ -75,6 +101,8 @@ class Tokenizer:
     @cached_property
     def _holes(self) -> tuple[int, tuple[int, ...]]:
         """(one more than the largest id with a token, ids below without one)."""
+        if self._prepared is not None:
+            return self._prepared.count, self._prepared.unused
         count = self.backend.get_vocab_size(with_added_tokens=True)
         if None not in map(self.backend.id_to_token, range(count)):
             return count, ()  # so many tokens for so many ids: there are no others
@@ -94,7 +122,15 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int | None:
         """Id of a whole token as written in the vocabulary (for example "<|im_end|>"), or None."""
-        return self.backend.token_to_id(token)
+        if self._prepared is None:
+            return self.backend.token_to_id(token)
+        added = self._prepared.added_id(token)
+        if added is not None:
+            return added
+        try:
+            return self._prepared.id_of_bytes(bytes([self._bytes[character] for character in token]))
+        except KeyError:
+            return None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is put before or after. Raises PromptError if it is not a str or holds a lone
@@ -102,8 +138,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise PromptError(f"text: expected a str, found {type(text).__name__}")
         try:
+            if self._prepared is not None:
+                return self._prepared.encode(text)
             return self.backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # the library's answer to a str that is not valid Unicode
+        except (TypeError, UnicodeEncodeError) as error:  # the library's answer to a str that is not valid Unicode
             place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
             raise PromptError(
                 f"text: expected valid Unicode, found a lone surrogate at character {place}; "
@@ -114,11 +152,15 @@ class Tokenizer:
         """Text of `ids`. Ids without a token give nothing; incomplete UTF-8 gives U+FFFD. skip_special: leave out
         control tokens (tool-call and think tags are not among them). Raises ArgumentError for ids that are not whole
         numbers from 0."""
+        if self._prepared is not None:
+            return b"".join(self.token_bytes(i, skip_special) for i in ids).decode("utf-8", errors="replace")
         return self.backend.decode([_checked(i) for i in ids], skip_special_tokens=skip_special)
 
     def token_bytes(self, token_id: int, skip_special: bool = True) -> bytes:
         """UTF-8 bytes (perhaps a part of a character) that `token_id` adds to the text."""
         token_id = _checked(token_id)
+        if self._prepared is not None:
+            return b"" if skip_special and token_id in self._special else self._prepared.bytes_of(token_id) or b""
         token = self.backend.id_to_token(token_id)
         if token is None or (skip_special and token_id in self._special):
             return b""
@@ -133,7 +175,7 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> dict[str, int]:
-        return _byte_of_character()
+        return symbol_bytes()
 
 
 class DetokenizeStream:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..model.state import State, copy_array
+from ..model.state import State, copy_array, host_array
 
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
@@ -114,8 +114,9 @@ def shared_length(a: Ints, b: Ints) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A state that nobody feeds any more. keys int64 [length]; digest: of keys; hidden float32 [1, H]: the residual
-    stream after the last token; generated: whether some of its tokens were sampled one by one, not read."""
+    """A state that nobody feeds any more. keys int64 [length]; digest: of keys; hidden [1, H]: the residual stream
+    after the last token, as the op set has it, or float32 from a file; generated: whether some of its tokens were
+    sampled one by one, not read."""
 
     keys: Ints
     digest: bytes
@@ -126,6 +127,11 @@ class Checkpoint:
     @property
     def length(self) -> int:
         return len(self.keys)
+
+    def host_hidden(self) -> npt.NDArray[np.float32]:
+        """`hidden` as float32 in the host's memory."""
+        hidden = host_array(self.hidden)
+        return (hidden.astype(np.uint32) << 16).view(np.float32) if hidden.dtype == np.uint16 else hidden
 
     def buffers(self) -> Iterator[npt.NDArray[Any]]:
         """Arrays that hold its memory; checkpoints of one prompt share their keys' base and K/V blocks."""

@@ -56,6 +56,7 @@ class Verification:
     cu_seqlens: np.ndarray
     hidden: np.ndarray
     trace: np.ndarray
+    buffer: np.ndarray  # that the trace lies on
 
 
 @dataclass(slots=True)
@@ -198,8 +199,8 @@ class Runner:
         """Feed one token to each of B states; hidden rows [B, H] (before the final norm)."""
         with self._lock:
             self._set_threads()
-            if self._graph is not None and len(states) == 1:
-                return self._graph.step(tokens[0], states[0])
+            if self._graph is not None and self._graph.takes([[token] for token in tokens]):
+                return self._graph.decode(tokens, states)
             x = self.text.embed(np.array(tokens, np.int64))
             positions = np.array([[state.length + state.rope_delta] * 3 for state in states], np.int64)
             hidden = self.text.forward(x, positions, list(states), np.arange(len(states) + 1, dtype=np.int64))
@@ -213,6 +214,17 @@ class Runner:
             self._set_threads()
             return self.text.logits(hidden)
 
+    def wait(self) -> None:
+        """Let a device finish what it was given, before time is taken."""
+        if self._graph is not None:
+            self.ops.wait()
+
+    def rows(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden rows [n, H] of a file, float32, as this op set has them."""
+        if self._graph is None or not isinstance(hidden, np.ndarray):
+            return hidden
+        return self.ops.activations(hidden, self.text.weights.embed)
+
     # ------------------------------------------------------------------------------- drafts
 
     def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]]) -> Verification:
@@ -224,10 +236,13 @@ class Runner:
         positions = np.repeat(np.concatenate(places)[:, None], 3, axis=1)
         with self._lock:
             self._set_threads()
-            x = self.text.embed(np.concatenate([np.array(ids, np.int64) for ids in tokens]))
-            trace = self._take_trace(len(positions))
-            hidden = self.text.verify(x, positions, list(states), cu_seqlens, trace)
-        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace)
+            buffer, trace = self._take_trace(len(positions))
+            if self._graph is not None and self._graph.takes(tokens):
+                hidden = self._graph.verify(tokens, states, trace)
+            else:
+                x = self.text.embed(np.concatenate([np.array(ids, np.int64) for ids in tokens]))
+                hidden = self.text.verify(x, positions, list(states), cu_seqlens, trace)
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace, buffer)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:
         """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
@@ -236,18 +251,18 @@ class Runner:
         with self._lock:
             self._set_threads()
             self.text.commit(v.states, v.cu_seqlens, np.array(counts, np.int64), v.trace)
-            self._traces.append(v.trace if v.trace.base is None else v.trace.base)
+            self._traces.append(v.buffer)
         for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
             state.token_ids.extend(ids[:n])
 
-    def _take_trace(self, rows: int) -> np.ndarray:
-        """A trace of `rows` rows on a buffer that was used before, if one is large enough."""
+    def _take_trace(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """A buffer, one that was used before if that is large enough, and a trace of `rows` rows on it."""
         c = self.text.config
         size = c.num_delta_layers * rows * c.delta_trace_width
         buffer = self._traces.pop() if self._traces else None
         if buffer is None or buffer.shape[0] < size:
             buffer = self._zeros((size,), np.float32)
-        return buffer[:size].reshape(c.num_delta_layers, rows, c.delta_trace_width)
+        return buffer, buffer[:size].reshape(c.num_delta_layers, rows, c.delta_trace_width)
 
     def draft(self, wanted: Sequence[Drafting]) -> list[list[int]]:
         """Drafts of the MTP layer for several sequences at once, each as many as it wants."""
@@ -377,6 +392,8 @@ class _Steps:
         if self._logits is None:
             began = perf_counter()
             self._logits = self._runner.logits(self._hidden)
+            if self._speculator is not None:
+                self._runner.wait()
             if self._seconds is not None:
                 self._seconds += perf_counter() - began
         return self._logits[self._row]

@@ -93,5 +93,5 @@ def begin_reading(
     prompt of which the cache holds nothing. mtp: see PromptReader."""
     runner.places(prompt)  # refuses a prompt made by hand before anything else is done with it
     state, found = reading.begin(blank)
-    last = None if found is None else found.hidden
+    last = None if found is None else runner.rows(found.hidden)
     return PromptReader(runner, prompt, state, reading.cached_tokens, mtp=mtp, last=last)

@@ -206,7 +206,8 @@ class Sampler:
         self.params = params
         self._ops = ops
         self._limit = limit
-        self._unused = np.array(unused, np.int64)
+        index = np.array(unused, np.int64)
+        self._unused = ops.upload(index) if hasattr(ops, "upload") else index
         self._logprobs = logprobs
         self._rng = np.random.default_rng(params.seed)
         self._uniforms: deque[float] = deque()  # drawn ahead, for drafts

@@ -251,7 +251,9 @@ class Scheduler:
         op set that is not SPLIT_INVARIANT chunks reach from one split point of the prompt to the next."""
         self.max_sequences = integer("max_sequences", max_sequences, 1, 1024)
         self.prefill_tokens = integer("prefill_tokens", prefill_tokens, 1, 2**20)
-        self.max_bytes = default_sequence_bytes() if max_bytes is None else integer("max_bytes", max_bytes, 0, 2**62)
+        self.max_bytes = (
+            default_sequence_bytes(runner.ops) if max_bytes is None else integer("max_bytes", max_bytes, 0, 2**62)
+        )
         self._runner = runner
         self._blank = blank
         self._job = job
@@ -515,6 +517,8 @@ class Scheduler:
             return
         began = perf_counter()
         logits = self._runner.logits(self._runner.joined(sequence.hidden for sequence in ready))
+        if any(sequence.job.speculator is not None for sequence in ready):
+            self._runner.wait()
         seconds = perf_counter() - began
         row = 0
         for sequence in ready:

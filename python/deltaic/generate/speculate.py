@@ -9,7 +9,7 @@ and whenever; a draft d is accepted with its probability p(d), as rejection samp
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,15 @@ MATCHES = (4, 2)  # lengths of the n-grams that are looked up, the longest that 
 LOOKUP_PLACES = 1 << 17
 PENDING_ROWS = 32  # hidden rows that wait for the MTP layer at most
 
-PRIOR, PRIOR_TRIALS = 0.6, 2.0  # the acceptance that is assumed at first, and how many trials that is worth
+PRIOR, PRIOR_TRIALS = 0.6, 1.0  # the acceptance that is assumed at first, and how many trials that is worth
+PROOF = 0.5  # hits at a place after which places behind it are tried
 FORGET_TRIED, FORGET_IDLE = 0.93, 0.9975  # what remains of the evidence after a trial, after a step without one
+FADE_STEPS = 16  # how often the latter is applied
 ROW_GUESS = 0.1  # cost of one more row, in plain steps, where nothing has been measured
 DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
+SURE_SAMPLES = 3  # measurements that count
+PLAIN_EVERY = 200  # steps with drafts after which a plain one is measured again
+WORTHWHILE = 1.03  # drafts have to promise so many times the speed of plain steps
 
 
 class Lookup:
@@ -73,9 +78,15 @@ class Acceptance:
 
     def __init__(self, depth: int) -> None:
         self._hits, self._trials = [0.0] * depth, [0.0] * depth
+        self._idle = 0  # steps without a trial that have not faded the evidence yet
+        self._expected: list[float] | None = None
 
     def record(self, drafted: int, accepted: int) -> None:
         """Of `drafted` drafts the first `accepted` were right; those after the first wrong one were not tried."""
+        if not drafted:
+            self._idle += 1
+            return
+        self._fade()
         tried = min(accepted + 1, drafted)
         for i in range(len(self._trials)):
             keep = FORGET_TRIED if i < tried else FORGET_IDLE
@@ -83,26 +94,38 @@ class Acceptance:
             self._trials[i] = keep * self._trials[i] + (i < tried)
 
     def expected(self) -> list[float]:
-        """Tokens that a step is expected to give with 1, 2, ... drafts."""
-        tokens, run, rate, all_tokens = 1.0, 1.0, PRIOR, []
-        for hits, trials in zip(self._hits, self._trials, strict=True):
-            rate = (hits + PRIOR_TRIALS * rate) / (trials + PRIOR_TRIALS)  # a place is taken to be like the one before
-            run *= rate
-            tokens += run
-            all_tokens.append(tokens)
-        return all_tokens
+        """Tokens that a step is expected to give with 1, 2, ... drafts; of more than one as far as some were right."""
+        if self._idle >= FADE_STEPS:
+            self._fade()
+        if self._expected is None:
+            tokens, run, rate, self._expected = 1.0, 1.0, PRIOR, []
+            proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
+            for hits, trials in zip(self._hits[: 1 + 2 * proved], self._trials, strict=False):
+                # a place is taken to be like the one before
+                rate = (hits + PRIOR_TRIALS * rate) / (trials + PRIOR_TRIALS)
+                run *= rate
+                tokens += run
+                self._expected.append(tokens)
+        return self._expected
+
+    def _fade(self) -> None:
+        keep = FORGET_IDLE**self._idle
+        self._hits, self._trials = [keep * n for n in self._hits], [keep * n for n in self._trials]
+        self._idle, self._expected = 0, None
 
 
 class Costs:
     """Seconds that steps and drafts take on this machine, by the number of rows. One for all sequences of a model."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, _Average] = {}
+        self._steps: dict[int, _Average] = {1: _Average()}
         self._drafts: dict[int, _Average] = {}
+        self._since_plain = 0
 
     def record_step(self, rows: int, seconds: float) -> None:
         """A forward pass of `rows` rows with logits and commit."""
         self._steps.setdefault(rows, _Average()).add(seconds)
+        self._since_plain = 0 if rows == 1 else self._since_plain + 1
 
     def record_draft(self, depth: int, seconds: float) -> None:
         """`depth` drafts of the MTP layer."""
@@ -110,37 +133,57 @@ class Costs:
 
     @property
     def known(self) -> bool:
-        """Whether a plain step has been measured."""
-        return 1 in self._steps
+        """Whether a plain step has been measured, and not too long ago: there is something to compare with."""
+        return self._steps[1].sure and self._since_plain < PLAIN_EVERY
 
     def step(self, rows: int) -> float:
-        return self._estimate(self._steps, rows, ROW_GUESS * self._steps[1].value)
+        """Seconds of a step with `rows` rows."""
+        plain = self._steps[1].value
+        return max(plain, self._estimate(self._steps, rows, ROW_GUESS * plain))
 
     def draft(self, depth: int) -> float:
-        if not self._drafts:
-            return depth * DRAFT_GUESS * self._steps[1].value
-        return self._estimate(self._drafts, depth, min(average.value / d for d, average in self._drafts.items()))
+        """Seconds of `depth` drafts."""
+        guess = DRAFT_GUESS * self._steps[1].value
+        if not any(average.sure for average in self._drafts.values()):
+            return min([depth * guess, *(a.value for d, a in self._drafts.items() if d == depth)])
+        return self._estimate(self._drafts, depth, min(a.value / d for d, a in self._drafts.items() if a.sure))
+
+    def can_pay(self) -> bool:
+        """Whether drafts of the MTP layer, if all of them were right, would be faster than plain steps: not so for a
+        model whose steps are all arithmetic, as very small ones' are."""
+        if not self._steps[1].sure or not any(average.sure for average in self._drafts.values()):
+            return True
+        plain = WORTHWHILE / self._steps[1].value
+        return any((1 + d) / (self.step(1 + d) + self.draft(d)) > plain for d in range(1, MTP_DEPTH + 1))
 
     @staticmethod
     def _estimate(measured: dict[int, _Average], n: int, slope: float) -> float:
-        if n in measured:
+        """What was measured for `n`; as long as that is too little, no more than what follows from its neighbours, so
+        that one slow run does not end the matter."""
+        if n in measured and measured[n].sure:
             return measured[n].value
-        nearest = min(measured, key=lambda m: (abs(m - n), m))
-        return max(measured[nearest].value + (n - nearest) * slope, slope)
+        nearest = min((m for m in measured if measured[m].sure), key=lambda m: (abs(m - n), m))
+        guess = max(measured[nearest].value + (n - nearest) * slope, slope)
+        return min(guess, measured[n].value) if n in measured else guess
 
 
 class _Average:
-    """A running average that one slow sample does not move far."""
+    """A running average that one slow sample does not move far. The first samples also warm caches and are recorded on
+    tapes: the least of them counts."""
 
     def __init__(self) -> None:
         self.value, self._samples = 0.0, 0
 
     def add(self, x: float) -> None:
         self._samples += 1
-        if self._samples <= 3:  # the first runs also warm caches
+        if self._samples <= SURE_SAMPLES:
             self.value = x if self._samples == 1 else min(self.value, x)
         else:
             self.value += (min(x, 1.5 * self.value) - self.value) / 8
+
+    @property
+    def sure(self) -> bool:
+        return self._samples >= SURE_SAMPLES
 
 
 class Speculator:
@@ -172,6 +215,8 @@ class Speculator:
     @property
     def uses_mtp(self) -> bool:
         """Whether the MTP layer's entries have to be kept up to date."""
+        if self._mtp and self.may_rest and self.depth is None and not self._costs.can_pay():
+            self._mtp, self._pending, self._tokens = False, [], []
         return self._mtp
 
     def observe(self, hidden: Any, tokens: list[int]) -> None:
@@ -195,7 +240,7 @@ class Speculator:
             return self._run_mtp(state, state.length, depth)
         else:
             drafts = []
-        if len(self._tokens) >= PENDING_ROWS:
+        if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
             self._run_mtp(state, state.length, 0)
         return drafts
 
@@ -248,7 +293,8 @@ class Speculator:
         if room < 1 or not sources:
             return []
         if self.depth is not None:
-            sources = sources[-1:]
+            self._offered = sources[-1]
+            return [1.0] * min(room, LOOKUP_DEPTH if self._offered else MTP_DEPTH)
         self._offered = max(sources, key=lambda source: (self._sources[source].expected()[0], source))
         return self._sources[self._offered].expected()[:room]
 
@@ -259,11 +305,10 @@ class Speculator:
             assert self._lookup is not None
             assert self._match is not None
             drafts = self._lookup.drafts(self._match[1], depth)
-            if len(self._tokens) < PENDING_ROWS:
-                return drafts
-            self._run_mtp(state, state.length, 0)
+            if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
+                self._run_mtp(state, state.length, 0)
             return drafts
-        if depth or len(self._tokens) >= PENDING_ROWS:
+        if depth or (len(self._tokens) >= PENDING_ROWS and self.uses_mtp):
             return self._drafting(state, state.length, depth)
         return []
 
@@ -280,7 +325,7 @@ class Speculator:
         options = [0] if self._mtp else []
         if match is not None:
             options.append(1 + match[0])
-        best, chosen = 1.0 / self._costs.step(1) if self.may_rest else 0.0, (0, 0)
+        best, chosen = WORTHWHILE / self._costs.step(1) if self.may_rest else 0.0, (0, 0)
         for source in options:
             for depth, tokens in enumerate(islice(self._sources[source].expected(), room), 1):
                 seconds = self._costs.step(depth + 1) + (self._costs.draft(depth) if source == 0 else 0.0)
@@ -317,7 +362,7 @@ def share_rows(offers: Sequence[Sequence[float]], must: Sequence[bool], sequence
             depths[i] += 1
         if drafts >= forced:
             seconds = costs.step(1 + drafts) + (costs.draft(max(depths)) if drafts else 0.0)
-            if tokens / seconds > best:
+            if tokens / seconds > best * (WORTHWHILE if taken == 0 and drafts else 1.0):
                 best, taken = tokens / seconds, drafts
     depths = [0] * len(offers)
     for _, _, i in gains[:taken]:

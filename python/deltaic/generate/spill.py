@@ -71,7 +71,7 @@ class SpillFolder:
                 checkpoint.state,
                 self.folder / name,
                 metadata=facts,
-                arrays={"hidden": checkpoint.hidden},
+                arrays={"hidden": checkpoint.host_hidden()},
                 durable=False,  # the checksum tells a file that a power cut left incomplete
             )
             self._sizes[name] = (self.folder / name).stat().st_size

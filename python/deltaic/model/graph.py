@@ -1,126 +1,175 @@
-"""How is a token decoded without the host in the way? One captured graph runs embedding and all layers;
-everything that changes from token to token (the token, its positions, where the state lies) is in device memory."""
+"""How are a few rows decoded without the host in the way? Embedding and all layers are captured once per shape of a
+step; everything that changes from step to step (tokens, positions, where the states lie) is in device memory."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import StateError
-from .state import BLOCK_TOKENS, State
+from .state import State
 from .text import Batch, TextModel
+
+MAX_GRAPHS = 32
+FEWEST_BLOCKS = 16  # room for K/V blocks of each sequence, doubled as needed
 
 
 class _Layers:
-    """Stands for `state.conv` or `state.delta`: item i tells where layer i of whatever state is current lies."""
+    """Stands for `state.conv` or `state.delta`: item i tells where layer i of the current states lies."""
 
-    def __init__(self, pointers: Any, address: Any, size: int):
-        self._pointers, self._address, self._size = pointers, address, size
+    def __init__(self, pointers: Any, addresses: Any, size: int):
+        self._pointers, self._addresses, self._size = pointers, addresses, size
 
     def __getitem__(self, layer: int) -> Any:
-        return self._pointers(self._address, layer * self._size)
+        return self._pointers(self._addresses, layer * self._size)
 
 
 class _Slot:
-    """Stands for a State inside the graph."""
+    """Stands for the states of all sequences inside the graph."""
 
     def __init__(self, conv: _Layers, delta: _Layers, kv: Any):
         self.conv, self.delta, self.kv = conv, delta, kv
 
 
 class DecodeGraph:
-    """One token of one sequence as a graph, captured on first use; it serves every state of the same shape.
+    """Steps of B sequences with as many rows each, captured on first use; a graph serves every state of its shape.
 
     `ops` is deltaic.ops.cuda. On a device that cannot capture (the tests' emulator) the same calls run one by one.
     """
 
     def __init__(self, text: TextModel, ops: Any):
         self._text, self._ops = text, ops
-        self._graphs: dict[Any, _Captured] = {}
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._pool: Any = None  # memory that all graphs share: they run one after another
 
-    def step(self, token: int, state: State) -> Any:
-        """Feed one token to `state`; its hidden row [1, H] before the final norm, on the device.
+    def takes(self, tokens: Sequence[Sequence[int]]) -> bool:
+        """Whether a step of these tokens, by sequence, can be a graph."""
+        lengths = {len(ids) for ids in tokens}
+        return len(lengths) == 1 and 0 < sum(len(ids) for ids in tokens) <= self._ops.FEW
+
+    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> Any:
+        """Feed one token to each of the states; hidden rows [B, H] before the final norm, on the device.
 
         Raises ContextLengthError or StateError as `TextModel.forward` does."""
-        if not state.intact:
-            raise StateError("step: the state was left half-written by an interrupted call; start a new one")
-        state.reserve(state.length + 1)
-        shape = (
-            tuple(state.conv.shape),
-            tuple(state.delta.shape),
-            tuple(state.kv.blocks[0].shape),
-            state.kv.blocks[0].dtype,
-        )
-        captured = self._graphs.get(shape)
-        if captured is None:
-            captured = self._graphs[shape] = _Captured(self._text, self._ops, state)
-        state.intact = False
-        hidden = captured.run(token, state)
-        state.token_ids.append(token)
-        state.length += 1
-        state.intact = True
+        step = [[token] for token in tokens]
+        captured = self._captured(step, states, traced=False)
+        for state in states:
+            state.intact = False
+        hidden = captured.run(step, states)
+        for token, state in zip(tokens, states, strict=True):
+            state.token_ids.append(token)
+            state.length += 1
+            state.intact = True
         return hidden
+
+    def verify(self, tokens: Sequence[Sequence[int]], states: Sequence[State], trace: Any) -> Any:
+        """As `TextModel.verify`: fills trace [L_delta, T, trace width]; hidden rows [T, H]."""
+        captured = self._captured(tokens, states, traced=True)
+        hidden = captured.run(tokens, states)
+        trace.copy_(captured.trace)
+        return hidden
+
+    def _captured(self, tokens: Sequence[Sequence[int]], states: Sequence[State], *, traced: bool) -> _Captured:
+        """The graph for a step, with room for it made in the states."""
+        rows, room = len(tokens[0]), FEWEST_BLOCKS
+        for state in states:
+            if not state.intact:
+                raise StateError("step: the state was left half-written by an interrupted call; start a new one")
+            state.reserve(state.length + rows)
+            while room < len(state.kv):
+                room *= 2
+        first = states[0]
+        block = first.kv.blocks[0]
+        key = (len(states), rows, traced, room, tuple(first.conv.shape), tuple(first.delta.shape), tuple(block.shape),
+               block.dtype)  # fmt: skip
+        captured = self._graphs.get(key)
+        if captured is None:
+            captured = _Captured(self._text, self._ops, len(states), rows, traced, room, first)
+            if not self._ops.device().module.emulated:
+                self._pool = captured.capture(self._pool, first.kv_dtype)
+            self._graphs[key] = captured
+            if len(self._graphs) > MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return captured
 
 
 class _Captured:
-    """The buffers that the graph reads and writes, and the graph."""
+    """The buffers that a graph reads and writes, and the graph."""
 
-    def __init__(self, text: TextModel, ops: Any, state: State):
+    def __init__(self, text: TextModel, ops: Any, sequences: int, rows: int, traced: bool, room: int, like: State):
         import torch
 
         self._text, self._ops = text, ops
+        self._rows, self._room, T = rows, room, sequences * rows
         dev = ops.device()
-        blocks = -(-text.config.max_position_embeddings // BLOCK_TOKENS)
-        # token, three positions, start, lengths (0, 1), addresses of conv and delta, then the block table
-        self._inputs = dev.empty([16 + blocks], torch.int64).zero_()
-        self._host = np.zeros(16 + blocks, np.int64)
-        self._host[5:7] = 0, 1
-        part = self._inputs
-        conv = _Layers(ops.Pointers, part[7:8], int(np.prod(state.conv.shape[1:])))
-        delta = _Layers(ops.Pointers, part[8:9], int(np.prod(state.delta.shape[1:])))
-        first = state.kv.blocks[0]
-        table = ops.TableBatch(part[16:].reshape(1, blocks), tuple(first.shape), first.dtype, [blocks])
-        self._slot = _Slot(conv, delta, table)
+        # tokens, three positions of each, starts, lengths, addresses of conv and delta, then the block tables
+        sizes = (T, 3 * T, sequences, sequences + 1, sequences, sequences, sequences * room)
+        self._host = np.zeros(sum(sizes), np.int64)
+        self._inputs = dev.empty([sum(sizes)], torch.int64).zero_()
+        cuts = np.cumsum(sizes)[:-1].tolist()
+        self._parts = np.split(self._host, cuts)
+        device_parts = [self._inputs[a:b] for a, b in zip([0, *cuts], [*cuts, sum(sizes)], strict=True)]
+        self._tokens, positions, self._starts, self._cu_seqlens, conv, delta, table = device_parts
+        self._positions = positions.reshape(T, 3)
+        self._parts[3][:] = np.arange(sequences + 1) * rows
+        block = like.kv.blocks[0]
+        self._slot = _Slot(
+            _Layers(ops.Pointers, conv, int(np.prod(like.conv.shape[1:]))),
+            _Layers(ops.Pointers, delta, int(np.prod(like.delta.shape[1:]))),
+            ops.TableBatch(table.reshape(sequences, room), tuple(block.shape), block.dtype, [room] * sequences),
+        )
+        c = text.config
+        self.trace = dev.empty([c.num_delta_layers, T, c.delta_trace_width], torch.float32) if traced else None
         self._frequencies, self._axes = ops.upload(text.rope.inverse_frequencies), ops.upload(text.rope.axes)
         self._hidden: Any = None
         self._graph: Any = None
-        if not dev.module.emulated:
-            self._capture(text, ops, state)
 
-    def _capture(self, text: TextModel, ops: Any, like: State) -> None:
+    def capture(self, pool: Any, kv_dtype: str) -> Any:
+        """Make the graph, in a pool of memory; returns the pool."""
         import torch
 
-        # A run outside of the graph loads every kernel and fills torch's pools; it works on a state of its own.
-        scratch = State(text.config, ops, like.kv_dtype)
-        positions, lengths = np.zeros((1, 3), np.int64), np.array([0, 1], np.int64)
-        text.logits(text.forward(text.embed(np.zeros(1, np.int64)), positions, [scratch], lengths))
-        self._fill(0, scratch)
-        self._forward()
-        torch.cuda.synchronize()
+        dev, sequences = self._ops.device(), len(self._parts[2])
+        scratch = [State(self._text.config, self._ops, kv_dtype) for _ in range(sequences)]
+        for state in scratch:
+            state.reserve(self._rows)
+        self._fill([[0] * self._rows] * sequences, scratch)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._hidden = self._forward()
+        with torch.cuda.device(dev.torch_device):
+            self._forward()  # loads every kernel, on states that nobody needs
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._hidden = self._forward()
         self._graph = graph
+        return graph.pool()
 
     def _forward(self) -> Any:
-        text, part = self._text, self._inputs
-        x = self._ops.embed(part[0:1], text.weights.embed)
-        cos, sin = self._ops.rope_table(part[1:4].reshape(1, 3), self._frequencies, self._axes, text.rope.scale)
-        batch = Batch([self._slot], part[5:7], [1], part[4:5], cos, sin, prefill=False)  # type: ignore[list-item, arg-type]
+        text, ops = self._text, self._ops
+        x = ops.embed(self._tokens, text.weights.embed)
+        cos, sin = ops.rope_table(self._positions, self._frequencies, self._axes, text.rope.scale)
+        counts = [self._rows] * len(self._parts[2])
+        batch = Batch([self._slot], self._cu_seqlens, counts, self._starts, cos, sin, False, self.trace)  # type: ignore[list-item]
         return text.run_layers(x, batch)
 
-    def _fill(self, token: int, state: State) -> None:
-        host, position = self._host, state.length + state.rope_delta
-        host[:5] = token, position, position, position, state.length
-        host[7:9] = state.conv.data_ptr(), state.delta.data_ptr()  # type: ignore[attr-defined]
-        table = host[16:]
-        table[:] = 0
-        table[: len(state.kv)] = [block.data_ptr() for block in state.kv.blocks]
-        self._ops.copy_from_host(self._inputs, host)
+    def _fill(self, tokens: Sequence[Sequence[int]], states: Sequence[State]) -> None:
+        ids, positions, starts, _, conv, delta, table = self._parts
+        ids[:] = np.concatenate([np.asarray(t, np.int64) for t in tokens])
+        tables = table.reshape(len(states), self._room)
+        tables[:] = 0
+        for b, state in enumerate(states):
+            first = state.length + state.rope_delta
+            rows = np.arange(first, first + self._rows)
+            positions.reshape(-1, self._rows, 3)[b] = rows[:, None]
+            starts[b] = state.length
+            conv[b], delta[b] = state.conv.data_ptr(), state.delta.data_ptr()  # type: ignore[attr-defined]
+            tables[b, : len(state.kv)] = state.kv.addresses
+        self._ops.copy_from_host(self._inputs, self._host)
 
-    def run(self, token: int, state: State) -> Any:
-        self._fill(token, state)
+    def run(self, tokens: Sequence[Sequence[int]], states: Sequence[State]) -> Any:
+        self._fill(tokens, states)
         if self._graph is None:
             return self._forward()
         self._graph.replay()

@@ -164,14 +164,24 @@ class State:
         return twin
 
     def on(self, ops: ModuleType) -> State:
-        """This state, with the K/V blocks in tables of the op set `ops`; blocks are not copied."""
-        if type(self.kv) is not ops.BlockTable:
-            for name in ("kv", "mtp"):
-                table = ops.BlockTable()
-                for block in getattr(self, name).blocks:
-                    table.append(block)
-                setattr(self, name, table)
-            self._zeros = getattr(ops, "zeros", np.zeros)
+        """This state, with its arrays where the op set `ops` computes; they are copied only from device to device.
+        Raises StateError if the device has no memory for it; the state is then as it was."""
+        if type(self.kv) is ops.BlockTable:
+            return self
+        home = getattr(ops, "from_host", None)
+        tables, moved = [], home is not None or not isinstance(self.delta, np.ndarray)
+        try:
+            for blocks in (self.kv.blocks, self.mtp.blocks):
+                tables.append(ops.BlockTable())
+                for block in blocks:
+                    tables[-1].append(_moved(block, home))
+            conv, delta = _moved(self.conv, home), _moved(self.delta, home)
+        except MemoryError:
+            raise StateError(f"no memory on the device for a state of {self.nbytes / 2**20:.0f} MiB") from None
+        self.conv, self.delta, (self.kv, self.mtp) = conv, delta, tables
+        if moved:
+            self._shared, self._shared_blocks, self._shared_mtp = False, 0, 0
+        self._zeros = getattr(ops, "zeros", np.zeros)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -253,3 +263,17 @@ def copy_array(array: Any) -> Any:
 
 def _writeable(array: Any) -> bool:
     return bool(array.flags.writeable) if isinstance(array, np.ndarray) else True
+
+
+def host_array(array: Any) -> npt.NDArray[Any]:
+    """An array of a state in the host's memory: as it is if it is there, else a copy."""
+    if isinstance(array, np.ndarray):
+        return array
+    from ..ops.cuda_memory import to_host
+
+    return to_host(array)
+
+
+def _moved(array: Any, home: Any) -> Any:
+    """`array` where an op set computes; home: its `from_host`, None where that is the host."""
+    return host_array(array) if home is None else home(host_array(array))

@@ -19,6 +19,7 @@ __all__ = [
     "BlockTable",
     "Tape",
     "Weight",
+    "bpe_merge",
     "checksum",
     "embed",
     "first_rows",
@@ -330,3 +331,9 @@ def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[f
     logprob, top_ids, top_logprobs = np.empty(1, np.float32), np.empty(k, np.int64), np.empty(k, np.float32)
     _core.log_softmax_top(logits, limit, k, token, logprob, top_ids, top_logprobs)
     return float(logprob[0]), top_ids, top_logprobs
+
+
+def bpe_merge(ids: Array, begins: Array, slots: Array, pairs: Array, merged: Array) -> Array:
+    out, count = np.empty(ids.shape, np.int64), np.empty(1, np.int64)
+    _core.bpe_merge(ids, begins, slots, pairs, merged, out, count)
+    return out[: int(count[0])]

@@ -22,12 +22,15 @@ from .cuda_memory import (
     address,
     check,
     device,
+    free_bytes,
+    from_host,
     isa,
     new,
     num_threads,
     require_memory,
     set_num_threads,
     small,
+    to_host,
     to_numpy,
     type_of,
     upload,
@@ -36,7 +39,19 @@ from .cuda_memory import (
     zeros,
 )  # fmt: skip
 from .cuda_sampling import log_softmax_top, sample, sample_on_device
-from .cuda_weights import BlockTable, Part, Pointers, TableBatch, Weight, from_packed, pack, pack_glu, place, pointers
+from .cuda_weights import (
+    BlockTable,
+    Part,
+    Pointers,
+    TableBatch,
+    Weight,
+    first_rows,
+    from_packed,
+    pack,
+    pack_glu,
+    place,
+    pointers,
+)
 
 SPLIT_INVARIANT = False  # cuBLAS adds in another order for another number of rows
 
@@ -46,14 +61,19 @@ __all__ = [
     "Pointers",
     "TableBatch",
     "Weight",
+    "activations",
     "checksum",
     "concatenate",
     "copy_from_host",
     "device",
     "embed",
+    "first_rows",
+    "free_bytes",
+    "from_host",
     "from_packed",
     "gated_attention",
     "gated_delta_net",
+    "gated_delta_net_commit",
     "isa",
     "layer_norm",
     "linear",
@@ -71,16 +91,19 @@ __all__ = [
     "sample_on_device",
     "set_num_threads",
     "swiglu",
+    "to_host",
     "to_numpy",
     "upload",
     "use_device",
     "vision_attention",
+    "wait",
     "zeros",
 ]  # fmt: skip
 
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cuda/common.cuh
 FEW = 16  # rows up to which every row is computed as if it were alone
 DELTA_FEW = 16  # the same for the tokens of one sequence in the delta rule
+MAX_TRACED = 64  # rows of a sequence that a verify step may have
 SPLITS, PREFILL_SPLITS = 128, 4  # into which the keys of attention are dealt
 DEQUANTISED_BYTES = 64 << 20  # of one tile of a quantised matrix on its way to cuBLAS
 device_resident = True  # arrays of this op set live on a device: generation decodes through model/graph.py
@@ -230,6 +253,7 @@ def gated_delta_net(
     cu_seqlens: Any,
     conv_states: Any,
     states: Any,
+    trace: Tensor | None = None,
 ) -> Tensor:
     import torch
 
@@ -248,15 +272,46 @@ def gated_delta_net(
     dev = device()
     c, o = new([T, C], torch.float32), new([T, Hv * Dv], torch.float32)
     chunks = None
-    if longest > DELTA_FEW:
+    if trace is not None:
+        check(op, "trace", trace, [T, C + Hk * Dk + Hv * Dv + Hv], ["float32"])
+        if longest > MAX_TRACED:
+            raise ArgumentError(f"{op}: with a trace, a sequence may have at most {MAX_TRACED} rows")
+    elif longest > DELTA_FEW:
         chunks = new([dev.module.gated_delta_net_chunk_floats(Hv, Dk, Dv, B, longest)], torch.float32)
     y = new([T, Hv * Dv], proj.dtype)
     dev.module.gated_delta_net(
         address(proj), address(conv_weight), address(A_log), address(dt_bias), address(norm), eps, Hk, Hv, Dk, Dv,
         address(small(cu_seqlens)), address(conv.addresses), conv.offset, address(state.addresses), state.offset,
-        address(c), address(o), address(chunks), address(y), T, B, longest, type_of(proj), dev.stream(),
+        address(c), address(o), address(chunks), address(trace), address(y), T, B, longest, type_of(proj), dev.stream(),
     )  # fmt: skip
     return y
+
+
+def gated_delta_net_commit(
+    trace: Tensor,
+    *,
+    num_k_heads: int,
+    cu_seqlens: Any,
+    counts: Any,
+    conv_states: Sequence[Tensor],
+    states: Sequence[Tensor],
+) -> None:
+    op, Hk = "gated_delta_net_commit", num_k_heads
+    if not states:
+        return
+    L, Hv, Dk, Dv = states[0].shape
+    C = 2 * Hk * Dk + Hv * Dv
+    check(op, "trace", trace, [L, None, C + Hk * Dk + Hv * Dv + Hv], ["float32"])
+    T, B, _ = _lengths(op, cu_seqlens, trace.shape[1])
+    for b, (n, rows) in enumerate(zip(counts.tolist(), np.diff(cu_seqlens).tolist(), strict=True)):
+        if not 0 <= n <= rows:
+            raise ArgumentError(f"{op}: counts[{b}] is {n}, expected 0 to the {rows} rows of the sequence")
+    conv, state = pointers(op, "conv_states", conv_states, [L, 3, C]), pointers(op, "states", states, [L, Hv, Dk, Dv])
+    dev = device()
+    dev.module.gated_delta_net_commit(
+        address(trace), Hk, Hv, Dk, Dv, address(small(cu_seqlens)), address(small(counts)), address(conv.addresses),
+        address(state.addresses), L, T, B, dev.stream(),
+    )  # fmt: skip
 
 
 def _lengths(op: str, cu_seqlens: Any, T: int) -> tuple[int, int, int]:
@@ -503,18 +558,30 @@ def copy_from_host(target: Tensor, values: np.ndarray) -> None:
     """Fill a device tensor from a numpy array that may change as soon as this returns."""
     import torch
 
-    target.copy_(torch.from_numpy(values))
+    device().fill(target, torch.from_numpy(values))
 
 
-def checksum(data: np.ndarray) -> int:
+def activations(rows: np.ndarray, table: Weight) -> Tensor:
+    """float32 rows [T, H] of the host in the activation dtype of a model whose embedding table is `table`."""
+    import torch
+
+    return upload(rows).to(getattr(torch, table.activation_dtype))
+
+
+def wait() -> None:
+    """Return when the device has done everything that it was given."""
+    device().wait()
+
+
+def checksum(data: np.ndarray, first: int = 0) -> int:
     """The checksum of bytes in the host's memory, as ops/cpu.py has it."""
     from . import cpu
 
-    return cpu.checksum(data)
+    return cpu.checksum(data, first)
 
 
-def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of several tensors, one after another."""
+def concatenate(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Several tensors, one after another along `axis`."""
     import torch
 
-    return torch.cat(list(parts))
+    return torch.cat(list(parts), dim=axis)

@@ -13,6 +13,16 @@ from ..errors import DeviceError
 _OTHERWISE = 'or use device="cpu"'
 
 
+class OutOfDeviceMemory(DeviceError, MemoryError):
+    """The card has too little memory, for something that would be allocated or that was about to be."""
+
+    def __init__(self, needed: int, free: int, what: str = "this"):
+        super().__init__(
+            f"device: {what} needs {needed / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free; "
+            f'close other programs, load the model as dtype="int4", use a smaller cache_bytes, {_OTHERWISE}'
+        )
+
+
 def _version(number: int) -> str:
     """13000 -> "13.0"."""
     return f"{number // 1000}.{number % 1000 // 10}"
@@ -44,7 +54,9 @@ def open_device() -> tuple[ModuleType, Any]:
     module = _extension()
     torch = _torch()
     check_device(module, torch)
-    return module, torch.device("cuda", torch.cuda.current_device())
+    index = torch.cuda.current_device()
+    module.use_device(index)
+    return module, torch.device("cuda", index)
 
 
 def check_device(module: Any, torch: Any) -> None:
@@ -71,17 +83,6 @@ def check_device(module: Any, torch: Any) -> None:
         raise DeviceError(
             f'device: "cuda": {torch.cuda.get_device_name()} is sm_{major}{minor}, and this build holds kernels for '
             f"{module.architectures}; build deltaic with DELTAIC_CUDA_ARCHS={major}{minor}, {_OTHERWISE}"
-        )
-
-
-def require_memory(needed: int, torch: Any, device: Any) -> None:
-    """DeviceError if `needed` bytes are more than the card has free, before anything is allocated."""
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if needed > free:
-        raise DeviceError(
-            f"device: the model needs {needed / 1e9:.1f} GB of GPU memory, {free / 1e9:.1f} GB are free; "
-            f'close other programs, load it as dtype="int4", {_OTHERWISE}'
         )
 
 

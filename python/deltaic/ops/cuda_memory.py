@@ -3,6 +3,7 @@ memory, and the checks that every operator makes on its tensors."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,22 +12,27 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import ArgumentError
+from .cuda_device import OutOfDeviceMemory
 
 if TYPE_CHECKING:
     import torch
 
 Tensor = Any  # torch.Tensor; torch is imported late
+PINNED_BYTES = 1 << 20  # larger arrays are copied while the host waits
 _threads = 1
 
 
 class Device(Protocol):
-    """Where the kernels run: the compiled module, the torch device, and how memory is made."""
+    """Where the kernels run: the compiled module, the torch device, and how memory is made and filled."""
 
     module: Any
     torch_device: Any
 
     def stream(self) -> int: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
+    def fill(self, target: Tensor, host: Tensor) -> None: ...  # host may change as soon as it returns
+    def free_bytes(self) -> int: ...
+    def wait(self) -> None: ...
 
 
 class _Cuda:
@@ -45,7 +51,29 @@ class _Cuda:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         import torch
 
-        return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+        try:
+            return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError:
+            needed = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+            raise OutOfDeviceMemory(needed, self.free_bytes()) from None
+
+    def fill(self, target: Tensor, host: Tensor) -> None:
+        if host.numel() * host.element_size() <= PINNED_BYTES:
+            target.copy_(host.pin_memory(), non_blocking=True)  # torch keeps the pinned copy until it has been read
+        else:
+            target.copy_(host)
+
+    def free_bytes(self) -> int:
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        reserved = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return int(free + reserved)
+
+    def wait(self) -> None:
+        import torch
+
+        torch.cuda.current_stream(self.torch_device).synchronize()
 
 
 _device: Device | None = None
@@ -95,11 +123,7 @@ def zeros(shape: Sequence[int], dtype: Any) -> Tensor:
     """A zeroed tensor on the device; dtype np.float32, or np.uint16 for bfloat16. MemoryError if the card is full."""
     import torch
 
-    kind = torch.float32 if np.dtype(dtype) == np.float32 else torch.bfloat16
-    try:
-        return new(shape, kind).zero_()
-    except torch.cuda.OutOfMemoryError as error:
-        raise MemoryError(str(error)) from None
+    return new(shape, torch.float32 if np.dtype(dtype) == np.float32 else torch.bfloat16).zero_()
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
@@ -107,15 +131,30 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return x.float().cpu().numpy()
 
 
-def require_memory(nbytes: int) -> None:
-    """DeviceError if the card has not `nbytes` free."""
+def to_host(x: Tensor) -> np.ndarray:
+    """A copy of an array of a state in the host's memory: bfloat16 as uint16 bits, other types as they are."""
     import torch
 
-    from .cuda_device import require_memory as require
+    host = x.to("cpu", copy=True)
+    bits: np.ndarray = host.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else host.numpy()
+    return bits
 
-    dev = device()
-    if not dev.module.emulated:
-        require(nbytes, torch, dev.torch_device)
+
+def from_host(array: np.ndarray) -> Tensor:
+    """A copy on the device of an array of a state: float32, or bfloat16 as uint16 bits."""
+    return upload(array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array)
+
+
+def free_bytes() -> int:
+    """Bytes of the device's memory that can be had."""
+    return device().free_bytes()
+
+
+def require_memory(nbytes: int) -> None:
+    """DeviceError if the device has not `nbytes` free, before anything is allocated."""
+    free = device().free_bytes()
+    if nbytes > free:
+        raise OutOfDeviceMemory(nbytes, free, "the model")
 
 
 def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -127,17 +166,21 @@ def upload(array: np.ndarray) -> Tensor:
     import torch
 
     array = np.ascontiguousarray(array)
+    if not array.flags.writeable:  # a mapped file, or shared by forks: torch would warn
+        array = array.copy()
     if array.dtype == ml_dtypes.bfloat16:
         host = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     elif array.dtype == np.uint16:
         host = torch.from_numpy(array.view(np.int16))
     else:
-        host = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return new(host.shape, host.dtype).copy_(host)
+        host = torch.from_numpy(array)
+    tensor = new(host.shape, host.dtype)
+    device().fill(tensor, host)
+    return tensor
 
 
 _vectors: dict[int, tuple[weakref.ref[np.ndarray], Tensor]] = {}
-_recent: list[tuple[np.ndarray, Tensor]] = []
+_recent: list[tuple[int, np.ndarray, Tensor]] = []  # the stream that fills it, the numbers, where they are
 
 
 def vector(value: Any) -> Tensor:
@@ -157,12 +200,12 @@ def small(value: Any, dtype: Any = np.int64) -> Tensor:
     """Numbers of one call (lengths, positions, tables) on the device; layers that pass equal ones share the upload."""
     if not isinstance(value, np.ndarray):
         return value
-    value = np.ascontiguousarray(value, dtype)
-    for known, tensor in _recent:
-        if known.dtype == value.dtype and known.shape == value.shape and np.array_equal(known, value):
+    value, stream = np.ascontiguousarray(value, dtype), device().stream()
+    for filled_by, known, tensor in _recent:
+        if (filled_by, known.dtype, known.shape) == (stream, value.dtype, value.shape) and np.array_equal(known, value):
             return tensor
     tensor = upload(value)
-    _recent.insert(0, (value.copy(), tensor))
+    _recent.insert(0, (stream, value.copy(), tensor))
     del _recent[16:]
     return tensor
 
@@ -188,7 +231,7 @@ def check(op: str, name: str, value: Any, shape: Sequence[int | None], dtypes: S
     fits = value.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, value.shape, strict=False))
     if not fits or str(value.dtype).removeprefix("torch.") not in dtypes:
         raise ArgumentError(f"{op}: {name} is {found}, expected {wanted}")
-    if value.device.type != torch.device(device().torch_device).type:
+    if value.device != torch.device(device().torch_device):
         raise ArgumentError(f"{op}: {name} is on {value.device}, expected {device().torch_device}")
     if not value.is_contiguous():
         raise ArgumentError(f"{op}: {name} is not contiguous; call .contiguous() on it")

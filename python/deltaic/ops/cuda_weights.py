@@ -142,22 +142,35 @@ def _from_cpu_blocks(packed: np.ndarray, format: str, count: int, rows: int, col
     )
 
 
+def first_rows(weight: Weight, rows: int) -> Weight:
+    """The first `rows` (or all, if there are fewer) rows of a matrix of one part, on the same memory."""
+    part = weight.parts[0]
+    rows = min(rows, part.rows)
+    q, s, d = (None if t is None else t[:rows] for t in (part.q, part.s, part.d))
+    view = Weight([Part(part.format, rows, part.columns, part.stride, q, s, d)], 1, False)
+    view.activation_dtype, view.float_output = weight.activation_dtype, weight.float_output
+    return view
+
+
 class BlockTable:
     """The K/V blocks of one sequence: tensors [L_attn, 2, Hkv, BLOCK, D], float32 or bfloat16, all alike."""
 
     def __init__(self) -> None:
         self.blocks: list[Tensor] = []
+        self.addresses: list[int] = []  # of the blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def append(self, block: Tensor) -> None:
         self.blocks.append(self._checked(block))
+        self.addresses.append(address(block))
 
     def replace(self, i: int, block: Tensor) -> None:
         if not 0 <= i < len(self.blocks):
             raise ArgumentError(f"BlockTable: block {i} of {len(self.blocks)} does not exist")
         self.blocks[i] = self._checked(block)
+        self.addresses[i] = address(block)
 
     def _checked(self, block: Tensor) -> Tensor:
         check("BlockTable", "block", block, [None, 2, None, None, None], ACTIVATION_DTYPES)
@@ -214,7 +227,7 @@ class TableBatch:
         room = max(len(table) for table in tables)
         rows = np.zeros((len(tables), room), np.int64)
         for row, table in zip(rows, tables, strict=True):
-            row[: len(table)] = [address(block) for block in table.blocks]
+            row[: len(table)] = table.addresses
         return TableBatch(small(rows), tuple(first.shape), first.dtype, [len(table) for table in tables])
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from . import quantise
+from . import bpe, quantise
 from .layout import merge_order
 
 Array = npt.NDArray[np.floating]
@@ -35,6 +35,7 @@ MAX_TRACED = 64  # rows of a sequence that a verify step may have
 L2_EPS = 1e-6  # fixed in Qwen3.5; it is not rms_norm_eps
 FORMATS = ("f32", "bf16", "int8", "int4")
 checksum = quantise.checksum
+bpe_merge = bpe.bpe_merge
 _threads = 1
 
 

@@ -51,18 +51,14 @@ class Matrix:
 
 
 class PackedFile:
-    """The packed weights of a folder, mapped read-only.
-
-    memory  "map": weights are views of the mapped file, shared with other processes and the system's file cache;
-            "copy": the decoder is copied into memory of its own, in huge pages where the system has them
+    """The packed weights of a folder, mapped read-only: shared with other processes and the system's file cache.
 
     Raises CheckpointError if the file is missing, damaged, or of another version.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], memory: str = "map"):
+    def __init__(self, folder: str | os.PathLike[str]):
         self._file = CheckpointFile(Path(folder) / PACKED_FILE, _DTYPES)
         self.path = self._file.path
-        self._memory = memory
         self._copy: tuple[int, np.ndarray[Any, Any]] | None = None  # first byte of the range that was copied, its bytes
         try:
             self._read_metadata()
@@ -157,13 +153,13 @@ class PackedFile:
                 if bar is not None:
                     bar.update(tensor.nbytes)
 
-    def prepare(self, prefixes: tuple[str, ...] | None) -> None:
-        """Copy a part (None: the decoder) into memory of its own, if the file was opened with memory "copy".
+    def copy(self, prefixes: tuple[str, ...] | None) -> None:
+        """Copy a part (None: the decoder) into memory of its own, in huge pages where the system has them.
 
         Raises CheckpointError if there is not enough memory, or the file cannot be read.
         """
         tensors = self._part(prefixes)
-        if self._memory != "copy" or not tensors:
+        if not tensors:
             return
         first, last = tensors[0].begin, tensors[-1].begin + tensors[-1].nbytes
         try:

@@ -54,6 +54,7 @@ def quantize(
     DeviceError.
     """
     from ..api import op_set, use_threads
+    from ..chat.prepared import write_prepared
     from .hub import find_model
 
     precision = Precision.parse(dtype, vision_dtype)
@@ -68,6 +69,7 @@ def quantize(
     with open_checkpoint(folder) as checkpoint, _new_folder(target) as temporary:
         _copy_files(folder, temporary)
         _write(temporary / PACKED_FILE, checkpoint, config, ops, precision, progress)
+        write_prepared(temporary)
     return target
 
 
