@@ -1,6 +1,7 @@
-// Integer dot products on the int8 and int4 layouts (core/view.h). Activations are quantised per token and run of 128
-// columns to int8; all sums inside a run are exact integers, so every instruction set, and every way to split the work,
-// gives the same bits.
+// Dot products on the int8, int4 and bfloat16 layouts (core/view.h). For the integer formats activations are quantised
+// per token and run of 128 columns to int8; all sums inside a run are exact integers, so every instruction set, and
+// every way to split the work, gives the same bits. For bfloat16 they are rounded to bfloat16, where there are
+// instructions for that.
 #pragma once
 
 #include "core/pool.h"
@@ -10,6 +11,12 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 constexpr int64_t kWordBytes = 128;  // of one token and run: 128 int8 or 64 bfloat16 numbers, 32 words of 4 bytes
+
+// Which forms of its activations a product reads.
+struct Forms {
+    bool integers = false, halves = false;
+    DELTAIC_INLINE Forms operator|(Forms other) const { return {integers || other.integers, halves || other.halves}; }
+};
 
 // Rows of activations: as plain floats, and in the forms that products read. Those are run-major, so that the tokens of
 // a register tile lie at constant distances and many tokens stream in order while one run of weights stays in cache.
@@ -23,27 +30,34 @@ struct Activations {
     const int32_t* run_sum = nullptr;     // [runs][stride] sum of q
     const int16_t* group_bias = nullptr;  // [runs][stride][8] -8 * sum of q over a group of 16 columns
 
+    const uint16_t* halves = nullptr;  // [ceil(K / 64)][stride][64] bfloat16 bits
+
     // Tokens [first, first + count).
     DELTAIC_INLINE Activations rows(int64_t first, int64_t count) const {
         Activations a = *this;
         a.T = count;
         a.x += first * K;
         if (q) a.q += first * kWordBytes, a.scale += first, a.run_sum += first, a.group_bias += first * 8;
+        if (halves) a.halves += first * (kWordBytes / 2);
         return a;
     }
     DELTAIC_INLINE const int8_t* quads(int64_t run) const { return q + run * stride * kWordBytes; }
 };
 
 // Scratch memory for T rows of K columns. Calling thread only.
-DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats, bool integers) {
+DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats, Forms forms) {
     Activations a;
-    a.T = a.stride = T, a.K = K, a.runs = ceil_div(K, kRun);
+    a.T = T, a.K = K;
+    a.stride = T > 16 ? T | 1 : T;  // a power of two would put all runs of a token into one set of the cache
+    a.runs = ceil_div(K, kRun);
     if (floats) a.x = scratch_f32(T * K);
-    if (integers) {
-        a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(a.runs * T * kWordBytes)));
-        a.scale = scratch_f32(T * a.runs);
-        a.run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs) * 4));
-        a.group_bias = static_cast<int16_t*>(scratch(static_cast<size_t>(T * a.runs) * 16));
+    if (forms.halves)
+        a.halves = static_cast<uint16_t*>(scratch(static_cast<size_t>(ceil_div(K, 64) * a.stride * kWordBytes)));
+    if (forms.integers) {
+        a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(a.runs * a.stride * kWordBytes)));
+        a.scale = scratch_f32(a.stride * a.runs);
+        a.run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 4));
+        a.group_bias = static_cast<int16_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 16));
     }
     return a;
 }
@@ -51,6 +65,10 @@ DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats
 // Copies row `from` of `source` to row `to` of `target`, whose arrays are writable memory of the same form.
 DELTAIC_INLINE void copy_row(const Activations& source, int64_t from, const Activations& target, int64_t to) {
     memcpy(const_cast<float*>(target.x) + to * source.K, source.x + from * source.K, static_cast<size_t>(source.K) * 4);
+    if (source.halves)
+        for (int64_t chunk = 0; chunk < ceil_div(source.K, 64); ++chunk)
+            memcpy(const_cast<uint16_t*>(target.halves) + (chunk * target.stride + to) * 64,
+                   source.halves + (chunk * source.stride + from) * 64, kWordBytes);
     if (!source.q) return;
     for (int64_t run = 0; run < source.runs; ++run) {
         const int64_t i = run * source.stride + from, j = run * target.stride + to;
@@ -355,6 +373,26 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
 }
 #endif
 #endif
+
+// acc[b][t] += `lines` lines of bfloat16 pairs times the numbers of token t at a + t * 64.
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void chunk_bf16(const uint8_t* w, int64_t stride, int64_t far, int64_t lines, const uint16_t* a,
+                               f32x16 (&acc)[NB][NT]) {
+    for (int64_t line = 0; line < lines; ++line) {
+        ivec wb[NB][kParts];
+        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+            const uint8_t* p = w + b * stride + line * 64;
+            if (kAhead) prefetch_far(p + far);
+            DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) wb[b][i] = i_load(p + i * kWidth * 4);
+        }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+            const ivec at = i_set1(load_i32(a + t * (kWordBytes / 2) + line * 2));
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+                acc[b][t].part[i] = v_dot_bf16(acc[b][t].part[i], wb[b][i], at);
+            }
+        }
+    }
+}
 
 // --- what every instruction set adds up from them
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import deltaic
 import numpy as np
@@ -188,21 +192,25 @@ def test_what_was_read_gives_the_same_bits_from_the_cache(model, cold, asked, bu
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(2, 6)), min_size=2, max_size=4))
 def test_what_was_generated_differs_by_rounding_only(model, cold, steps):
-    """Raw sequences that grow by read and generated tokens, and branch."""
+    """Raw sequences, with and without a picture, that grow by read and generated tokens, and branch."""
     rng = np.random.default_rng(0)
-    pool = [rng.integers(0, 256, 30).tolist()]
+    seen = model.prepare("<|vision_start|><|image_pad|><|vision_end|>what?", images=[picture()]).token_ids.tolist()
+    pool = [(rng.integers(0, 256, 30).tolist(), None), (seen, [picture()])]
     for which, more, new_tokens in steps:
-        ids = pool[which % len(pool)] + rng.integers(0, 256, more).tolist()
-        tokens, logits, _ = run(model, ids, new_tokens)
+        ids, images = pool[which % len(pool)]
+        ids = ids + rng.integers(0, 256, more).tolist()
+        tokens, logits, _ = run(model, model.prepare(ids, images=images), new_tokens)
+        if model.config.image_token_id in tokens:
+            continue
         for i in (0, new_tokens - 1):
-            _, expected, _ = run(cold, ids + tokens[:i])
+            _, expected, _ = run(cold, cold.prepare(ids + tokens[:i], images=images))
             assert np.abs(logits[i] - expected[0]).max() <= 1e-4 * np.abs(expected[0]).max()
         grown = ids + tokens
-        _, logits, reading = run(model, grown)
+        _, logits, reading = run(model, model.prepare(grown, images=images))
         assert reading.cached_tokens >= len(grown) - 1  # the last token was sampled, but not fed
-        _, expected, _ = run(cold, grown)
+        _, expected, _ = run(cold, cold.prepare(grown, images=images))
         assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
-        pool.append(grown)
+        pool.append((grown, images))
 
 
 def test_a_prompt_asked_again_is_not_read_at_all(model, cold):
@@ -498,6 +506,22 @@ def test_a_folder_takes_what_is_dropped_and_survives(load, tmp_path, monkeypatch
         path.write_bytes(path.read_bytes()[:-5])
     broken = load(cache_folder=tmp_path)
     assert [run(broken, prompt)[2].cached_tokens for prompt in prompts] == [0] * 6
+
+
+def test_what_is_in_memory_goes_to_the_folder_when_the_process_ends(tiny_folder, device, tmp_path):
+    code = (
+        "import sys, deltaic\n"
+        "model = deltaic.load(sys.argv[1], device=sys.argv[2], cache_folder=sys.argv[3], cache_bytes=64 << 20)\n"
+        "model.generate([5] * 50, max_new_tokens=1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(deltaic.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder), device, str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert not done.stderr
+    later = deltaic.load(tiny_folder, device=device, cache_folder=tmp_path)
+    assert later.generate([5] * 50, max_new_tokens=1).cached_tokens == 50
 
 
 def test_the_folder_has_a_budget_too(load, tmp_path):

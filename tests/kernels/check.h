@@ -63,6 +63,7 @@ Integers offsets(const Shape& lengths);  // cu_seqlens
 Numbers wide(const Floats& x);           // as double
 uint16_t to_bf16(double value);
 double from_bf16(uint16_t bits);
+double from_half(const uint8_t* p);
 
 // y = W x over stored values, and the other small pieces of the formulas, in double.
 double silu(double x);
@@ -96,9 +97,11 @@ Packed pack_glu(Suite& t, Random& random, int64_t rows, int64_t K, Format format
 // One operator of one instruction set: counts its checks.
 class Suite {
   public:
-    Suite(const Ops& operators, const char* isa, const char* name) : ops(operators), isa_(isa), name_(name) {}
+    Suite(const Ops& operators, const Isa& isa, const char* name)
+        : ops(operators), rounds_to_bf16(isa.rounds_to_bf16), isa_(isa.name), name_(name) {}
 
     const Ops& ops;
+    const bool rounds_to_bf16;  // activations that meet bf16 matrices, unless they have float_activations
     int passed = 0, failed = 0;
     uint64_t hash = 1469598103934665603ull;  // of every output compared
 

@@ -162,9 +162,9 @@ def _checksum(arrays: dict[str, np.ndarray[Any, Any]]) -> int:
 
 
 def write_prepared(folder: Path) -> bool:
-    """Prepare the tokenizer.json of a folder. False, and nothing is written, where there is none that can be read (whoever
-    needs it reports that), for a tokeniser that is not plain byte-pair encoding, or if the prepared one does not encode
-    like the library."""
+    """Prepare the tokenizer.json of a folder. False, and nothing is written, where there is none that can be read
+    (whoever needs it reports that), for a tokeniser that is not plain byte-pair encoding, or if the prepared one does
+    not encode like the library."""
     from safetensors.numpy import save
 
     from deltaic.chat.tokenizer import Tokenizer, symbol_bytes

@@ -20,7 +20,9 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -41,7 +43,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_RANK, _MAX_TOKENS = 8, 1 << 40
 _SUM_BYTES = 1 << 18  # a piece's weights and words stay in the second-level cache
-_AHEAD_BYTES = 32 << 20
+_READERS = 2  # threads that read a file
+_SEEKING = threading.Lock()  # where a file has one position for all threads
 _WEIGHTS = (np.arange(_SUM_BYTES // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -163,15 +166,15 @@ def write_arrays(
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     raw = len(raw).to_bytes(8, "little") + raw
-    digest = hashlib.sha256(raw)
     try:
-        with _replacing(path, durable) as file:
+        with _replacing(path, durable) as file, ThreadPoolExecutor(1) as beside:
             _write(file, memoryview(raw))
+            sums = []
             for array in arrays.values():
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                sums.append(_beside(beside, _sums, data))
                 _write(file, data.data)
-                digest.update(_sums(data))  # while the system writes
-            _write(file, memoryview(digest.digest()))
+            _write(file, memoryview(_digest(raw, sums)))
     except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise StateError(f"{path} cannot be written: {reason}; nothing was changed") from error
@@ -194,11 +197,11 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, str], Arrays]:
 def _read_arrays(file: Any, path: Path) -> tuple[dict[str, str], Arrays]:
     size = os.fstat(file.fileno()).st_size
     prefix = bytearray(8)
-    length = int.from_bytes(prefix, "little") if _read(file, memoryview(prefix)) == 8 else -1
+    length = int.from_bytes(prefix, "little") if _read(file, 0, memoryview(prefix)) == 8 else -1
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise StateError(f"{path} is not a state file of deltaic, or was cut off ({size} bytes)")
     raw = bytearray(length)
-    _read(file, memoryview(raw))
+    _read(file, 8, memoryview(raw))
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__")
@@ -212,21 +215,18 @@ def _read_arrays(file: Any, path: Path) -> tuple[dict[str, str], Arrays]:
         raise StateError(
             f"{path} was cut off or has grown: it holds {size - 8 - length} bytes of data, its header says {end}"
         )
-    digest = hashlib.sha256(bytes(prefix) + raw)
     arrays: Arrays = {}
-    stored = b""
-    for name, (dtype, shape) in shapes.items():
-        array = np.empty(shape, dtype)
-        data = array.reshape(-1).view(np.uint8)
-        _read_ahead(file, data.nbytes)
-        if _read(file, data.data) != len(data):
-            raise StateError(f"{path} was cut off while it was read")
-        if name == CHECKSUM:
-            stored = array.tobytes()
-        else:
-            digest.update(_sums(data))
-            arrays[name] = array
-    if stored != digest.digest():
+    position = 8 + length
+    with ThreadPoolExecutor(_READERS) as readers:  # most of the time goes into making new memory usable
+        sums = []
+        for name, (dtype, shape) in shapes.items():
+            arrays[name] = array = np.empty(shape, dtype)
+            data = array.reshape(-1).view(np.uint8)
+            sums.append(_beside(readers, _read_and_sum, file, path, position, data))
+            position += len(data)
+        digest = _digest(bytes(prefix) + raw, sums[:-1])
+        sums[-1].result()
+    if arrays.pop(CHECKSUM).tobytes() != digest:
         raise StateError(f"{path} was altered or damaged: its contents do not match its checksum; it cannot be used")
     return metadata, arrays
 
@@ -252,6 +252,23 @@ def _entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
+def _digest(header: bytes, sums: Iterable[Future[bytes]]) -> bytes:
+    """What the last tensor holds. The sums are made by another thread, while this one reads or writes."""
+    digest = hashlib.sha256(header)
+    for part in sums:
+        digest.update(part.result())
+    return digest.digest()
+
+
+def _beside(threads: ThreadPoolExecutor, function: Callable[..., bytes], *arguments: Any) -> Future[bytes]:
+    try:
+        return threads.submit(function, *arguments)
+    except RuntimeError:  # while the interpreter ends (the cache is flushed then) there are no new threads
+        done: Future[bytes] = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
 def _sums(data: npt.NDArray[np.uint8]) -> bytes:
     """The sums of all pieces of `_SUM_BYTES`."""
     return b"".join(_sum(data[start : start + _SUM_BYTES]) for start in range(0, len(data), _SUM_BYTES))
@@ -265,23 +282,28 @@ def _sum(piece: npt.NDArray[np.uint8]) -> bytes:
     return int(np.dot(words, _WEIGHTS[: len(words)])).to_bytes(8, "little")
 
 
-def _read_ahead(file: Any, nbytes: int) -> None:
-    """Let the disk fetch what follows the next `nbytes` while they are summed."""
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):  # advice that a file system does not take
-            os.posix_fadvise(file.fileno(), file.tell(), nbytes + _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-
-
 def _write(file: BinaryIO, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
 
 
-def _read(file: Any, into: memoryview) -> int:
-    """Fill `into` as far as the file goes; the bytes read."""
+def _read_and_sum(file: Any, path: Path, position: int, data: npt.NDArray[np.uint8]) -> bytes:
+    """Fill `data` from `position` of the file on; its sums."""
+    if _read(file, position, data.data) != len(data):
+        raise StateError(f"{path} was cut off while it was read")
+    return _sums(data)
+
+
+def _read(file: Any, position: int, into: memoryview) -> int:
+    """Fill `into` from `position` on as far as the file goes; the bytes read. From several threads at once."""
     total = 0
     while total < len(into):
-        count = file.readinto(into[total:])
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [into[total:]], position + total)
+        else:
+            with _SEEKING:
+                file.seek(position + total)
+                count = file.readinto(into[total:])
         if not count:
             break
         total += count
