@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from deltaic import cli
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "bench" / "miniature"), str(Path(__file__).parents[1] / "bench")]
-import bench_quality  # noqa: E402
-import questions  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import bench_quality
+from bench_quality import questions
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deltaic._core") is None, reason="deltaic._core is not built")
 
@@ -109,7 +109,7 @@ def test_demo_describes_the_bundled_pictures(name, capsys):
 
 @pytest.mark.parametrize(("dtype", "least"), [("bf16", 0.94), ("int8", 0.93), ("int4", 0.90)])
 def test_answers_about_new_pictures(dtype, least):
-    """A sample of the questions of bench/bench_quality.py, which gives the figures; 12 of each kind, 160 in all."""
+    """A sample of the questions of bench/bench_quality.py, which gives the figures; 12 of each kind."""
     examples = questions.all_examples(1, per_kind=12, text_count=20)
     verdicts = bench_quality.accuracy(dtype, examples)
     assert sum(verdicts) / len(verdicts) >= least, questions.table(examples, verdicts)

@@ -190,6 +190,7 @@ def save_weights(folder: Path, model: torch.nn.Module, mtp: torch.nn.Module) -> 
     tensors = stored_weights(model, mtp)
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the writer makes it readable for its owner only
     os.replace(partial, folder / "model.safetensors")
     return sum(t.numel() for t in tensors.values())
 

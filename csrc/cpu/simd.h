@@ -350,12 +350,14 @@ DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 #endif
 // ---------------------------------------------------------------------------------------------------------------------------
 
-// acc + the two products of bfloat16 pairs in each lane. Only where there is such an instruction (kBf16Dot).
+// acc + the two products of bfloat16 pairs in each lane, where there is such an instruction.
 #if defined(__AVX512BF16__)
+constexpr bool kBf16Dot = true;
 DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 #else
+constexpr bool kBf16Dot = false;
 DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
 #endif
 
@@ -620,7 +622,6 @@ DELTAIC_INLINE f32x16 exp2(f32x16 x) {
 
 // Products of bfloat16 pairs, where the instruction set has them: a register of 32 numbers, two neighbours a lane.
 #if defined(__AVX512BF16__)
-constexpr bool kBf16Dot = true;
 struct bf16x32 {
     __m512i bits;
 };
@@ -653,8 +654,6 @@ DELTAIC_INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high
     low.bits = _mm512_permutex2var_epi16(a.bits, first, b.bits);
     high.bits = _mm512_permutex2var_epi16(a.bits, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b.bits);
 }
-#else
-constexpr bool kBf16Dot = false;
 #endif
 
 }  // namespace DELTAIC_ISA
