@@ -63,6 +63,7 @@ Integers offsets(const Shape& lengths);  // cu_seqlens
 Numbers wide(const Floats& x);           // as double
 uint16_t to_bf16(double value);
 double from_bf16(uint16_t bits);
+double from_half(const uint8_t* p);  // two bytes
 
 // y = W x over stored values, and the other small pieces of the formulas, in double.
 double silu(double x);
