@@ -146,8 +146,13 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".md").write_text(text)
-    plot(args.out.with_suffix(".png"), decode, prefill, f"{args.model.name}, {info['isa']}, {args.threads} threads")
+    args.out.with_name(args.out.name + ".md").write_text(text)
+    plot(
+        args.out.with_name(args.out.name + ".png"),
+        decode,
+        prefill,
+        f"{args.model.name}, {info['isa']}, {args.threads} threads",
+    )
 
 
 if __name__ == "__main__":
