@@ -82,6 +82,18 @@ def test_sampling_flags_reach_the_model(run, tiny_folder):
     assert answer("--seed", 1, "--top-k", 1) == answer("--seed", 2, "--top-k", 1)
 
 
+@pytest.mark.parametrize(("flags", "stored"), [((), "f32"), (("--kv-dtype", "int8"), "int8")])
+def test_the_kv_dtype_reaches_the_model(run, tiny_folder, monkeypatch, flags, stored):
+    found = []
+    plain = deltaic.Model._start
+    monkeypatch.setattr(
+        deltaic.Model, "_start", lambda self, *a, **k: found.append(self.kv_dtype) or plain(self, *a, **k)
+    )
+    code, _, _ = run("run", tiny_folder, "hi", "--max-new-tokens", 2, *flags, *REFERENCE)
+    assert code == 0
+    assert found == [stored]
+
+
 def test_piped_text_is_read(tiny_folder, tmp_path, run):
     text = tmp_path / "text.txt"
     text.write_text("the cat")
