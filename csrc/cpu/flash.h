@@ -21,7 +21,6 @@ namespace DELTAIC_ISA {
 // Register tile: blocks of 16 lanes x query rows.
 constexpr int kFlashBlocks = kTileTokens >= 12 ? 2 : 1;
 constexpr int kFlashRows = kTileTokens >= 12 ? 12 : kTileTokens >= 2 ? 6 : 2;
-constexpr int64_t kFlashKeys = 128;  // keys in one step: with 256 dimensions they fit the second-level cache
 constexpr float kLog2E = 1.44269504088896341f;
 
 // How numbers lie in memory: rows of keys, values or queries.
@@ -92,6 +91,7 @@ struct FloatProducts {
     using Number = float;
     using Vector = f32x16;
     static constexpr int64_t kNumbers = 1;
+    static constexpr int64_t kKeys = 128;  // in one step: of 256 dimensions they fit the second-level cache
 
     template <Stored format>
     static DELTAIC_INLINE Vector load_lanes(const uint8_t* row, int64_t d, int64_t D) {
@@ -138,6 +138,7 @@ struct PairProducts {
     using Number = uint16_t;
     using Vector = bf16x32;
     static constexpr int64_t kNumbers = 2;
+    static constexpr int64_t kKeys = 256;
 
     // 32 numbers from position d on of a row of D numbers; zero past the end.
     template <Stored format>
@@ -214,20 +215,22 @@ struct FlashTile {
     int64_t D, dims;       // head width, and rounded up to 16
     const Number* q;       // [padded][stride], scaled by log2(e) / sqrt(D); zero from D to a whole lane
     int64_t stride;        // numbers
-    float* scores;         // [padded][kFlashKeys]; then a row's probabilities in place of its scores
+    float* scores;         // [padded][Products::kKeys]; then a row's probabilities in place of its scores
     float* out;            // [padded][dims], to be divided by `total`
     float* highest;        // [padded], largest score so far, rounded up
     float* total;          // [padded][16], sums of 2^(score - highest), to be added up
 
     DELTAIC_INLINE Number* probabilities(int64_t row) const {
-        return reinterpret_cast<Number*>(scores + row * kFlashKeys);
+        return reinterpret_cast<Number*>(scores + row * Products::kKeys);
     }
-    static constexpr int64_t kRowNumbers = kFlashKeys * Products::kNumbers;  // from one row of `scores` to the next
+    static constexpr int64_t kRowNumbers =
+        Products::kKeys * Products::kNumbers;  // from one row of `scores` to the next
 };
 
 // Floats of memory that a tile of up to `rows` rows works in.
+template <class Products>
 DELTAIC_INLINE int64_t flash_floats(int64_t rows, int64_t D) {
-    return round_up(rows, kFlashRows) * (kFlashKeys + round_up(D, 16) + 17);
+    return round_up(rows, kFlashRows) * (Products::kKeys + round_up(D, 16) + 17);
 }
 
 template <class Products>
@@ -238,7 +241,7 @@ DELTAIC_INLINE FlashTile<Products> flash_begin(const typename Products::Number* 
     t.D = D, t.dims = round_up(D, 16);
     t.q = q, t.stride = stride;
     t.scores = memory;
-    t.out = t.scores + t.padded * kFlashKeys;
+    t.out = t.scores + t.padded * Products::kKeys;
     t.total = t.out + t.padded * t.dims;
     t.highest = t.total + t.padded * 16;
     for (int64_t i = 0; i < t.padded * (t.dims + 16); i += 16) store(t.out + i, zero());
@@ -256,7 +259,7 @@ DELTAIC_INLINE void flash_scores(const FlashTile<Products>& t, const float* keys
         Products::template tile<NB, kFlashRows>(keys + block * lanes * 16, lanes * 16, t.q + r * t.stride, t.stride,
                                                 lanes, acc);
         for (int i = 0; i < kFlashRows; ++i)
-            for (int b = 0; b < NB; ++b) store(t.scores + (r + i) * kFlashKeys + (block + b) * 16, acc[b][i]);
+            for (int b = 0; b < NB; ++b) store(t.scores + (r + i) * Products::kKeys + (block + b) * 16, acc[b][i]);
     }
 }
 
@@ -284,7 +287,7 @@ DELTAIC_INLINE void flash_softmax(const FlashTile<Products>& t, int64_t row, int
     f32x16 most[16];
     for (int i = kFlashRows; i < 16; ++i) most[i] = zero();
     for (int i = 0; i < kFlashRows; ++i) {
-        float* s = t.scores + (row + i) * kFlashKeys;
+        float* s = t.scores + (row + i) * Products::kKeys;
         seen[i] = row + i < t.rows ? visible(row + i) : 0;
         for (int64_t j = seen[i]; j < end; ++j) s[j] = -INFINITY;
         most[i] = load(s);
@@ -293,7 +296,7 @@ DELTAIC_INLINE void flash_softmax(const FlashTile<Products>& t, int64_t row, int
     alignas(64) float now[16];
     store(now, reduce_max(most));
     for (int i = 0; i < kFlashRows; ++i) {
-        const float* s = t.scores + (row + i) * kFlashKeys;
+        const float* s = t.scores + (row + i) * Products::kKeys;
         typename Products::Number* p = t.probabilities(row + i);
         if (seen[i] == 0) {  // the highest may be -inf still
             for (int64_t j = 0; j < end; j += 16) Products::store_number(p + j, zero(), 16);
@@ -334,8 +337,8 @@ DELTAIC_INLINE void flash_softmax(const FlashTile<Products>& t, int64_t row, int
     }
 }
 
-// Adds a block of up to kFlashKeys keys; visible(row) of them, 0..keys, are seen by a row. `stride`: floats between two
-// blocks of 16 dimensions of the values.
+// Adds a block of up to Products::kKeys keys; visible(row) of them, 0..keys, are seen by a row. `stride`: floats
+// between two blocks of 16 dimensions of the values.
 template <class Products, class Visible>
 DELTAIC_INLINE void flash_keys(const FlashTile<Products>& t, const float* keys_packed, const float* values,
                                int64_t stride, int64_t keys, const Visible& visible) {

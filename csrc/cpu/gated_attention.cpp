@@ -94,7 +94,10 @@ DELTAIC_INLINE void finish(const Attention& a, int64_t t, int64_t head, const fl
     }
 }
 
-int64_t tile_memory(int64_t rows, int64_t D) { return flash_floats(rows, D) + kFlashKeys * (D + round_up(D, 16)); }
+template <class Products>
+int64_t tile_memory(int64_t rows, int64_t D) {
+    return flash_floats<Products>(rows, D) + Products::kKeys * (D + round_up(D, 16));
+}
 
 template <class Products, Stored format>
 void prefill_tile(const Attention& a, const Item& item, float* memory) {
@@ -102,22 +105,22 @@ void prefill_tile(const Attention& a, const Item& item, float* memory) {
     const BlockTable& table = a.tables[b];
     const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
     float* packed_keys = memory;
-    float* packed_values = packed_keys + kFlashKeys * D;
+    float* packed_values = packed_keys + Products::kKeys * D;
     const auto t = flash_begin<Products>(a.queries<Products>(item.kv_head, item.first), a.q_stride<Products>(), rows, D,
-                                         packed_values + kFlashKeys * a.dims);
+                                         packed_values + Products::kKeys * a.dims);
     const int64_t place = a.starts[b] + item.first - a.cut[b], end = place + item.count;
-    for (int64_t key = 0; key < end; key += kFlashKeys) {
-        const int64_t n = min64(kFlashKeys, end - key);
+    for (int64_t key = 0; key < end; key += Products::kKeys) {
+        const int64_t n = min64(Products::kKeys, end - key);
         for (int64_t i = 0; i < n; i += 16) {
             const int64_t count = min64(16, n - i);
             const uint8_t* at[16];
             keys.rows(key + i, count, at);
             Products::template pack_keys<format>(at, D, packed_keys + i * ceil_div(D, Products::kNumbers));
             values.rows(key + i, count, at);
-            Products::template pack_values<format>(at, count, D, kFlashKeys * 16,
+            Products::template pack_values<format>(at, count, D, Products::kKeys * 16,
                                                    packed_values + i / Products::kNumbers * 16);
         }
-        flash_keys(t, packed_keys, packed_values, kFlashKeys * 16, n,
+        flash_keys(t, packed_keys, packed_values, Products::kKeys * 16, n,
                    [&](int64_t r) { return max64(0, min64(n, place + r / a.G + 1 - key)); });
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -201,7 +204,10 @@ void attend(const Attention& a, int64_t first, int64_t last) {
     Item* item = static_cast<Item*>(scratch(static_cast<size_t>(items) * sizeof(Item)));
     float* partial = scratch_f32(partials);
     const int64_t memory =
-        round_up(max64(kPieceRows * kLongPiece, new_rows ? tile_memory(tile_tokens * a.G, a.D) : 0), 16);
+        round_up(max64(kPieceRows * kLongPiece, new_rows ? max64(tile_memory<FloatProducts>(tile_tokens * a.G, a.D),
+                                                                 tile_memory<HalfProducts>(tile_tokens * a.G, a.D))
+                                                         : 0),
+                 16);
     float* work = scratch_f32(threads * memory);
 
     // Long work first: the last tiles of a prefill see the most keys, the last pieces of a decode step are the longest.

@@ -142,7 +142,7 @@ void attend(View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, Vi
     float* queries = scratch_f32(together * q_floats);
     float* keys = scratch_f32(together * k_floats);
     float* values = scratch_f32(together * v_floats);
-    const int64_t tile_floats = flash_floats(min64(kQueryRows, P), D), row_floats = 17 * round_up(D, 16);
+    const int64_t tile_floats = flash_floats<Products>(min64(kQueryRows, P), D), row_floats = 17 * round_up(D, 16);
     float* work = scratch_f32(thread_count() * (tile_floats + row_floats));
     const float scale = kLog2E / sqrtf(static_cast<float>(D));
     const auto head_queries = [&](int64_t h) { return reinterpret_cast<Number*>(queries + h * q_floats); };
@@ -190,8 +190,8 @@ void attend(View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, Vi
                 const float* v = values + h * v_floats + base * dims / Products::kNumbers * 16;
                 const auto t = flash_begin<Products>(head_queries(h) + at.first * q_stride, q_stride, at.rows, D,
                                                      work + thread * (tile_floats + row_floats));
-                for (int64_t key = 0; key < length; key += kFlashKeys) {
-                    const int64_t n = min64(kFlashKeys, length - key);
+                for (int64_t key = 0; key < length; key += Products::kKeys) {
+                    const int64_t n = min64(Products::kKeys, length - key);
                     flash_keys(t, k + key * lanes, v + key / Products::kNumbers * 16,
                                ceil_div(length, Products::kNumbers) * 16, n, [&](int64_t) { return n; });
                 }
