@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ ALIGNMENT = 64
 
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype(np.float32)}
 _HUGE_PAGE = 2 << 20
+_COPY_BYTES, _COPY_THREADS = 32 << 20, 4
 _PIECE_BYTES = 128 * CHECKSUM_BYTES  # that are read at a time to be checked
 _METADATA = {"format_version", "layout", "precision", "matrices", "checksums", "source", "digest"}
 LAYOUT = "blocks of 16 rows"
@@ -166,17 +168,25 @@ class PackedFile:
             arena = mmap.mmap(-1, -(-(last - first) // _HUGE_PAGE) * _HUGE_PAGE)
             if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
                 arena.madvise(mmap.MADV_HUGEPAGE)
-            with self.path.open("rb", buffering=0) as handle:
-                handle.seek(self._file.data_start + first)
-                filled, target = 0, memoryview(arena)[: last - first]
-                while filled < len(target):
-                    count = handle.readinto(target[filled:])
-                    if not count:
-                        raise self._damaged("it ends early")
-                    filled += count
+            target, offset = memoryview(arena)[: last - first], self._file.data_start + first
+            with ThreadPoolExecutor(_COPY_THREADS) as pool:  # one thread waits for the pages that it fills
+                for _ in pool.map(
+                    lambda at: self._read(target[at : at + _COPY_BYTES], offset + at),
+                    range(0, last - first, _COPY_BYTES),
+                ):
+                    pass
         except (OSError, ValueError) as error:  # ValueError: mmap beyond the address space
             raise CheckpointError(f"{self.path} cannot be copied into memory: {error}") from error
         self._copy = first, np.frombuffer(arena, np.uint8, last - first)
+
+    def _read(self, target: memoryview, offset: int) -> None:
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(offset)
+            while target:
+                count = handle.readinto(target)
+                if not count:
+                    raise self._damaged("it ends early")
+                target = target[count:]
 
     def _part(self, prefixes: tuple[str, ...] | None) -> list[Tensor]:
         chosen = [tensor for name, tensor in self._file.tensors.items() if in_part(name, prefixes)]
