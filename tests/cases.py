@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from deltaic.ops import reference
+from deltaic.ops.layout import KV_DTYPES
 
 Rng = np.random.Generator
 LENGTHS = (1, 2, 17, 63, 64, 65, 130)
@@ -30,7 +31,9 @@ class Packed:
     glu: bool = False
 
     def build(self, ops: ModuleType) -> Any:
-        return ops.pack_glu(*self.parts, self.dtype) if self.glu else ops.pack(self.parts, self.dtype)
+        weight = ops.pack_glu(*self.parts, self.dtype) if self.glu else ops.pack(self.parts, self.dtype)
+        weight.float_activations = True  # the definition knows no rounding
+        return weight
 
 
 @dataclass
@@ -210,7 +213,8 @@ add("gated_delta_net", "large", gated_delta_net, lengths=(1, 70), **_DELTA | {"s
 # gated attention
 
 KV_LAYERS, KV_LAYER = 3, 1
-POISON = {"f32": np.float32(np.nan), "bf16": np.uint16(0x7FC0)}  # what a cache holds where nothing was written
+# What a cache holds where nothing was written.
+POISON = {"f32": np.float32(np.nan), "bf16": np.uint16(0x7FC0), "int8": np.uint8(0xFF)}
 
 
 def gated_attention(
@@ -239,14 +243,14 @@ def _cache(rng: Rng, filled: int, room: int, Hkv: int, D: int, block: int, kv: s
     blocks = []
     for i in range(-(-room // block)):
         values = normal(rng, KV_LAYERS, 2, Hkv, block, D)
-        stored = values if kv == "f32" else values.astype(ml_dtypes.bfloat16).view(np.uint16)
+        stored = reference.kv_encode(values, KV_DTYPES[kv])
         stored[:, :, :, max(filled - i * block, 0) :] = POISON[kv]
         blocks.append(stored)
     return Cache(blocks)
 
 
 _ATTENTION = {"heads": (6, 3), "dims": (24, 12), "block": 8}
-for _kv in ("f32", "bf16"):
+for _kv in ("f32", "bf16", "int8"):
     for _T in LENGTHS:
         add("gated_attention", f"{_kv}-T{_T}", gated_attention, lengths=(_T,), starts=(0,), kv=_kv, **_ATTENTION)
     for _start in (1, 7, 8, 63, 130):

@@ -170,7 +170,12 @@ def test_long_prompts_are_fed_in_chunks(tiny_model, monkeypatch):
 
 
 def test_keys_and_values_follow_the_dtype(tiny_folder, device):
-    for dtype, kv_dtype, expected in (("f32", None, "f32"), ("bf16", None, "bf16"), ("bf16", "f32", "f32")):
+    for dtype, kv_dtype, expected in (
+        ("f32", None, "f32"),
+        ("bf16", None, "bf16"),
+        ("bf16", "f32", "f32"),
+        ("bf16", "int8", "int8"),
+    ):
         model = deltaic.load(tiny_folder, device=device, dtype=dtype, kv_dtype=kv_dtype)
         assert model.new_state().kv_dtype == expected
 
@@ -337,7 +342,7 @@ def test_ctrl_c_while_computing(tiny_model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_model._runner.text, "feed_forward", interrupted)
+        patch.setattr(tiny_model._runner.text, "_run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert list(stream) == []
@@ -350,7 +355,7 @@ def test_an_interrupted_forward_makes_its_state_unusable(tiny_model, monkeypatch
     state = tiny_model.new_state()
     tiny_model.forward([1, 2], state)
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_model._runner.text, "feed_forward", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tiny_model._runner.text, "_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tiny_model.forward([3], state)
     with pytest.raises(StateError):
@@ -548,7 +553,7 @@ def test_a_prompt_made_by_hand_is_checked(tiny_model):
         ({"vision_dtype": "int5"}, ArgumentError),
         ({"activations": "bf16"}, ArgumentError),
         ({"memory": "huge"}, ArgumentError),
-        ({"kv_dtype": "int8"}, ArgumentError),
+        ({"kv_dtype": "fp8"}, ArgumentError),
         ({"device": "tpu"}, ArgumentError),
         ({"device": "cuda"}, DeviceError),
         ({"threads": 0}, ArgumentError),

@@ -82,6 +82,20 @@ def test_sampling_flags_reach_the_model(run, tiny_folder):
     assert answer("--seed", 1, "--top-k", 1) == answer("--seed", 2, "--top-k", 1)
 
 
+def test_load_flags_reach_the_model(run, tiny_folder, monkeypatch):
+    found = {}
+
+    def load(path, **options):
+        found.update(options)
+        raise deltaic.ArgumentError("seen")
+
+    monkeypatch.setattr("deltaic.api.load", load)
+    flags = ("--kv-dtype", "int8", "--context", 64, "--threads", 2, "--dtype", "int4", "--speculate", "off")
+    assert run("run", tiny_folder, "hi", *flags)[0] == 2
+    expected = {"kv_dtype": "int8", "context": 64, "threads": 2, "dtype": "int4", "speculate": "off"}
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_piped_text_is_read(tiny_folder, tmp_path, run):
     text = tmp_path / "text.txt"
     text.write_text("the cat")

@@ -76,16 +76,15 @@ PyWeight make_weight(const std::vector<std::tuple<std::string, int64_t, py::arra
 void set_block(PyBlockTable& t, size_t index, const py::array& block) {
     const char* dtype = nullptr;
     const View v = view_of(block, &dtype);
-    if ((v.dtype != Dtype::f32 && v.dtype != Dtype::u16) || v.ndim != 5 || v.shape[1] != 2 ||
+    if ((v.dtype != Dtype::f32 && v.dtype != Dtype::u16 && v.dtype != Dtype::u8) || v.ndim != 5 || v.shape[1] != 2 ||
         !(block.flags() & py::array::c_style) || !block.writeable())
         throw Error("BlockTable: block is " + show(dtype, v.shape, v.ndim) +
-                    ", expected a writeable C-contiguous f32 or u16 [layers,2,kv_heads,tokens,head_dim]");
+                    ", expected a writeable C-contiguous f32, u16 or u8 [layers,2,kv_heads,tokens,width]");
     BlockTable& b = t.table;
     if (t.arrays.empty()) {
-        b.dtype = v.dtype, b.layers = v.shape[0], b.kv_heads = v.shape[2], b.tokens = v.shape[3],
-        b.head_dim = v.shape[4];
+        b.dtype = v.dtype, b.layers = v.shape[0], b.kv_heads = v.shape[2], b.tokens = v.shape[3], b.width = v.shape[4];
     } else if (b.dtype != v.dtype || b.layers != v.shape[0] || b.kv_heads != v.shape[2] || b.tokens != v.shape[3] ||
-               b.head_dim != v.shape[4]) {
+               b.width != v.shape[4]) {
         throw Error("BlockTable: block is " + show(dtype, v.shape, v.ndim) + ", unlike the blocks before it");
     }
     if (index == t.arrays.size()) {
@@ -137,6 +136,7 @@ PYBIND11_MODULE(_core, m) {
 
     chosen = choose_isa();
     m.attr("isa") = chosen->name;
+    m.attr("rounds_to_bf16") = chosen->rounds_to_bf16;
     py::list usable;
     int count = 0;
     const Isa* list = isa_list(&count);

@@ -32,14 +32,14 @@ const Isa* isa_list(int* count) {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512vnni");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    static const Isa list[] = {{"avx512bf16", has_bf16, &avx512bf16::kOps},
-                               {"avx512", has_avx512, &avx512::kOps},
-                               {"avx2", has_avx2, &avx2::kOps},
-                               {"baseline", true, &baseline::kOps}};
+    static const Isa list[] = {{"avx512bf16", has_bf16, true, &avx512bf16::kOps},
+                               {"avx512", has_avx512, false, &avx512::kOps},
+                               {"avx2", has_avx2, false, &avx2::kOps},
+                               {"baseline", true, false, &baseline::kOps}};
 #elif defined(__aarch64__)
-    static const Isa list[] = {{"neon", true, &neon::kOps}, {"baseline", true, &baseline::kOps}};
+    static const Isa list[] = {{"neon", true, false, &neon::kOps}, {"baseline", true, false, &baseline::kOps}};
 #else
-    static const Isa list[] = {{"baseline", true, &baseline::kOps}};
+    static const Isa list[] = {{"baseline", true, false, &baseline::kOps}};
 #endif
     *count = static_cast<int>(sizeof(list) / sizeof(list[0]));
     return list;

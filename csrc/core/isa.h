@@ -7,7 +7,8 @@ namespace deltaic {
 
 struct Isa {
     const char* name;
-    bool usable;  // by this CPU and operating system
+    bool usable;          // by this CPU and operating system
+    bool rounds_to_bf16;  // activations that meet bf16 matrices, unless Weight::float_activations
     const Ops* ops;
 };
 

@@ -1,6 +1,7 @@
 #include "core/pool.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -39,7 +40,7 @@ void spin_then_wait(std::atomic<uint32_t>& word, uint32_t seen, const Ready& rea
 
 class Pool {
   public:
-    explicit Pool(int threads) : threads_(threads) {
+    explicit Pool(int threads) : threads_(threads), shares_(static_cast<size_t>(threads)) {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
     }
 
@@ -57,7 +58,11 @@ class Pool {
         context_ = context;
         n_ = n;
         grain_ = grain;
-        next_.store(0, std::memory_order_relaxed);
+        const int64_t portions = (n + grain - 1) / grain;
+        for (int t = 0; t < threads_; ++t) {
+            shares_[t].next.store(portions * t / threads_, std::memory_order_relaxed);
+            shares_[t].end = portions * (t + 1) / threads_;
+        }
         running_.store(static_cast<uint32_t>(threads_ - 1), std::memory_order_relaxed);
         epoch_.fetch_add(1, std::memory_order_release);
         epoch_.notify_all();
@@ -67,11 +72,16 @@ class Pool {
     }
 
   private:
+    // First the thread's own share: the same part of the same arrays in every operator, so that what it wrote it finds
+    // in its cache. Then what the others have left.
     void take_ranges(int thread) {
-        for (;;) {
-            const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-            if (begin >= n_) return;
-            function_(context_, begin, std::min(begin + grain_, n_), thread);
+        for (int i = 0; i < threads_; ++i) {
+            Share& share = shares_[(thread + i) % threads_];
+            while (share.next.load(std::memory_order_relaxed) < share.end) {
+                const int64_t portion = share.next.fetch_add(1, std::memory_order_relaxed);
+                if (portion >= share.end) break;
+                function_(context_, portion * grain_, std::min((portion + 1) * grain_, n_), thread);
+            }
         }
     }
 
@@ -86,14 +96,19 @@ class Pool {
         }
     }
 
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
     const int threads_;
+    std::vector<Share> shares_;
     std::vector<std::thread> workers_;
     RangeFunction function_ = nullptr;
     void* context_ = nullptr;
     int64_t n_ = 0, grain_ = 1;
     alignas(64) std::atomic<uint32_t> epoch_{0};
     alignas(64) std::atomic<uint32_t> running_{0};
-    alignas(64) std::atomic<int64_t> next_{0};
     std::atomic<bool> stop_{false};
 };
 
@@ -103,9 +118,12 @@ class Arena {
     void* take(size_t bytes) {
         bytes = (bytes + 63) & ~size_t{63};
         if (blocks_.empty() || used_ + bytes > blocks_.back().size) {
-            const size_t size = std::max(bytes, size_t{1} << 20);
-            void* data = std::aligned_alloc(64, size);
+            const size_t size = (std::max(bytes, kHugePage) + kHugePage - 1) / kHugePage * kHugePage;
+            void* data = std::aligned_alloc(kHugePage, size);
             if (!data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+            madvise(data, size, MADV_HUGEPAGE);  // a wish: work space is walked in strides of many rows
+#endif
             blocks_.push_back({data, size});
             used_ = 0;
         }
@@ -135,6 +153,7 @@ class Arena {
         void* data;
         size_t size;
     };
+    static constexpr size_t kHugePage = size_t{2} << 20;
     static constexpr size_t kKeep = size_t{256} << 20;  // a larger scratch (a huge picture) is given back to the system
     std::vector<Block> blocks_;
     size_t used_ = 0;

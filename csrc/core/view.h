@@ -80,7 +80,7 @@ struct Weight {
     static constexpr int kMaxSegments = 8;
     int64_t count = 1, rows = 0, columns = 0;  // rows: sum over segments
     bool glu = false;
-    bool float_activations = false;  // int8 and int4: multiply with unrounded activations (slower)
+    bool float_activations = false;  // multiply with unrounded activations (slower)
     int segments = 0;
     Segment segment[kMaxSegments];
 
@@ -91,18 +91,28 @@ struct Weight {
 };
 
 // Keys and values of one sequence for all attention layers, in blocks of a fixed number of tokens:
-// block [layers][2 (K, V)][kv_heads][tokens][head_dim], float or bfloat16 bits.
+// block [layers][2 (K, V)][kv_heads][tokens][width]. A row of `width` elements holds head_dim numbers:
+//   f32, u16 (bfloat16 bits)  width = head_dim
+//   u8                        groups of 64 numbers, each a half d (2 bytes), then 64 bytes of value + 128; the number
+//                             is d * value, value in -127..127. The last group may be shorter.
 struct BlockTable {
     void* const* blocks = nullptr;
     int64_t size = 0;
     Dtype dtype = Dtype::f32;
-    int64_t layers = 0, kv_heads = 0, tokens = 0, head_dim = 0;
+    int64_t layers = 0, kv_heads = 0, tokens = 0, width = 0;
 
-    // First element of the [tokens][head_dim] matrix: which = 0 for K, 1 for V.
+    // First element of the [tokens][width] matrix: which = 0 for K, 1 for V.
     DELTAIC_INLINE int64_t offset(int64_t layer, int64_t which, int64_t head) const {
-        return ((layer * 2 + which) * kv_heads + head) * tokens * head_dim;
+        return ((layer * 2 + which) * kv_heads + head) * tokens * width;
     }
 };
+
+constexpr int64_t kKvGroup = 64;
+
+// Elements of a row of `head_dim` numbers.
+DELTAIC_INLINE int64_t kv_width(Dtype dtype, int64_t head_dim) {
+    return dtype == Dtype::u8 ? head_dim + 2 * ceil_div(head_dim, kKvGroup) : head_dim;
+}
 
 struct Tables {
     const BlockTable* const* data = nullptr;

@@ -25,14 +25,63 @@ constexpr int64_t kFlashKeys = 128;  // keys in one step: with 256 dimensions th
 constexpr float kLog2E = 1.44269504088896341f;
 
 // How numbers lie in memory: rows of keys, values or queries.
-enum class Stored { f32, bf16 };
-constexpr int64_t stored_bytes(Stored format) { return format == Stored::f32 ? 4 : 2; }
+enum class Stored { f32, bf16, int8 };
+constexpr int64_t stored_bytes(Stored format) {  // of a number, without the scales of int8
+    return format == Stored::f32 ? 4 : format == Stored::bf16 ? 2 : 1;
+}
+
+DELTAIC_INLINE float load_half(const uint8_t* p) {
+    uint16_t bits;
+    memcpy(&bits, p, 2);
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
+    return f16_to_float(bits);
+#endif
+}
+
+// 16 numbers from position d on of an int8 row (core/view.h), n of them; d is a multiple of 16.
+DELTAIC_INLINE f32x16 load_int8(const uint8_t* row, int64_t d, int64_t n) {
+    const uint8_t *group = row + d / kKvGroup * (kKvGroup + 2), *values = group + 2 + d % kKvGroup;
+    uint8_t some[16];
+    if (n < 16) {
+        memset(some, 128, sizeof some);
+        memcpy(some, values, static_cast<size_t>(max64(n, 0)));
+        values = some;
+    }
+    return mul(sub(to_float(load_u8(values)), set1(128.0f)), set1(load_half(group)));
+}
+
+// Stores D floats as an int8 row.
+DELTAIC_INLINE void store_int8_row(uint8_t* row, const float* x, int64_t D) {
+    for (int64_t first = 0; first < D; first += kKvGroup, row += kKvGroup + 2) {
+        const int64_t count = min64(kKvGroup, D - first);
+        f32x16 largest = zero();
+        for (int64_t d = 0; d < count; d += 16) {
+            const f32x16 v = load_n(x + first + d, count - d);
+            largest = max(max(v, sub(zero(), v)), largest);  // this operand order keeps a NaN
+        }
+        float lanes[16], amax = 0.0f;
+        store(lanes, largest);
+        for (int i = 0; i < 16; ++i) amax = lanes[i] <= amax ? amax : lanes[i];
+        const uint16_t half = float_to_f16(amax / 127.0f);
+        memcpy(row, &half, 2);
+        const float step = f16_to_float(half);
+        for (int64_t d = 0; d < count; ++d) {
+            // A step of 0, infinity or NaN makes every number of the group what it is; values must only be in range.
+            const float value = rintf(x[first + d] / step);
+            row[2 + d] = static_cast<uint8_t>((value >= -127.0f ? value <= 127.0f ? value : 127.0f : -127.0f) + 128.0f);
+        }
+    }
+}
 
 // 16 numbers from position d on of a row of D numbers; zero past the end.
 template <Stored format>
 DELTAIC_INLINE f32x16 load_row(const uint8_t* row, int64_t d, int64_t D) {
     if constexpr (format == Stored::bf16) {
         return load_bf16_n(reinterpret_cast<const uint16_t*>(row) + d, D - d);
+    } else if constexpr (format == Stored::int8) {
+        return load_int8(row, d, D - d);
     } else {
         return load_n(reinterpret_cast<const float*>(row) + d, D - d);
     }

@@ -51,6 +51,7 @@ struct Item {
 };
 
 DELTAIC_INLINE void store_cache(const BlockTable& table, uint8_t* row, const float* x, int64_t D) {
+    if (table.dtype == Dtype::u8) return store_int8_row(row, x, D);
     for (int64_t d = 0; d < D; d += 16) {
         const f32x16 v = load_n(x + d, D - d);
         if (table.dtype == Dtype::f32) {
@@ -142,6 +143,15 @@ void decode_piece(const Attention& a, const Item& item, float* partial, float* s
                                    a.q_stride<Products>(), rows, a.D, scores, out, highest, highest + rows);
 }
 
+template <class Products, Stored format>
+DELTAIC_INLINE void work_on(const Attention& a, const Item& item, float* partial, float* memory) {
+    if (a.decodes(item.sequence)) {
+        decode_piece<Products, format>(a, item, partial, memory);
+    } else {
+        prefill_tile<Products, format>(a, item, memory);
+    }
+}
+
 // Adds up the pieces that one row sees, in order. partial: of this sequence and key-value head, [pieces][piece_floats].
 // o: memory of dims floats.
 void combine(const Attention& a, int64_t b, int64_t t, int64_t kv_head, int64_t g, const float* partial, float* o) {
@@ -214,13 +224,13 @@ void attend(const Attention& a, int64_t first, int64_t last) {
     parallel_for(items, 1, [&](int64_t begin, int64_t end, int thread) {
         float* mine = work + thread * memory;
         for (int64_t i = begin; i < end; ++i) {
-            const bool half = a.tables[item[i].sequence].dtype == Dtype::u16;
-            if (!a.decodes(item[i].sequence)) {
-                half ? prefill_tile<HalfProducts, Stored::bf16>(a, item[i], mine)
-                     : prefill_tile<FloatProducts, Stored::f32>(a, item[i], mine);
+            const Dtype dtype = a.tables[item[i].sequence].dtype;
+            if (dtype == Dtype::f32) {
+                work_on<FloatProducts, Stored::f32>(a, item[i], partial, mine);
+            } else if (dtype == Dtype::u16) {
+                work_on<HalfProducts, Stored::bf16>(a, item[i], partial, mine);
             } else {
-                half ? decode_piece<HalfProducts, Stored::bf16>(a, item[i], partial, mine)
-                     : decode_piece<FloatProducts, Stored::f32>(a, item[i], partial, mine);
+                work_on<HalfProducts, Stored::int8>(a, item[i], partial, mine);
             }
         }
     });
@@ -250,7 +260,8 @@ void check(const Attention& a, View cu_seqlens, int64_t T) {
         if (a.new_rows(b) == 0) continue;
         if (table.size == 0 || a.starts[b] > table.size * table.tokens - a.new_rows(b))
             fail(op, "a BlockTable has no room for the new tokens");
-        if (table.kv_heads != a.Hkv || table.head_dim != a.D) fail(op, "a BlockTable has other heads than this layer");
+        if (table.kv_heads != a.Hkv || table.width != kv_width(table.dtype, a.D))
+            fail(op, "a BlockTable has other heads than this layer");
         if (a.layer >= table.layers) fail(op, "a BlockTable has too few layers");
     }
 }

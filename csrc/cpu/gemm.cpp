@@ -22,35 +22,52 @@ DELTAIC_INLINE void store_sums(const f32x16 (&acc)[NB][NT], float* sums) {
         store(sums + t * kSumStride + b * 16, acc[b][t]);
 }
 
-// --- integers
+// --- words of int8 or of bfloat16 pairs
 
 constexpr int kPanelTokens = 6;                               // tokens of a register tile
 constexpr int kPanelBlocks = kParts == 1 ? kGroupBlocks : 1;  // blocks of it: 24 of 32 registers are sums
 
-// Bytes of the lines of a run and of all lines; then come the scales (int4) and d.
+// A block in runs of 32 words: 128 columns of an integer format, 64 of bf16. Bytes of the lines of a run and of all
+// lines; then come the scales (int4) and d.
 struct Layout {
-    int64_t line_bytes, scales, halves;
-    DELTAIC_INLINE Layout(Format format, int64_t runs)
-        : line_bytes(format == Format::int8 ? 2048 : 1024),
+    int64_t runs, line_bytes, scales, halves;
+    DELTAIC_INLINE Layout(Format format, int64_t K)
+        : runs(ceil_div(K, format == Format::bf16 ? 64 : kRun)),
+          line_bytes(format == Format::int4 ? 1024 : 2048),
           scales(runs * line_bytes),
-          halves(format == Format::int8 ? scales : runs * 1088) {}
+          halves(format == Format::int4 ? runs * 1088 : scales) {}
 };
+
+// Bytes that a stream of weights is asked for ahead of its use. Where little is computed per line, the processor's own
+// prefetching runs far ahead and needs only to be led over the ends of pages; where much is, it does not, and the
+// distance must cover the time of an access to memory (measured: bench/results/dense-zen4-2vcpu.md).
+DELTAIC_INLINE constexpr int64_t far_ahead(Format format, int tokens) {
+    if (format == Format::int4) return 16384;
+    if (tokens <= 4) return 1024;
+    return format == Format::int8 ? 24576 : 4096;
+}
+
+DELTAIC_INLINE const uint16_t* halves_of(const Activations& a, int64_t run) {
+    return a.halves + run * a.stride * (kWordBytes / 2);
+}
+DELTAIC_INLINE int64_t bf16_lines(int64_t K, int64_t run) { return min64(32, ceil_div(K, 2) - run * 32); }
 
 // A block with NT tokens, all runs: one stream of weights.
 template <int NT>
 void stream_block(Format format, const uint8_t* w, const Activations& a, float* sums) {
-    constexpr int64_t far = 16384;  // bytes: the time of one access to memory, and some
-    const Layout at(format, a.runs);
+    const Layout at(format, a.K);
     f32x16 acc[1][NT], d[1];
     clear<1, NT>(acc);
     for (int64_t run = 0; run < a.runs; ++run) {
         i32x16 sum[1][NT];
         const int64_t token = run * a.stride;
         if (format == Format::int8) {
-            run_int8<true, 1, NT>(w + run * 2048, 0, far, a.quads(run), a.run_sum + token, sum);
+            run_int8<true, 1, NT>(w + run * 2048, 0, far_ahead(Format::int8, NT), a.quads(run), a.run_sum + token, sum);
         } else {
-            run_int4<true, 1, NT>(w + run * 1024, w + at.scales + run * 64, 0, far, a.quads(run),
-                                  a.group_bias + token * 8, sum);
+            // all that a run holds, at once and in the order in which it lies in memory
+            const uint8_t* const ahead = w + run * 1120 + far_ahead(Format::int4, NT);
+            for (int64_t i = 0; i < 1120; i += 64) prefetch_far(ahead + i);
+            run_int4<1, NT>(w + run * 1024, w + at.scales + run * 64, 0, a.quads(run), a.group_bias + token * 8, sum);
         }
         load_halves<1>(w + at.halves + run * 32, 0, d);
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[0][t] = add_run(acc[0][t], sum[0][t], a.scale[token + t], d[0]);
@@ -58,24 +75,37 @@ void stream_block(Format format, const uint8_t* w, const Activations& a, float* 
     store_sums<1, NT>(acc, sums);
 }
 
-void few_tokens(Format format, const uint8_t* w, const Activations& a, float* sums) {
-    switch (a.T) {
+// NB blocks of bf16: the sums are few, so that they must come from several blocks to hide the latency of an addition.
+template <int NB, int NT>
+void stream_bf16(const uint8_t* w, int64_t stride, const Activations& a, float* sums) {
+    f32x16 acc[NB][NT];
+    clear<NB, NT>(acc);
+    for (int64_t run = 0; run < ceil_div(a.K, 64); ++run)
+        chunk_bf16<true, NB, NT>(w + run * 2048, stride, far_ahead(Format::bf16, NT), bf16_lines(a.K, run),
+                                 halves_of(a, run), acc);
+    store_sums<NB, NT>(acc, sums);
+}
+
+// f(Count<T>), for at most kFewTokens.
+template <class F>
+DELTAIC_INLINE void with_tokens(int64_t T, const F& f) {
+    switch (T) {
         case 1:
-            return stream_block<1>(format, w, a, sums);
+            return f(Count<1>{});
         case 2:
-            return stream_block<2>(format, w, a, sums);
+            return f(Count<2>{});
         case 3:
-            return stream_block<3>(format, w, a, sums);
+            return f(Count<3>{});
         case 4:
-            return stream_block<4>(format, w, a, sums);
+            return f(Count<4>{});
         case 5:
-            return stream_block<5>(format, w, a, sums);
+            return f(Count<5>{});
         case 6:
-            return stream_block<6>(format, w, a, sums);
+            return f(Count<6>{});
         case 7:
-            return stream_block<7>(format, w, a, sums);
+            return f(Count<7>{});
         default:
-            return stream_block<8>(format, w, a, sums);
+            return f(Count<8>{});
     }
 }
 
@@ -84,12 +114,19 @@ template <int NB, int NT>
 __attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, const uint8_t* scales,
                                         const uint8_t* halves, int64_t line_stride, int64_t stride, int64_t run,
                                         const Activations& a, float* sums) {
+    if (kBf16Dot && format == Format::bf16) {
+        f32x16 acc[NB][NT];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] =
+            load(sums + t * kSumStride + b * 16);
+        chunk_bf16<false, NB, NT>(lines, stride, 0, bf16_lines(a.K, run), halves_of(a, run), acc);
+        return store_sums<NB, NT>(acc, sums);
+    }
     i32x16 sum[NB][NT];
     const int64_t token = run * a.stride;
     if (kExpandsInt4 || format == Format::int8) {
         run_int8<false, NB, NT>(lines, line_stride, 0, a.quads(run), a.run_sum + token, sum);
     } else {
-        run_int4<false, NB, NT>(lines, scales, stride, 0, a.quads(run), a.group_bias + token * 8, sum);
+        run_int4<NB, NT>(lines, scales, stride, a.quads(run), a.group_bias + token * 8, sum);
     }
     f32x16 d[NB];
     load_halves<NB>(halves, stride, d);
@@ -102,14 +139,14 @@ __attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, con
 // All tokens, one run after another: the weights of a run stay in the first-level cache, the tokens pass by in order.
 template <int NB>
 void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums, uint8_t* form) {
-    const Layout at(format, a.runs);
+    const Layout at(format, a.K);
     for (int64_t t = 0; t < a.T; ++t)
         for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
-    for (int64_t run = 0; run < a.runs; ++run) {
+    for (int64_t run = 0; run < at.runs; ++run) {
         const uint8_t *lines = w + run * at.line_bytes, *scales = w + at.scales + run * 64;
         const uint8_t* const halves = w + at.halves + run * 32;
         int64_t line_stride = stride;
-        if (run + 1 < a.runs)
+        if (run + 1 < at.runs)
             for (int b = 0; b < NB; ++b)
                 for (int64_t i = 0; i < at.line_bytes; i += 64) prefetch_far(lines + b * stride + at.line_bytes + i);
         if (kExpandsInt4 && format == Format::int4) {
@@ -147,18 +184,27 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
     }
 }
 
-void multiply_integers(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a,
-                       float* sums, uint8_t* form) {
+void multiply_words(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
+                    uint8_t* form) {
     for (int64_t b = 0; b < blocks;) {
         const int64_t left = blocks - b;
         const uint8_t* block = w + b * stride;
         float* out = sums + b * 16;
-        if (a.T <= kFewTokens) {
-            few_tokens(format, block, a, out), b += 1;
-        } else if (left >= kPanelBlocks) {
-            many_tokens<kPanelBlocks>(format, block, stride, a, out, form), b += kPanelBlocks;
+        if (a.T > kFewTokens) {
+            if (left >= kPanelBlocks) {
+                many_tokens<kPanelBlocks>(format, block, stride, a, out, form), b += kPanelBlocks;
+            } else {
+                many_tokens<1>(format, block, stride, a, out, form), b += 1;
+            }
+        } else if (format != Format::bf16) {
+            with_tokens(a.T, [&](auto T) { stream_block<decltype(T)::value>(format, block, a, out); });
+            b += 1;
+        } else if (left >= 2) {
+            with_tokens(a.T, [&](auto T) { stream_bf16<2, decltype(T)::value>(block, stride, a, out); });
+            b += 2;
         } else {
-            many_tokens<1>(format, block, stride, a, out, form), b += 1;
+            with_tokens(a.T, [&](auto T) { stream_bf16<1, decltype(T)::value>(block, stride, a, out); });
+            b += 1;
         }
     }
 }
@@ -203,14 +249,14 @@ void multiply_floats(Format format, const uint8_t* w, int64_t stride, const Acti
 
 }  // namespace
 
-void multiply_blocks(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
-                     uint8_t* form) {
-    if (integer_product(format)) {
-        multiply_integers(format, blocks, w, stride, a, sums, form);
+void multiply_blocks(Product product, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a,
+                     float* sums, uint8_t* form) {
+    if (product.words) {
+        multiply_words(product.format, blocks, w, stride, a, sums, form);
     } else if (blocks == 2) {
-        multiply_floats<2>(format, w, stride, a, sums);
+        multiply_floats<2>(product.format, w, stride, a, sums);
     } else {
-        multiply_floats<1>(format, w, stride, a, sums);
+        multiply_floats<1>(product.format, w, stride, a, sums);
     }
 }
 

@@ -53,16 +53,31 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
 // Blocks that multiply_blocks takes at a time: their runs fit the first-level cache together.
 constexpr int64_t kGroupBlocks = 4;
 
-// How the blocks of a segment are read: as they lie in memory, or expanded to float into scratch memory first.
-DELTAIC_INLINE Format working_format(const Weight& w, Format stored) {
-    return w.float_activations && (stored == Format::int8 || stored == Format::int4) ? Format::f32 : stored;
+// How a segment is multiplied.
+struct Product {
+    Format format;  // of the blocks: as they lie in memory, or f32 if they are expanded into scratch memory first
+    bool words;     // with activations in words of several numbers (int8, or bfloat16 pairs), run after run
+};
+DELTAIC_INLINE Product product_of(const Weight& w, Format stored) {
+    const bool integers = stored == Format::int8 || stored == Format::int4;
+    if (w.float_activations) return {integers ? Format::f32 : stored, false};
+    return {stored, integers || (stored == Format::bf16 && kBf16Dot)};
 }
-DELTAIC_INLINE bool integer_product(Format working) { return working == Format::int8 || working == Format::int4; }
 
-// Tokens whose activations stay in the second-level cache while many row blocks pass over them. Integer products go
-// through the tokens once per run of columns, in order: they want as many as will do.
-DELTAIC_INLINE int64_t panel_tokens(Format working, int64_t K) {
-    if (integer_product(working)) return 516;
+DELTAIC_INLINE Forms wanted_forms(const Weight& w) {
+    Forms forms;
+    for (int s = 0; s < w.segments; ++s) {
+        const Product product = product_of(w, w.segment[s].format);
+        if (product.words) (product.format == Format::bf16 ? forms.halves : forms.integers) = true;
+    }
+    return forms;
+}
+
+// Tokens whose activations (and sums) stay in the second-level cache while many row blocks pass over them; a run of
+// words must meet enough of them to be worth expanding.
+DELTAIC_INLINE int64_t panel_tokens(Product product, int64_t K) {
+    const int64_t row = (product.format == Format::bf16 ? 2 : 1) * max64(K, 1);
+    if (product.words) return min64(516, max64(96, (int64_t{3} << 17) / row / 12 * 12));
     return max64(24, (int64_t{1} << 17) / max64(K, 1) / 12 * 12);
 }
 
@@ -70,21 +85,21 @@ DELTAIC_INLINE int64_t panel_tokens(Format working, int64_t K) {
 DELTAIC_INLINE int64_t work_bytes(const Weight& w, int64_t T) {
     int64_t bytes = 0;
     for (int s = 0; s < w.segments; ++s) {
-        const Format working = working_format(w, w.segment[s].format);
-        const int64_t sums = min64(T, panel_tokens(working, w.columns)) * kSumStride * 4;
+        const Product product = product_of(w, w.segment[s].format);
+        const int64_t sums = min64(round_up(T, 12), panel_tokens(product, w.columns)) * kSumStride * 4;
         int64_t form = 0;
-        if (working != w.segment[s].format) form = 2 * block_bytes(working, w.columns);
-        if (working == Format::int4 && kExpandsInt4 && T > kFewTokens) form = kGroupBlocks * kRun * kBlockRows;
+        if (product.format != w.segment[s].format) form = 2 * block_bytes(product.format, w.columns);
+        if (product.format == Format::int4 && kExpandsInt4 && T > kFewTokens) form = kGroupBlocks * kRun * kBlockRows;
         bytes = max64(bytes, sums + form);
     }
     return round_up(bytes, 64);
 }
 
-// sums [T][kSumStride]: the 16 sums of each of `blocks` neighbouring blocks (at most kGroupBlocks; at most 2 of float
-// formats), `stride` bytes apart, with every row of `a`. `form` is work space for weights. Compiled once: the callers
-// differ only in what they do with the sums.
-void multiply_blocks(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
-                     uint8_t* form);
+// sums [T][kSumStride]: the 16 sums of each of `blocks` neighbouring blocks (at most kGroupBlocks; at most 2 unless
+// product.words), `stride` bytes apart, with every row of `a`. `form` is work space for weights. Compiled once: the
+// callers differ only in what they do with the sums.
+void multiply_blocks(Product product, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a,
+                     float* sums, uint8_t* form);
 
 // One block of an integer format as one of format f32.
 void expand_block(Format stored, const uint8_t* w, int64_t K, float* out);
@@ -99,9 +114,11 @@ DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t firs
     for (int s = 0; s < w.segments; ++s) {
         const Segment& g = w.segment[s];
         const int64_t pairs = ceil_div(g.blocks, 2);
-        const Format format = working_format(w, g.format);
-        const int64_t stride = block_bytes(format, a.K), panel = min64(a.T, panel_tokens(format, a.K));
-        const int64_t together = integer_product(format) ? kGroupBlocks / 2 : 1;
+        const Product product = product_of(w, g.format);
+        const Format format = product.format;
+        const int64_t stride = block_bytes(format, a.K), most = panel_tokens(product, a.K);
+        const int64_t panel = min64(most, round_up(ceil_div(a.T, max64(ceil_div(a.T, most), 1)), 12));  // of like size
+        const int64_t together = product.words ? kGroupBlocks / 2 : 1;
         const int64_t last = min64(last_pair - before, pairs);
         float* const sums = reinterpret_cast<float*>(work);
         uint8_t* const form = work + panel * kSumStride * 4;
@@ -116,9 +133,9 @@ DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t firs
                                      reinterpret_cast<float*>(form + b * stride));
                     block = form;
                 }
-                multiply_blocks(format, blocks, block, stride, a.rows(begin, count), sums, form);
-                for (int64_t b = 0; b < blocks; b += 2)
-                    for (int64_t i = 0; i < count; ++i) {
+                multiply_blocks(product, blocks, block, stride, a.rows(begin, count), sums, form);
+                for (int64_t i = 0; i < count; ++i)
+                    for (int64_t b = 0; b < blocks; b += 2) {
                         const float* both = sums + i * kSumStride + b * 16;
                         emit(s, p + b / 2, begin + i, load(both), b + 1 < blocks ? load(both + 16) : zero());
                     }
@@ -141,12 +158,13 @@ DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int threads) {
     return grain > 1 ? grain / 2 * 2 : 1;
 }
 
-// multiply_pairs over a whole matrix, on all threads. Few pairs and many tokens are split by tokens as well.
+// multiply_pairs over a whole matrix, on all threads. Many tokens are cut into slices, so that a thread multiplies rows
+// that it wrote itself; a slice must have tokens enough to be worth reading the weights once more.
 template <class Emit>
 DELTAIC_INLINE void multiply_all(const Weight& w, const Activations& a, const Emit& emit) {
     const int threads = thread_count();
     const int64_t pairs = count_pairs(w), T = a.T;
-    const int64_t wanted = ceil_div(16 * threads, max64(pairs, 1)), slices = max64(1, min64(wanted, T / 96));
+    const int64_t slices = max64(1, min64(threads, T / 96));
     const int64_t slice = slices > 1 ? round_up(ceil_div(T, slices), 12) : T, room = work_bytes(w, slice);
     uint8_t* const work = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * threads)));
     const int64_t grain = T > kFewTokens ? min64(2, pairs) : pair_grain(w, pairs, threads);
@@ -175,15 +193,9 @@ DELTAIC_INLINE void rms_norm_row(const float* x, const float* weight, int64_t D,
     }
 }
 
-DELTAIC_INLINE bool wants_integers(const Weight& w) {
-    for (int s = 0; s < w.segments; ++s)
-        if (!w.float_activations && (w.segment[s].format == Format::int8 || w.segment[s].format == Format::int4))
-            return true;
-    return false;
-}
-
-// Rows of x [T, K] after the optional norm, and their int8 form if a product wants it. In scratch memory (or x itself).
-Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, bool integers);
+// Rows of x [T, K] after the optional norm, and in the other forms that a product wants. In scratch memory (or x
+// itself).
+Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, Forms forms);
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

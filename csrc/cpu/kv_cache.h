@@ -6,16 +6,16 @@
 namespace deltaic {
 namespace DELTAIC_ISA {
 
-// The keys (or values) of one layer and head: row `i` of D numbers for token i.
+// The keys (or values) of one layer and head: row `i` of D numbers, as `Stored`, for token i.
 struct CacheRows {
     void* const* blocks;
     int64_t tokens, row_bytes, first_byte;  // tokens of a block; bytes of a row; where the head starts in a block
 
     DELTAIC_INLINE CacheRows(const BlockTable& table, int64_t layer, int64_t which, int64_t head) {
-        const int64_t bytes = stored_bytes(table.dtype == Dtype::f32 ? Stored::f32 : Stored::bf16);
+        const int64_t bytes = table.dtype == Dtype::f32 ? 4 : table.dtype == Dtype::u16 ? 2 : 1;
         blocks = table.blocks;
         tokens = table.tokens;
-        row_bytes = table.head_dim * bytes;
+        row_bytes = table.width * bytes;
         first_byte = table.offset(layer, which, head) * bytes;
     }
     DELTAIC_INLINE uint8_t* row(int64_t i) const {

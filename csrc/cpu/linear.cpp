@@ -9,55 +9,58 @@ namespace DELTAIC_ISA {
 
 namespace {
 
-// Row t as int8: x ~ scale * q for each run of 128 columns; columns past K are zero.
-void quantise_row(const float* x, int64_t K, const Activations& a, int64_t t) {
-    for (int64_t run = 0; run < a.runs; ++run) {
-        const int64_t i = run * a.stride + t;
-        const float* p = x + run * kRun;
-        const int64_t columns = min64(kRun, K - run * kRun);
-        f32x16 v[8], largest = zero();
-        for (int64_t g = 0; g < 8; ++g) {
-            v[g] = load_n(p + g * 16, max64(0, columns - g * 16));
-            largest = max(largest, max(v[g], sub(zero(), v[g])));
-        }
-        const float amax = reduce_max(largest);
-        const float step = amax / 127.0f, inverse = amax > 0 ? 127.0f / amax : 0.0f;
-        int8_t* q = const_cast<int8_t*>(a.q) + i * kWordBytes;
-        int16_t* bias = const_cast<int16_t*>(a.group_bias) + i * 8;
-        int32_t sum = 0;
-        for (int64_t g = 0; g < 8; ++g) {
-            const int32_t of_group = store_int8(q + g * 16, mul(v[g], set1(inverse)));
-            bias[g] = static_cast<int16_t>(-8 * of_group);
-            sum += of_group;
-        }
-        const_cast<float*>(a.scale)[i] = step;
-        const_cast<int32_t*>(a.run_sum)[i] = sum;
+// Run `run` of row t as int8: x ~ scale * q for the run's columns; those past K are zero.
+DELTAIC_INLINE void quantise_run(const float* x, int64_t K, const Activations& a, int64_t t, int64_t run) {
+    const int64_t i = run * a.stride + t, columns = min64(kRun, K - run * kRun);
+    f32x16 v[8], largest = zero();
+    for (int64_t g = 0; g < 8; ++g) {
+        v[g] = load_n(x + run * kRun + g * 16, max64(0, columns - g * 16));
+        largest = max(largest, max(v[g], sub(zero(), v[g])));
     }
+    const float amax = reduce_max(largest);
+    const float step = amax / 127.0f, inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    int8_t* q = const_cast<int8_t*>(a.q) + i * kWordBytes;
+    int16_t* bias = const_cast<int16_t*>(a.group_bias) + i * 8;
+    int32_t sum = 0;
+    for (int64_t g = 0; g < 8; ++g) {
+        const int32_t of_group = store_int8(q + g * 16, mul(v[g], set1(inverse)));
+        bias[g] = static_cast<int16_t>(-8 * of_group);
+        sum += of_group;
+    }
+    const_cast<float*>(a.scale)[i] = step;
+    const_cast<int32_t*>(a.run_sum)[i] = sum;
+}
+
+// 64 columns of row t rounded to bfloat16; those past K are zero.
+DELTAIC_INLINE void round_chunk(const float* x, int64_t K, const Activations& a, int64_t t, int64_t chunk) {
+    uint16_t* out = const_cast<uint16_t*>(a.halves) + (chunk * a.stride + t) * 64;
+    for (int64_t i = 0; i < 64; i += 16) store_bf16(out + i, load_n(x + chunk * 64 + i, max64(0, K - chunk * 64 - i)));
 }
 
 }  // namespace
 
-Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, bool integers) {
-    Activations a = scratch_activations(T, K, static_cast<bool>(norm), integers);
+Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, Forms forms) {
+    Activations a = scratch_activations(T, K, static_cast<bool>(norm), forms);
     if (!norm) a.x = x;
-    if (!norm && !integers) return a;
-    float* normed = const_cast<float*>(a.x);
-    parallel_for(T, max64(1, 16384 / max64(K, 1)), [&](int64_t begin, int64_t end, int) {
-        for (int64_t t = begin; t < end; ++t) {
-            const float* row = x + t * K;
-            if (norm) {
-                rms_norm_row(row, norm.f32(), K, eps, normed + t * K);
-                row = normed + t * K;
-            }
-            if (integers) quantise_row(row, K, a, t);
-        }
+    if (!norm && !forms.integers && !forms.halves) return a;
+    // Some tokens at a time, run after run: what is written then lies together.
+    parallel_for(T, max64(8, 16384 / max64(K, 1)), [&](int64_t begin, int64_t end, int) {
+        if (norm)
+            for (int64_t t = begin; t < end; ++t)
+                rms_norm_row(x + t * K, norm.f32(), K, eps, const_cast<float*>(a.x) + t * K);
+        if (forms.integers)
+            for (int64_t run = 0; run < a.runs; ++run)
+                for (int64_t t = begin; t < end; ++t) quantise_run(a.x + t * K, K, a, t, run);
+        if (forms.halves)
+            for (int64_t chunk = 0; chunk < ceil_div(K, 64); ++chunk)
+                for (int64_t t = begin; t < end; ++t) round_chunk(a.x + t * K, K, a, t, chunk);
     });
     return a;
 }
 
 void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t activation, View residual, View y) {
     const int64_t T = x.shape[0], N = w.rows;
-    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wants_integers(w));
+    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wanted_forms(w));
     int64_t row0[Weight::kMaxSegments] = {};  // first output of each segment
     for (int s = 1; s < w.segments; ++s) row0[s] = row0[s - 1] + w.segment[s - 1].rows;
     const auto finish = [&](int64_t n, int64_t valid, int64_t t, f32x16 sums) {
@@ -75,7 +78,7 @@ void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t ac
 
 void swiglu(View x, const Weight& w, View norm, float eps, View y) {
     const int64_t T = x.shape[0], I = y.shape[1];
-    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wants_integers(w));
+    const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wanted_forms(w));
     multiply_all(w, a, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
         store_n(y.f32() + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
     });

@@ -105,7 +105,9 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     if (top_k < 1 || top_k > E) fail("moe", "top_k must be between 1 and the number of experts");
     if (T == 0) return;
     const int threads = thread_count();
-    const Activations h = prepare(x.f32(), T, H, norm, eps, wants_integers(gate_up) || wants_integers(shared_gate_up));
+    const Forms all =
+        wanted_forms(router) | wanted_forms(shared_gate) | wanted_forms(gate_up) | wanted_forms(shared_gate_up);
+    const Activations h = prepare(x.f32(), T, H, norm, eps, all);
     const Weight* const matrices[] = {&router, &gate_up, &down, &shared_gate_up, &shared_down, &shared_gate};
     int64_t room = 0;
     for (const Weight* w : matrices) room = max64(room, work_bytes(*w, T));
@@ -140,8 +142,8 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Routing routing = route(experts, coefficients, T, top_k, E);
 
     // Gate and up. Rows of a group are gathered into a panel per thread; a group of one is read where it lies.
-    const int64_t panel = min64(panel_tokens(working_format(gate_up, gate_up.segment[0].format), H), T);
-    const Activations gathered = scratch_activations(T > 1 ? threads * panel : 0, H, true, h.q != nullptr);
+    const int64_t panel = min64(panel_tokens(product_of(gate_up, gate_up.segment[0].format), H), T);
+    const Activations gathered = scratch_activations(T > 1 ? threads * panel : 0, H, true, all);
     float* hidden = scratch_f32(T * top_k * I);
     float* shared_hidden = scratch_f32(T * Is);
     const int64_t pairs = count_pairs(gate_up), routed = routing.size * pairs,
@@ -169,8 +171,8 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
         if (begin < end) glu_pairs(shared_gate_up, 0, begin - routed, end - routed, h, mine, Is, shared_hidden);
     });
 
-    const Activations expert_in = prepare(hidden, T * top_k, I, View{}, 0.0f, wants_integers(down));
-    const Activations shared_in = prepare(shared_hidden, T, Is, View{}, 0.0f, wants_integers(shared_down));
+    const Activations expert_in = prepare(hidden, T * top_k, I, View{}, 0.0f, wanted_forms(down));
+    const Activations shared_in = prepare(shared_hidden, T, Is, View{}, 0.0f, wanted_forms(shared_down));
     const int64_t out_pairs = count_pairs(down);
     parallel_for(out_pairs, max64(1, out_pairs / (8 * threads)), [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;

@@ -1,6 +1,7 @@
-// Integer dot products on the int8 and int4 layouts (core/view.h). Activations are quantised per token and run of 128
-// columns to int8; all sums inside a run are exact integers, so every instruction set, and every way to split the work,
-// gives the same bits.
+// Dot products on the int8, int4 and bfloat16 layouts (core/view.h). For the integer formats activations are quantised
+// per token and run of 128 columns to int8; all sums inside a run are exact integers, so every instruction set, and
+// every way to split the work, gives the same bits. For bfloat16 they are rounded to bfloat16, where there are
+// instructions for that.
 #pragma once
 
 #include "core/pool.h"
@@ -10,6 +11,12 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 constexpr int64_t kWordBytes = 128;  // of one token and run: 128 int8 or 64 bfloat16 numbers, 32 words of 4 bytes
+
+// Which forms of its activations a product reads.
+struct Forms {
+    bool integers = false, halves = false;
+    DELTAIC_INLINE Forms operator|(Forms other) const { return {integers || other.integers, halves || other.halves}; }
+};
 
 // Rows of activations: as plain floats, and in the forms that products read. Those are run-major, so that the tokens of
 // a register tile lie at constant distances and many tokens stream in order while one run of weights stays in cache.
@@ -23,27 +30,34 @@ struct Activations {
     const int32_t* run_sum = nullptr;     // [runs][stride] sum of q
     const int16_t* group_bias = nullptr;  // [runs][stride][8] -8 * sum of q over a group of 16 columns
 
+    const uint16_t* halves = nullptr;  // [ceil(K / 64)][stride][64] bfloat16 bits
+
     // Tokens [first, first + count).
     DELTAIC_INLINE Activations rows(int64_t first, int64_t count) const {
         Activations a = *this;
         a.T = count;
         a.x += first * K;
         if (q) a.q += first * kWordBytes, a.scale += first, a.run_sum += first, a.group_bias += first * 8;
+        if (halves) a.halves += first * (kWordBytes / 2);
         return a;
     }
     DELTAIC_INLINE const int8_t* quads(int64_t run) const { return q + run * stride * kWordBytes; }
 };
 
 // Scratch memory for T rows of K columns. Calling thread only.
-DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats, bool integers) {
+DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats, Forms forms) {
     Activations a;
-    a.T = a.stride = T, a.K = K, a.runs = ceil_div(K, kRun);
+    a.T = T, a.K = K;
+    a.stride = T > 16 ? T | 1 : T;  // a power of two would put all runs of a token into one set of the cache
+    a.runs = ceil_div(K, kRun);
     if (floats) a.x = scratch_f32(T * K);
-    if (integers) {
-        a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(a.runs * T * kWordBytes)));
-        a.scale = scratch_f32(T * a.runs);
-        a.run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(T * a.runs) * 4));
-        a.group_bias = static_cast<int16_t*>(scratch(static_cast<size_t>(T * a.runs) * 16));
+    if (forms.halves)
+        a.halves = static_cast<uint16_t*>(scratch(static_cast<size_t>(ceil_div(K, 64) * a.stride * kWordBytes)));
+    if (forms.integers) {
+        a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(a.runs * a.stride * kWordBytes)));
+        a.scale = scratch_f32(a.stride * a.runs);
+        a.run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 4));
+        a.group_bias = static_cast<int16_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 16));
     }
     return a;
 }
@@ -51,6 +65,10 @@ DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats
 // Copies row `from` of `source` to row `to` of `target`, whose arrays are writable memory of the same form.
 DELTAIC_INLINE void copy_row(const Activations& source, int64_t from, const Activations& target, int64_t to) {
     memcpy(const_cast<float*>(target.x) + to * source.K, source.x + from * source.K, static_cast<size_t>(source.K) * 4);
+    if (source.halves)
+        for (int64_t chunk = 0; chunk < ceil_div(source.K, 64); ++chunk)
+            memcpy(const_cast<uint16_t*>(target.halves) + (chunk * target.stride + to) * 64,
+                   source.halves + (chunk * source.stride + from) * 64, kWordBytes);
     if (!source.q) return;
     for (int64_t run = 0; run < source.runs; ++run) {
         const int64_t i = run * source.stride + from, j = run * target.stride + to;
@@ -73,7 +91,7 @@ DELTAIC_INLINE int32_t load_i32(const void* p) {
 // next block lies `stride` bytes further; token t's numbers lie at q + t * 128; run_sum[t] is the sum of its q.
 // run_int4: the same of (nibble - 8) * s * q; `w` is the run's 16 lines, `scales` its 64 bytes, bias[t * 8 + g] is
 // -8 times the sum of group g's q.
-// With kAhead, what lies `far` bytes after each line is brought into the second-level cache.
+// With kAhead, what lies `far` bytes after each line is asked for in the second-level cache.
 
 #if defined(__AVX512VNNI__)
 constexpr bool kExpandsInt4 = true;  // for many tokens it pays to turn a run of int4 into int8 once
@@ -126,13 +144,12 @@ DELTAIC_INLINE ivec low_quad(ivec line, ivec s) {
 }
 DELTAIC_INLINE ivec high_quad(ivec line, ivec s) { return low_quad(_mm512_srli_epi16(line, 4), s); }
 
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     constexpr int C = chains(NB * NT);
     ivec acc[NB][NT][C];
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-        if (kAhead) prefetch_far(scales + b * stride + far);
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int c = 0; c < C; ++c) acc[b][t][c] = i_set1(0);
     }
     for (int pair = 0; pair < 4; ++pair) {
@@ -149,7 +166,6 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
             DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
                 const uint8_t* p = w + b * stride + (pair * 4 + line) * 64;
                 const ivec both = i_load(p);
-                if (kAhead) prefetch_far(p + far);
                 low[b] = low_quad(both, s[line / 2][b]), high[b] = high_quad(both, s[line / 2][b]);
             }
             const int c0 = 2 * line % C, c1 = (2 * line + 1) % C;
@@ -219,14 +235,13 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, cons
 
 // Nibbles are below 16: the four quads of a group (15 * 127 * 2 * 4 = 15240) are added in 16 bits, and what widens the
 // pairs to 32 bits multiplies them by s.
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     const __m256i low = _mm256_set1_epi8(15), nibble = _mm256_set1_epi16(15), one = _mm256_set1_epi16(1);
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
         ivec acc[NT];
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
-        if (kAhead && i == 0) prefetch_far(scales + b * stride + far);
         for (int pair = 0; pair < 4; ++pair) {
             __m256i s = i_load_u8(scales + b * stride + pair * 16 + 8 * i);
             s = _mm256_or_si256(s, _mm256_slli_epi32(s, 16));
@@ -239,7 +254,6 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
             DELTAIC_UNROLL for (int half = 0; half < 2; ++half) {
                 const int g = 2 * pair + half;
                 const uint8_t* p = w + b * stride + g * 128;
-                if (kAhead && i == 0) prefetch_far(p + far), prefetch_far(p + 64 + far);
                 const __m256i line0 = i_load(p + 32 * i), line1 = i_load(p + 64 + 32 * i);
                 const __m256i quads[4] = {
                     _mm256_and_si256(line0, low), _mm256_and_si256(_mm256_srli_epi16(line0, 4), low),
@@ -292,17 +306,15 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, cons
     }
 }
 
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t far, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     const uint8x16_t low = vdupq_n_u8(15);
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
         ivec acc[NT];
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
-        if (kAhead && i == 0) prefetch_far(scales + b * stride + far);
         for (int g = 0; g < 8; ++g) {
             const uint8_t* p = w + b * stride + g * 128;
-            if (kAhead && i == 0) prefetch_far(p + far), prefetch_far(p + 64 + far);
             const ivec packed = i_load_u8(scales + b * stride + g / 2 * 16 + 4 * i);
             const ivec s = i_add(g % 2 ? i_shr<4>(packed) : i_and(packed, i_set1(15)), i_set1(1));
             const uint8x16_t line0 = vld1q_u8(p + 16 * i), line1 = vld1q_u8(p + 64 + 16 * i);
@@ -332,8 +344,8 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t, const in
                 sum[b][t].part[lane / kWidth][lane % kWidth] = dot;
             }
 }
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, int64_t, const int8_t* q,
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     for (int b = 0; b < NB; ++b)
         for (int t = 0; t < NT; ++t)
@@ -355,6 +367,26 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
 }
 #endif
 #endif
+
+// acc[b][t] += `lines` lines of bfloat16 pairs times the numbers of token t at a + t * 64.
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void chunk_bf16(const uint8_t* w, int64_t stride, int64_t far, int64_t lines, const uint16_t* a,
+                               f32x16 (&acc)[NB][NT]) {
+    for (int64_t line = 0; line < lines; ++line) {
+        ivec wb[NB][kParts];
+        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+            const uint8_t* p = w + b * stride + line * 64;
+            if (kAhead) prefetch_far(p + far);
+            DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) wb[b][i] = i_load(p + i * kWidth * 4);
+        }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+            const ivec at = i_set1(load_i32(a + t * (kWordBytes / 2) + line * 2));
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+                acc[b][t].part[i] = v_dot_bf16(acc[b][t].part[i], wb[b][i], at);
+            }
+        }
+    }
+}
 
 // --- what every instruction set adds up from them
 

@@ -350,6 +350,23 @@ DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 #endif
 // ---------------------------------------------------------------------------------------------------------------------------
 
+// Dot products of bfloat16 pairs: acc + the two products of each lane. Products that use them read activations rounded
+// to bfloat16.
+#if defined(__AVX512BF16__)
+constexpr bool kBf16Dot = true;
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#elif defined(__ARM_FEATURE_BF16) && !defined(DELTAIC_PORTABLE)
+constexpr bool kBf16Dot = true;
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
+    return vbfdotq_f32(acc, vreinterpretq_bf16_s32(a), vreinterpretq_bf16_s32(b));
+}
+#else
+constexpr bool kBf16Dot = false;
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
+#endif
+
 constexpr int kParts = 16 / kWidth;
 
 struct f32x16 {
@@ -611,7 +628,6 @@ DELTAIC_INLINE f32x16 exp2(f32x16 x) {
 
 // Products of bfloat16 pairs, where the instruction set has them: a register of 32 numbers, two neighbours a lane.
 #if defined(__AVX512BF16__)
-constexpr bool kBf16Dot = true;
 struct bf16x32 {
     __m512i bits;
 };
@@ -644,8 +660,6 @@ DELTAIC_INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high
     low.bits = _mm512_permutex2var_epi16(a.bits, first, b.bits);
     high.bits = _mm512_permutex2var_epi16(a.bits, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b.bits);
 }
-#else
-constexpr bool kBf16Dot = false;
 #endif
 
 }  // namespace DELTAIC_ISA

@@ -26,7 +26,8 @@ __device__ __forceinline__ uint32_t lane_register(const uint4& v, int i) {
 // registers. Where the registers do not suffice for both, q is read again for every 16 keys.
 template <int D, bool HALF>
 struct Attend {
-    static constexpr bool kHoldQ = HALF || D < 256;
+    static constexpr bool kHoldQ = D < 256;
+    static constexpr int kUnroll = kHoldQ ? D / 32 : 2;  // more at once, and ptxas runs out of registers
     static constexpr int kSteps = kHoldQ ? D / 32 : 1, kRows = HALF ? 1 : 2;
     uint32_t q[kSteps][4 * kRows];  // per step: four registers of row g, four of row g + 8
     float o[D / 8][2 * kRows];
@@ -80,7 +81,7 @@ struct Attend {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             key[half] = first + half * 8 + g < end ? rows.key(first + half * 8 + g) : nullptr;
-#pragma unroll
+#pragma unroll kUnroll
         for (int s = 0; s < D / 32; ++s) {
             const int held = kHoldQ ? s : 0;
             if constexpr (!kHoldQ) load_step(s, 0, chunks);

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 isa: str
+rounds_to_bf16: bool  # whether activations that meet bf16 matrices are, unless those have float_activations
 usable_isas: tuple[str, ...]
 formats: tuple[str, ...]
 

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .weights.precision import Precision
     from .weights.source import Source
 
-KV_DTYPES = ("bf16", "f32")
+KV_DTYPES = ("bf16", "f32", "int8")
 MEMORY = ("auto", "map", "copy")
 DEVICES = ("cpu", "cuda", "reference")
 MAX_THREADS = 1024
@@ -116,11 +116,13 @@ def load(
                   deltaic.weights.precision.Precision.parse). A packed folder has its own; another is an error
     vision_dtype  the same for the vision tower (no mapping); None: as dtype where that is bf16 or f32, else "bf16"
     activations   "int8": what meets an int8 or int4 matrix is rounded to int8 first, which makes the products several
-                  times as fast; "float32": it is not, the most accurate and slower way
+                  times as fast, and what meets a bf16 matrix to bfloat16 where the CPU multiplies that faster (as
+                  transformers does in that dtype); "float32": nothing is, the most accurate and slower way
     device        "cpu"; "cuda", an NVIDIA GPU (needs torch; it computes in bfloat16, or float32 where dtype is "f32",
                   and never rounds activations to int8); or "reference": the numpy definition of every operator, slow
     threads       None: the physical cores this process may use
-    kv_dtype      how keys and values are stored: "bf16" or "f32"; None: "f32" where dtype is, else "bf16"
+    kv_dtype      how keys and values are stored: "bf16", "f32", or "int8" (groups of 64 numbers with a float16 scale:
+                  half the memory of bf16, somewhat less exact; CPU only); None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
                   pages, from which a processor reads faster (a token in up to a fifth less time); "auto" copies on the
@@ -150,6 +152,8 @@ def load(
     wanted = Precision.parse("bf16" if dtype is None else dtype, vision_dtype, activations)
     if kv_dtype is not None:
         choice("kv_dtype", kv_dtype, KV_DTYPES)
+        if kv_dtype == "int8" and device == "cuda":
+            raise DeviceError("kv_dtype: 'int8' is not available with device='cuda'; use 'bf16' or 'f32'")
     choice("memory", memory, MEMORY)
     ops = op_set(device)
     threads = use_threads(ops, threads)

@@ -198,6 +198,11 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         default="int8",
         help="with int8 and int4 weights: int8 (default, fast), or float32 (unrounded)",
     )
+    group.add_argument(
+        "--kv-dtype",
+        metavar="DTYPE",
+        help="how keys and values of the context are stored: bf16 (default), f32, or int8 (half the memory)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="threads to compute with; default: physical cores")
     group.add_argument(
         "--context", type=int, metavar="N", help="room for N tokens, checked up front; default: the model's limit"
@@ -275,6 +280,7 @@ def _load(path_or_id: str, args: argparse.Namespace) -> Model:
         activations=args.activations,
         device=args.device,
         threads=args.threads,
+        kv_dtype=args.kv_dtype,
         context=args.context,
         cache_bytes=_size("--cache-bytes", args.cache_bytes),
         cache_folder=args.cache_folder,

@@ -45,7 +45,7 @@ def check_context(ops: ModuleType, weights: int, blank: State, context: int) -> 
     if free is not None and sequence + weights > free:
         raise ArgumentError(
             f"context: {context} tokens need {sequence / 1e9:.2f} GB for K/V and state beside {weights / 1e9:.2f} GB "
-            f"of weights, and {free / 1e9:.2f} GB of memory is available; ask for a shorter context, or kv_dtype='bf16'"
+            f"of weights, and {free / 1e9:.2f} GB of memory is available; ask for a shorter context, or kv_dtype='int8'"
         )
 
 

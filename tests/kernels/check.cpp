@@ -66,8 +66,6 @@ Numbers rms_norm(const double* x, const Floats& weight, double eps) {
     return y;
 }
 
-namespace {
-
 double from_half(const uint8_t* p) {
     uint16_t bits;
     std::memcpy(&bits, p, 2);
@@ -75,6 +73,8 @@ double from_half(const uint8_t* p) {
     const double magnitude = exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
     return bits >> 15 ? -magnitude : magnitude;
 }
+
+namespace {
 
 // Element (row r, column k) of one block of 16 rows: the layouts of core/view.h.
 double stored(Format format, const uint8_t* block, int64_t K, int64_t r, int64_t k) {

@@ -96,9 +96,11 @@ Packed pack_glu(Suite& t, Random& random, int64_t rows, int64_t K, Format format
 // One operator of one instruction set: counts its checks.
 class Suite {
   public:
-    Suite(const Ops& operators, const char* isa, const char* name) : ops(operators), isa_(isa), name_(name) {}
+    Suite(const Ops& operators, const char* isa, const char* name, bool rounds)
+        : ops(operators), rounds_to_bf16(rounds), isa_(isa), name_(name) {}
 
     const Ops& ops;
+    const bool rounds_to_bf16;  // activations that meet bf16 matrices, unless they have float_activations
     int passed = 0, failed = 0;
     uint64_t hash = 1469598103934665603ull;  // of every output compared
 

@@ -21,14 +21,15 @@ const Test kTests[] = {DELTAIC_OPS(X)};
 
 // Runs one test with one and with three threads; the bits must not depend on that.
 void run(const Isa& isa, const Test& test, int* passed, int* failed) {
-    test::Suite alone(*isa.ops, isa.name, test.op), shared(*isa.ops, isa.name, test.op);
+    test::Suite alone(*isa.ops, isa.name, test.op, isa.rounds_to_bf16);
+    test::Suite shared(*isa.ops, isa.name, test.op, isa.rounds_to_bf16);
     set_thread_count(1);
     test.run(alone);
     set_thread_count(3);
     test.run(shared);
     shared.check(alone.hash == shared.hash, "the number of threads changes the result");
     const int good = alone.passed + shared.passed, bad = alone.failed + shared.failed;
-    std::printf("%-9s %-16s %5d passed %5d failed\n", isa.name, test.op, good, bad);
+    std::printf("%-11s %-16s %5d passed %5d failed\n", isa.name, test.op, good, bad);
     std::fflush(stdout);
     *passed += good, *failed += bad;
 }
@@ -43,7 +44,7 @@ int main(int count, char** values) {
         if (count > 1 && std::strcmp(values[1], list[i].name) != 0) continue;
         found = true;
         if (!list[i].usable) {
-            std::printf("%-9s not usable on this machine\n", list[i].name);
+            std::printf("%-11s not usable on this machine\n", list[i].name);
             if (count > 1) return 1;
             continue;
         }

@@ -45,38 +45,50 @@ Numbers attend(const Numbers& q, const std::vector<Numbers>& keys, const std::ve
 // A sequence's blocks, [layers][2][heads][tokens][D], all elements poisoned at first.
 struct Cache {
     static constexpr int64_t kLayers = 2, kLayer = 1, kTokens = 8;
-    bool half;
-    int64_t heads, D;
+    Dtype dtype;
+    int64_t heads, D, width;
     std::vector<Floats> floats;
     std::vector<Array<uint16_t>> halves;
+    std::vector<Bytes> bytes;
     std::vector<void*> pointers;
     BlockTable table;
 
-    Cache(bool bf16, int64_t kv_heads, int64_t width, int64_t tokens) : half(bf16), heads(kv_heads), D(width) {
-        const Shape shape = {kLayers, 2, heads, kTokens, D};
+    Cache(Dtype stored, int64_t kv_heads, int64_t head_dim, int64_t tokens)
+        : dtype(stored), heads(kv_heads), D(head_dim), width(kv_width(stored, head_dim)) {
+        const Shape shape = {kLayers, 2, heads, kTokens, width};
         for (int64_t i = 0; i * kTokens < tokens; ++i) {
-            if (half) {
+            if (dtype == Dtype::u16) {
                 halves.emplace_back(shape);
                 for (uint16_t& v : halves.back().data) v = 0x7fc0;
+            } else if (dtype == Dtype::u8) {
+                bytes.emplace_back(shape);
+                for (uint8_t& v : bytes.back().data)
+                    v = 0xff;  // as a scale: NaN; as a number: 127, which may be stored
             } else {
                 floats.push_back(poisoned(shape));
             }
         }
         for (Floats& b : floats) pointers.push_back(b.data.data());
         for (auto& b : halves) pointers.push_back(b.data.data());
+        for (auto& b : bytes) pointers.push_back(b.data.data());
         table.blocks = pointers.data(), table.size = static_cast<int64_t>(pointers.size());
-        table.dtype = half ? Dtype::u16 : Dtype::f32;
-        table.layers = kLayers, table.kv_heads = heads, table.tokens = kTokens, table.head_dim = D;
+        table.dtype = dtype;
+        table.layers = kLayers, table.kv_heads = heads, table.tokens = kTokens, table.width = width;
     }
     int64_t place(int64_t which, int64_t head, int64_t token, int64_t d) const {
-        return (((kLayer * 2 + which) * heads + head) * kTokens + token % kTokens) * D + d;
+        return (((kLayer * 2 + which) * heads + head) * kTokens + token % kTokens) * width + d;
     }
     Numbers read(int64_t which, int64_t head, int64_t token) const {
         const size_t block = static_cast<size_t>(token / kTokens);
         Numbers x;
         for (int64_t d = 0; d < D; ++d) {
             const int64_t i = place(which, head, token, d);
-            x.push_back(half ? from_bf16(halves[block][i]) : floats[block][i]);
+            if (dtype == Dtype::u8) {
+                const int64_t group = place(which, head, token, d / kKvGroup * (kKvGroup + 2));
+                x.push_back(from_half(&bytes[block][group]) * (bytes[block][group + 2 + d % kKvGroup] - 128));
+            } else {
+                x.push_back(dtype == Dtype::u16 ? from_bf16(halves[block][i]) : floats[block][i]);
+            }
         }
         return x;
     }
@@ -87,6 +99,9 @@ struct Cache {
             for (const float v : b.data) n += v == v;
         for (const auto& b : halves)
             for (const uint16_t v : b.data) n += v != 0x7fc0;
+        for (const auto& b : bytes)  // rows whose first scale was written
+            for (size_t i = 0; i < b.data.size(); i += static_cast<size_t>(width))
+                n += (b.data[i] != 0xff || b.data[i + 1] != 0xff) ? D : 0;
         return n;
     }
 };
@@ -119,15 +134,17 @@ Numbers head_of(const Floats& proj, int64_t t, int64_t column, int64_t D) {
 }
 
 // Tokens arrive in two calls, of first and then second tokens for each sequence; everything is compared.
-void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& first, const Shape& second) {
+void compare(Suite& t, Random& random, Attention& a, Dtype dtype, const Shape& first, const Shape& second) {
     std::vector<Cache> caches;
     Shape starts(first.size(), 0);
-    for (size_t b = 0; b < first.size(); ++b) caches.emplace_back(half, a.Hkv, a.D, first[b] + second[b] + 3);
+    for (size_t b = 0; b < first.size(); ++b) caches.emplace_back(dtype, a.Hkv, a.D, first[b] + second[b] + 3);
     for (const Shape& lengths : {first, second}) {
         const Integers cuts = offsets(lengths);
         const int64_t T = cuts[cuts.size() - 1];
-        const std::string what =
-            std::string(half ? "bf16" : "f32") + " cache, D=" + std::to_string(a.D) + " T=" + std::to_string(T);
+        const std::string what = std::string(dtype == Dtype::f32   ? "f32"
+                                             : dtype == Dtype::u16 ? "bf16"
+                                                                   : "int8") +
+                                 " cache, D=" + std::to_string(a.D) + " T=" + std::to_string(T);
         Floats proj = normal(random, {T, a.columns()}), cosine({T, a.R}), sine({T, a.R});
         draw_angles(random, cosine, sine);
         const Floats y = apply(t, a, proj, cosine, sine, lengths, starts, caches);
@@ -143,9 +160,22 @@ void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& fir
                     const Numbers v = head_of(proj, row, (2 * a.Hq + a.Hkv + h) * a.D, a.D),
                                   k_found = caches[b].read(0, h, last), v_found = caches[b].read(1, h, last);
                     for (size_t d = 0; d < k.size(); ++d) {
-                        stored = stored &&
-                                 std::fabs(k_found[d] - k[d]) <= (half ? std::ldexp(std::fabs(k[d]), -8) : 0.0) + 1e-5;
-                        stored = stored && v_found[d] == (half ? from_bf16(to_bf16(v[d])) : v[d]);
+                        const auto largest = [&](const Numbers& x) {  // of the group
+                            double most = 0.0;
+                            for (size_t i = d / 64 * 64; i < std::min(x.size(), d / 64 * 64 + 64); ++i)
+                                most = std::max(most, std::fabs(x[i]));
+                            return most;
+                        };
+                        const double k_error = std::fabs(k_found[d] - k[d]), v_error = std::fabs(v_found[d] - v[d]);
+                        if (dtype == Dtype::u8) {  // half a step, and what rounding the step may move the largest
+                            stored = stored && k_error <= 0.6 / 127 * largest(k) + 1e-5;
+                            stored = stored && v_error <= 0.6 / 127 * largest(v);
+                        } else if (dtype == Dtype::u16) {
+                            stored = stored && k_error <= std::ldexp(std::fabs(k[d]), -8) + 1e-5;
+                            stored = stored && v_found[d] == from_bf16(to_bf16(v[d]));
+                        } else {
+                            stored = stored && k_error <= 1e-5 && v_error == 0.0;
+                        }
                     }
                 }
             }
@@ -169,7 +199,7 @@ void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& fir
                     what + ": only the new tokens' places are written");
         }
         t.check(stored, what + ": stored keys and values");
-        t.close(y, expected, half && t.rounds_attention() ? 2e-2 : 2e-5, what);
+        t.close(y, expected, dtype != Dtype::f32 && t.rounds_attention() ? 2e-2 : 2e-5, what);
     }
 }
 
@@ -177,20 +207,21 @@ void compare(Suite& t, Random& random, Attention& a, bool half, const Shape& fir
 
 void test_gated_attention(Suite& t) {
     Random random(9);
-    for (const Shape& s : {Shape{1, 1, 4, 1}, Shape{4, 2, 18, 4}, Shape{8, 1, 32, 8}, Shape{2, 2, 64, 16}})
-        for (const bool half : {false, true}) {
+    for (const Shape& s :
+         {Shape{1, 1, 4, 1}, Shape{4, 2, 18, 4}, Shape{8, 1, 32, 8}, Shape{2, 2, 64, 16}, Shape{2, 1, 136, 16}})
+        for (const Dtype dtype : {Dtype::f32, Dtype::u16, Dtype::u8}) {
             Attention a{s[0], s[1], s[2], s[3], normal(random, {s[2]}, 0.3), normal(random, {s[2]}, 0.3)};
-            for (a.prefill = 0; a.prefill < 2; ++a.prefill) compare(t, random, a, half, {3, 1}, {2, 7});
+            for (a.prefill = 0; a.prefill < 2; ++a.prefill) compare(t, random, a, dtype, {3, 1}, {2, 7});
             a.prefill = 0;
-            compare(t, random, a, half, {1}, {1});
-            compare(t, random, a, half, {5, 0, 1}, {1, 2, 0});
-            compare(t, random, a, half, {66}, {1});
-            compare(t, random, a, half, {9, 3}, {40, 1});
+            compare(t, random, a, dtype, {1}, {1});
+            compare(t, random, a, dtype, {5, 0, 1}, {1, 2, 0});
+            compare(t, random, a, dtype, {66}, {1});
+            compare(t, random, a, dtype, {9, 3}, {40, 1});
         }
     Attention a{4, 2, 8, 2, normal(random, {8}), normal(random, {8})};
     Floats proj = normal(random, {3, a.columns()}), cosine({3, 2}), sine({3, 2});
     std::vector<Cache> caches;
-    caches.emplace_back(false, 2, 8, 8);
+    caches.emplace_back(Dtype::f32, 2, 8, 8);
     t.refuses("a cache without room", [&] { apply(t, a, proj, cosine, sine, {3}, {6}, caches); });
     t.refuses("a negative start", [&] { apply(t, a, proj, cosine, sine, {3}, {-1}, caches); });
     t.refuses("cu_seqlens beyond the rows", [&] { apply(t, a, proj, cosine, sine, {4}, {0}, caches); });

@@ -1,5 +1,7 @@
 // checksum against its definition, written out again; the probes for what they promise: whole reads, honest counts.
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 
@@ -68,6 +70,28 @@ void test_probe_peak(Suite& t) {
     t.call([&] { t.ops.probe_peak(0, 20, many.view()); });
     t.check(few[0] > 0 && many[0] == 10 * few[0], "operations grow with the rounds");
     t.refuses("no rounds", [&] { t.call([&] { t.ops.probe_peak(0, 0, few.view()); }); });
+}
+
+// Two merges, the lower rank first: a piece is merged within itself alone.
+void test_bpe_merge(Suite& t) {
+    std::vector<int64_t> ids = {1, 2, 3, 1, 2, 2, 3}, begins = {0, 4, 7};
+    std::vector<int64_t> pairs = {int64_t{2} << 32 | 3, int64_t{1} << 32 | 2}, merged = {10, 11};
+    std::vector<int64_t> slots(8, -1), out(7, -7), count(1);
+    for (int64_t rank = 0; rank < 2; ++rank) {
+        uint64_t hash = static_cast<uint64_t>(pairs[static_cast<size_t>(rank)]) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 32;
+        size_t slot = hash & 7;
+        while (slots[slot] >= 0) slot = (slot + 1) & 7;
+        slots[slot] = rank;
+    }
+    const auto view = [](std::vector<int64_t>& values) {
+        View v;
+        v.data = values.data(), v.dtype = Dtype::i64, v.ndim = 1, v.shape[0] = static_cast<int64_t>(values.size());
+        return v;
+    };
+    t.ops.bpe_merge(view(ids), view(begins), view(slots), view(pairs), view(merged), view(out), view(count));
+    const std::vector<int64_t> expected = {1, 10, 1, 2, 10};
+    t.check(count[0] == 5 && std::equal(expected.begin(), expected.end(), out.begin()), "merges by rank");
 }
 
 }  // namespace deltaic::test

@@ -22,6 +22,7 @@ from deltaic.model.text import TextModel
 from deltaic.model.vision import VisionModel
 from deltaic.weights import build
 from deltaic.weights.checkpoint import Checkpoint, open_checkpoint
+from deltaic.weights.precision import Precision
 from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen3_5Config,
@@ -149,16 +150,23 @@ def torch_logits(model: torch.nn.Module, ids: np.ndarray, **inputs: torch.Tensor
 # the deltaic side
 
 
+def exact(dtype: str) -> Precision:
+    """Matrices in `dtype`, activations unrounded: what is compared is the mathematics."""
+    return Precision.parse(dtype, activations="float32")
+
+
 def build_text(model: torch.nn.Module, ops: ModuleType, dtype: str = "f32") -> TextModel:
     """The same decoder on an op set, through a checkpoint as transformers saves it."""
     with saved(model) as (config, checkpoint):
-        return TextModel(config.text, build.build_text(checkpoint, config, ops, dtype, progress=False), ops)
+        return TextModel(config.text, build.build_text(checkpoint, config, ops, exact(dtype), progress=False), ops)
 
 
 def build_vision(model: torch.nn.Module, ops: ModuleType, dtype: str = "f32") -> VisionModel:
     """The same vision tower on an op set, through a checkpoint as transformers saves it."""
     with saved(model) as (config, checkpoint):
-        return VisionModel(config.vision, build.build_vision(checkpoint, config, ops, dtype, progress=False), ops)
+        return VisionModel(
+            config.vision, build.build_vision(checkpoint, config, ops, exact(dtype), progress=False), ops
+        )
 
 
 @contextmanager

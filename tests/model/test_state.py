@@ -26,7 +26,7 @@ def test_a_new_state_is_empty_and_zero(ops):
     assert state.nbytes == 4 * (3 * 3 * CONV_DIM + 3 * 6 * 12 * 20)
 
 
-@pytest.mark.parametrize(("kv_dtype", "stored"), [("f32", np.float32), ("bf16", np.uint16)])
+@pytest.mark.parametrize(("kv_dtype", "stored"), [("f32", np.float32), ("bf16", np.uint16), ("int8", np.uint8)])
 def test_reserve_grows_block_by_block_without_copying(ops, kv_dtype, stored):
     state = State(CONFIG, ops, kv_dtype)
     empty = state.nbytes
@@ -35,7 +35,7 @@ def test_reserve_grows_block_by_block_without_copying(ops, kv_dtype, stored):
         state.reserve(tokens)
         assert len(state.kv) == blocks
         assert [block.ctypes.data for block in state.kv.blocks][: len(before)] == before
-    shape = (2, 2, 3, BLOCK_TOKENS, 24)
+    shape = (2, 2, 3, BLOCK_TOKENS, 26 if kv_dtype == "int8" else 24)  # int8: a group of 24 and its scale
     assert all((block.shape, block.dtype) == (shape, stored) for block in state.kv.blocks)
     assert state.nbytes == empty + 8 * np.prod(shape) * np.dtype(stored).itemsize
 

@@ -243,7 +243,8 @@ def test_foreign_files_are_refused(model, tmp_path, rng):
     "change",
     [
         {"length": "-1"}, {"length": "x"}, {"length": "1000000"}, {"kv_block": "[1]"}, {"kv_block": "x"},
-        {"kv_dtype": "int8"}, {"images": "[[1]]"}, {"images": "3"}, {"context": "3"}, {"rope_delta": "1.5"},
+        {"kv_dtype": "int8"}, {"kv_dtype": "fp8"},
+        {"images": "[[1]]"}, {"images": "3"}, {"context": "3"}, {"rope_delta": "1.5"},
     ],
 )  # fmt: skip
 def test_consistent_files_with_absurd_facts_are_refused(fed, tmp_path, change):
@@ -290,7 +291,7 @@ def test_half_written_states_are_neither_forked_nor_saved(model, fed, monkeypatc
 
     twin = fed.fork()
     with monkeypatch.context() as patch:
-        patch.setattr(model._runner.text, "feed_forward", interrupted)
+        patch.setattr(model._runner.text, "_run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.forward([1, 2], fed)
     for action in (fed.fork, lambda: fed.save(tmp_path / "state")):

@@ -129,6 +129,20 @@ def test_both_op_sets_multiply_with_the_same_numbers(cpu, rng, dtype):
     assert np.abs(found - exact).max() > 1e-4  # they were rounded
 
 
+def test_bf16_matrices_meet_rounded_activations_where_the_cpu_multiplies_pairs(cpu, rng):
+    """Exactly those that round to nearest even; and unrounded ones if asked, or elsewhere."""
+    matrix, x = rng.normal(size=(40, 131)).astype(np.float32), rng.normal(size=(9, 131)).astype(np.float32)
+    weight = cpu.pack([matrix], "bf16")
+    stored = matrix.astype(ml_dtypes.bfloat16).astype(np.float64)
+    rounded = x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    bound = 1e-6 * np.abs(x) @ np.abs(stored.T)
+    rounds = importlib.import_module("deltaic._core").rounds_to_bf16
+    for exact in (False, True):
+        weight.float_activations = exact
+        inputs = rounded if rounds and not exact else x.astype(np.float64)
+        np.testing.assert_array_less(np.abs(cpu.linear(x, weight) - inputs @ stored.T), bound)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_reference_packs_what_the_format_can_hold(rng, dtype):
     matrix = rng.normal(size=(3, 20, 140)).astype(np.float32)

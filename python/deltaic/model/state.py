@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ContextLengthError, StateError
+from ..ops.layout import KV_DTYPES, kv_head_dim, kv_width
 from .config import TextConfig
 
 BLOCK_TOKENS = 128
-KV_DTYPES: dict[str, type[np.generic]] = {"f32": np.float32, "bf16": np.uint16}
 
 
 class State:
@@ -24,7 +24,7 @@ class State:
     conv        float32 [L_delta, 3, C]: the last three inputs of each convolution, oldest first
     delta       float32 [L_delta, Hv, Dk, Dv]: the matrix of each delta head
     kv          the op set's BlockTable: blocks [L_attn, 2, Hkv, BLOCK_TOKENS, D] of kv_dtype, for all attention layers
-    kv_dtype    "f32", or "bf16" (uint16 bits)
+    kv_dtype    "f32", "bf16" (uint16 bits), or "int8" (uint8, rows of `width` bytes: see ops.reference.BlockTable)
     mtp         the BlockTable of the MTP layer: blocks [1, 2, Hkv, BLOCK_TOKENS, D]; empty until it is used
     mtp_first, mtp_length  its entries belong to tokens mtp_first .. mtp_first + mtp_length - 1; entry t is made from
                 the hidden vector of token t and the token after it. What lies behind them is left from drafts
@@ -80,17 +80,21 @@ class State:
         self.mtp_first = 0
         self.mtp_length = 0
         self._shared_mtp = 0
-        self._block = (c.num_attention_layers, 2, c.num_key_value_heads, BLOCK_TOKENS, c.head_dim)
+        width = kv_width(KV_DTYPES[kv_dtype], c.head_dim)
+        self._block = (c.num_attention_layers, 2, c.num_key_value_heads, BLOCK_TOKENS, width)
         self._mtp_block = (int(mtp), *self._block[1:])
         self._max_tokens = c.max_position_embeddings if context is None else context
 
     def fits(self, other: State) -> bool:
         """Whether `other` is a state of an equally shaped model (op set, kv_dtype and contents may differ)."""
         return (
-            self._block == other._block
+            self._kv_shape() == other._kv_shape()
             and self.conv.shape == other.conv.shape
             and self.delta.shape == other.delta.shape
         )
+
+    def _kv_shape(self) -> tuple[int, ...]:
+        return (*self._block[:4], kv_head_dim(KV_DTYPES[self.kv_dtype], self._block[4]))
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, counted from the start of the sequence, and make everything that will
@@ -110,7 +114,7 @@ class State:
         except (MemoryError, ValueError):  # numpy raises the latter beyond the address space
             raise StateError(
                 f"no memory for the K/V of {tokens} tokens: the sequence holds {self.nbytes / 2**20:.0f} MiB "
-                f"for {len(self.kv) * BLOCK_TOKENS}; shorten the prompt or use kv_dtype 'bf16'"
+                f"for {len(self.kv) * BLOCK_TOKENS}; shorten the prompt or use kv_dtype 'int8'"
             ) from None
 
     def _own(self) -> None:

@@ -1,4 +1,5 @@
-"""In which order do the patches of a picture come? One answer for pixels, positions and angles, in all op sets."""
+"""How do things lie that several op sets share? The patches of a picture: one order for pixels, positions and angles. A
+row of keys or values in a K/V block."""
 
 from __future__ import annotations
 
@@ -6,6 +7,18 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+KV_GROUP = 64  # numbers of an int8 row that share a scale
+KV_DTYPES: dict[str, type[np.generic]] = {"f32": np.float32, "bf16": np.uint16, "int8": np.uint8}
+
+
+def kv_width(dtype: npt.DTypeLike, head_dim: int) -> int:
+    """Elements of `dtype` that a row of `head_dim` numbers takes in a K/V block (see `reference.BlockTable`)."""
+    return head_dim + 2 * -(-head_dim // KV_GROUP) if np.dtype(dtype) == np.uint8 else head_dim
+
+
+def kv_head_dim(dtype: npt.DTypeLike, width: int) -> int:
+    """The inverse of `kv_width`."""
+    return width - 2 * -(-width // (KV_GROUP + 2)) if np.dtype(dtype) == np.uint8 else width
 
 
 def merge_order(grid_h: int, grid_w: int, merge_size: int) -> tuple[Ints, Ints]:

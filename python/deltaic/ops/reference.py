@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError
 from . import bpe, quantise
-from .layout import merge_order
+from .layout import KV_GROUP, kv_head_dim, kv_width, merge_order
 
 Array = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -69,8 +69,8 @@ class Weight:
 
     `shape`; `dtype`, the storage format, one of FORMATS (of the first part, if parts differ); `nbytes`, as stored; and
     `float_activations`, which may be set: False lets an op set round the activations that meet an int8 or int4 matrix
-    to int8, per token and run of 128 columns (x ~ q * amax / 127). Here products always take them unrounded: what a
-    rounding op set may differ by follows from its steps.
+    to int8, per token and run of 128 columns (x ~ q * amax / 127), and those that meet a bf16 matrix to bfloat16. Here
+    products always take them unrounded: what a rounding op set may differ by follows from its steps.
     """
 
     matrix: npt.NDArray[np.float32]  # the stored values: rounded already, or decoded
@@ -147,7 +147,9 @@ def _stored_bytes(part: npt.NDArray, dtype: str) -> int:
 class BlockTable:
     """The K/V blocks of one sequence, in order: block i holds tokens [i*BLOCK, (i+1)*BLOCK) of every attention layer.
 
-    A block is an array [L_attn, 2, Hkv, BLOCK, D], index 1: 0 = K, 1 = V, float32 or uint16 (the bits of a bfloat16).
+    A block is an array [L_attn, 2, Hkv, BLOCK, width], index 1: 0 = K, 1 = V. Rows of D numbers are float32 or uint16
+    (the bits of bfloat16), width D; or uint8: groups of 64 numbers, each a float16 scale (2 bytes, little-endian) and
+    then a byte v + 128 per number, which is scale * v, v in -127..127 (the last group may be shorter).
     All blocks of a table have the same shape and dtype; ArgumentError otherwise.
     """
 
@@ -170,9 +172,10 @@ class BlockTable:
         self.blocks[i] = block
 
     def _check(self, block: npt.NDArray) -> None:
-        if block.ndim != 5 or block.shape[1] != 2 or block.dtype not in (np.float32, np.uint16):
+        if block.ndim != 5 or block.shape[1] != 2 or block.dtype not in (np.float32, np.uint16, np.uint8):
             raise ArgumentError(
-                f"BlockTable: block is {block.dtype}{block.shape}, expected float32 or uint16 [L, 2, Hkv, BLOCK, D]"
+                f"BlockTable: block is {block.dtype}{block.shape}, expected float32, uint16 or uint8 "
+                "[L, 2, Hkv, BLOCK, width]"
             )
         if self.blocks and (block.shape, block.dtype) != (self.blocks[0].shape, self.blocks[0].dtype):
             first = self.blocks[0]
@@ -182,14 +185,38 @@ class BlockTable:
 
 
 def kv_encode(values: Array, dtype: npt.DTypeLike) -> npt.NDArray:
-    """Numbers as a K/V block stores them: float32, or the bits of the nearest bfloat16 (ties to even) in uint16."""
+    """Numbers [..., D] as a K/V block stores them, [..., width]: float32, the bits of the nearest bfloat16 (ties to
+    even) in uint16, or groups of int8 in uint8: scale = max |x| / 127, v = x / scale, both rounded to nearest even."""
+    if np.dtype(dtype) == np.uint8:
+        return _kv_encode_int8(values.astype(np.float32))
     if np.dtype(dtype) == np.uint16:
         return values.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
     return values.astype(dtype)
 
 
+def _kv_encode_int8(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    stored = np.empty((*x.shape[:-1], kv_width(np.uint8, x.shape[-1])), np.uint8)
+    for g, first in enumerate(range(0, x.shape[-1], KV_GROUP)):
+        group = x[..., first : first + KV_GROUP]
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            scale = (np.abs(group).max(axis=-1, keepdims=True) / np.float32(127)).astype("<f2")
+            value = np.rint(group / scale.astype(np.float32))
+        place = first + 2 * g
+        stored[..., place : place + 2] = scale.view(np.uint8)
+        value = np.where(value >= -127, np.minimum(value, 127), -127)  # also where a scale of 0 or infinity made a NaN
+        stored[..., place + 2 : place + 2 + group.shape[-1]] = value + 128
+    return stored
+
+
 def kv_decode(stored: npt.NDArray, dtype: npt.DTypeLike) -> Array:
-    """The numbers that a K/V block stores, in `dtype`."""
+    """The numbers [..., D] that rows of a K/V block [..., width] store, in `dtype`."""
+    if stored.dtype == np.uint8:
+        x = np.empty((*stored.shape[:-1], kv_head_dim(np.uint8, stored.shape[-1])), dtype)
+        for g, first in enumerate(range(0, x.shape[-1], KV_GROUP)):
+            place, count = first + 2 * g, min(KV_GROUP, x.shape[-1] - first)
+            scale = np.ascontiguousarray(stored[..., place : place + 2]).view("<f2").astype(dtype)
+            x[..., first : first + count] = (stored[..., place + 2 : place + 2 + count].astype(dtype) - 128) * scale
+        return x
     if stored.dtype == np.uint16:
         return stored.view(ml_dtypes.bfloat16).astype(dtype)
     return stored.astype(dtype)

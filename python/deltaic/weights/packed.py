@@ -26,7 +26,7 @@ from ..ops.quantise import CHECKSUM_BYTES, ROWS, block_bytes
 from .checkpoint import CheckpointFile, Tensor
 from .names import PATCH, TensorSpec, expected_tensors
 from .packer import in_part
-from .precision import FORMATS, QUANTISED, Precision
+from .precision import FORMATS, ROUNDED, Precision
 from .source import Transform, progress_bar
 
 PACKED_FILE = "deltaic.safetensors"
@@ -276,7 +276,7 @@ class PackedSource:
             data = self._file.bytes_of(part_name(key, i), blocks * block_bytes(dtype, columns))
             parts.append((dtype, rows, data))
         weight = self._ops.from_packed(parts, count, columns, glu)
-        if self._float_activations and any(dtype in QUANTISED for dtype, _ in matrix.parts):
+        if self._float_activations and any(dtype in ROUNDED for dtype, _ in matrix.parts):
             weight.float_activations = True
         result: Weight = weight
         return result

@@ -15,7 +15,7 @@ from ..model.config import ModelConfig
 from ..model.weights import Array, Weight
 from .checkpoint import Checkpoint, Tensor
 from .names import TensorTable, resolve
-from .precision import QUANTISED, Precision
+from .precision import ROUNDED, Precision
 from .source import Transform, progress_bar
 
 _COMPARE_ROWS = 4096
@@ -130,7 +130,7 @@ class Packer:
         return array
 
     def _with_activations(self, weight: Any, formats: list[str]) -> Weight:
-        if self._float_activations and any(name in QUANTISED for name in formats):
+        if self._float_activations and any(name in ROUNDED for name in formats):
             weight.float_activations = True
         return weight
 

@@ -15,6 +15,7 @@ from .names import PATCH, SMALL, VECTOR, TensorSpec
 
 FORMATS = ("f32", "bf16", "int8", "int4")
 QUANTISED = ("int8", "int4")
+ROUNDED = (*QUANTISED, "bf16")  # formats whose products may round the activations that they meet
 ACTIVATIONS = ("int8", "float32")
 DEFAULT_KEY = "default"
 
@@ -43,7 +44,8 @@ class Precision:
     vision       format of the matrices of the vision tower
     rules        (pattern, format) pairs; the last one that matches a tensor's name decides
     activations  "int8": int8 and int4 matrices are multiplied with activations rounded to int8 (per token and run of
-                 128 columns), in integer arithmetic; "float32": with unrounded activations, slower
+                 128 columns), in integer arithmetic, and bf16 matrices with activations rounded to bfloat16 where the
+                 CPU has products of bfloat16 pairs; "float32": with unrounded activations, slower
     """
 
     default: str = "bf16"
