@@ -36,15 +36,14 @@ struct Views {
 // the same column of 16 rows and a dot product needs no horizontal sum. Layout of one block, K columns:
 //   f32   [K][16] float
 //   bf16  [K/2][16][2] bfloat16 bits: two neighbouring columns of a row are one 32-bit lane
-//   int8  n = ceil(K/128) runs of 128 columns: q [n][32][16][4] uint8 (value + 128; four neighbouring columns are one
-//   lane),
-//         then d [n][16] half.  w = d * value, value in -127..127.  8.125 bits per weight.
-//   int4  q [n][8][2][16][4] uint8: each run is 8 groups of 16 columns, each group 2 lines of 64 bytes whose low
-//   nibbles hold
-//         four columns and whose high nibbles the next four (value + 8); then s [n][4][16] uint8: two 4-bit scales - 1
-//         per byte, groups 2i (low) and 2i+1 (high); then d [n][16] half.  w = d * s * value, s in 1..16, value in
-//         -8..7. 4.375 bits per weight. s * value fits a signed byte, so a run of 128 columns is one exact integer dot
-//         product.
+//   int8  n = ceil(K/128) runs of 128 columns: d [n][16] half, then q [n][32][16][4] uint8 (value + 128; four
+//         neighbouring columns are one lane). w = d * value, value in -127..127. 8.125 bits per weight.
+//   int4  d [n][16] half; then s [n][4][16] uint8: two 4-bit scales - 1 per byte, groups 2i (low) and 2i+1 (high); then
+//         q [n][8][2][16][4] uint8: each run is 8 groups of 16 columns, each group 2 lines of 64 bytes whose low
+//         nibbles hold four columns and whose high nibbles the next four (value + 8). w = d * s * value, s in 1..16,
+//         value in -8..7. 4.375 bits per weight. s * value fits a signed byte, so a run of 128 columns is one exact
+//         integer dot product.
+// Scales come first: a block is then read from its first byte to its last, which is what processors fetch ahead.
 enum class Format : int32_t { f32, bf16, int8, int4 };
 
 constexpr int64_t kBlockRows = 16;
@@ -66,6 +65,16 @@ DELTAIC_INLINE int64_t block_bytes(Format format, int64_t columns) {
             return ceil_div(columns, kRun) * (1024 + 64 + 32);
     }
 }
+
+// Where the parts of an int8 or int4 block begin.
+struct BlockLayout {
+    int64_t runs, scales, lines, line_bytes;  // d at 0; scales: int4 only; line_bytes: q of one run
+    DELTAIC_INLINE BlockLayout(Format format, int64_t columns)
+        : runs(ceil_div(columns, kRun)),
+          scales(runs * 32),
+          lines(format == Format::int4 ? runs * 96 : scales),
+          line_bytes(format == Format::int4 ? 1024 : 2048) {}
+};
 
 // Rows that share one format. A `glu` segment of `rows` outputs holds 2 * ceil(rows / 16) blocks: gate, up, gate, up...
 struct Segment {

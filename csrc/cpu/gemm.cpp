@@ -27,24 +27,13 @@ DELTAIC_INLINE void store_sums(const f32x16 (&acc)[NB][NT], float* sums) {
 constexpr int kPanelTokens = 6;                               // tokens of a register tile
 constexpr int kPanelBlocks = kParts == 1 ? kGroupBlocks : 1;  // blocks of it: 24 of 32 registers are sums
 
-// A block in runs of 32 words: 128 columns of an integer format, 64 of bf16. Bytes of the lines of a run and of all
-// lines; then come the scales (int4) and d.
-struct Layout {
-    int64_t runs, line_bytes, scales, halves;
-    DELTAIC_INLINE Layout(Format format, int64_t K)
-        : runs(ceil_div(K, format == Format::bf16 ? 64 : kRun)),
-          line_bytes(format == Format::int4 ? 1024 : 2048),
-          scales(runs * line_bytes),
-          halves(format == Format::int4 ? runs * 1088 : scales) {}
-};
-
-// Bytes that a stream of weights is asked for ahead of its use. Where little is computed per line, the processor's own
-// prefetching runs far ahead and needs only to be led over the ends of pages; where much is, it does not, and the
+// Bytes that a stream of weights is asked for ahead of its use; 0: not at all. Where little is computed per line, a
+// block read in order is fetched by the processor's own prefetching, at the speed of memory; where much is, the
 // distance must cover the time of an access to memory (measured: bench/results/dense-zen4-2vcpu.md).
 DELTAIC_INLINE constexpr int64_t far_ahead(Format format, int tokens) {
-    if (format == Format::int4) return 16384;
-    if (tokens <= 4) return 1024;
-    return format == Format::int8 ? 24576 : 4096;
+    if (format == Format::int4) return tokens >= 3 && tokens <= 5 ? 16384 : 0;
+    if (format == Format::int8) return tokens <= 4 ? 0 : 24576;
+    return tokens <= 4 ? 1024 : 4096;
 }
 
 DELTAIC_INLINE const uint16_t* halves_of(const Activations& a, int64_t run) {
@@ -55,21 +44,24 @@ DELTAIC_INLINE int64_t bf16_lines(int64_t K, int64_t run) { return min64(32, cei
 // A block with NT tokens, all runs: one stream of weights.
 template <int NT>
 void stream_block(Format format, const uint8_t* w, const Activations& a, float* sums) {
-    const Layout at(format, a.K);
+    const BlockLayout at(format, a.K);
+    constexpr int64_t kFar8 = far_ahead(Format::int8, NT), kFar4 = far_ahead(Format::int4, NT);
     f32x16 acc[1][NT], d[1];
     clear<1, NT>(acc);
+    for (int64_t i = 0; i < at.lines; i += 64) prefetch(w + i);  // at once: a line now and then would break the stream
     for (int64_t run = 0; run < a.runs; ++run) {
         i32x16 sum[1][NT];
         const int64_t token = run * a.stride;
+        const uint8_t* const lines = w + at.lines + run * at.line_bytes;
         if (format == Format::int8) {
-            run_int8<true, 1, NT>(w + run * 2048, 0, far_ahead(Format::int8, NT), a.quads(run), a.run_sum + token, sum);
+            run_int8<(kFar8 > 0), 1, NT>(lines, 0, kFar8, a.quads(run), a.run_sum + token, sum);
         } else {
             // all that a run holds, at once and in the order in which it lies in memory
-            const uint8_t* const ahead = w + run * 1120 + far_ahead(Format::int4, NT);
-            for (int64_t i = 0; i < 1120; i += 64) prefetch_far(ahead + i);
-            run_int4<1, NT>(w + run * 1024, w + at.scales + run * 64, 0, a.quads(run), a.group_bias + token * 8, sum);
+            if (kFar4 > 0)
+                for (int64_t i = 0; i < 1120; i += 64) prefetch_far(w + run * 1120 + kFar4 + i);
+            run_int4<1, NT>(lines, w + at.scales + run * 64, 0, a.quads(run), a.group_bias + token * 8, sum);
         }
-        load_halves<1>(w + at.halves + run * 32, 0, d);
+        load_halves<1>(w + run * 32, 0, d);
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[0][t] = add_run(acc[0][t], sum[0][t], a.scale[token + t], d[0]);
     }
     store_sums<1, NT>(acc, sums);
@@ -139,14 +131,16 @@ __attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, con
 // All tokens, one run after another: the weights of a run stay in the first-level cache, the tokens pass by in order.
 template <int NB>
 void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums, uint8_t* form) {
-    const Layout at(format, a.K);
+    const BlockLayout at(format, a.K);
+    const bool plain = format == Format::bf16;  // lines only; a run is half as many columns
+    const int64_t runs = plain ? ceil_div(a.K, 64) : at.runs;
     for (int64_t t = 0; t < a.T; ++t)
         for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
-    for (int64_t run = 0; run < at.runs; ++run) {
-        const uint8_t *lines = w + run * at.line_bytes, *scales = w + at.scales + run * 64;
-        const uint8_t* const halves = w + at.halves + run * 32;
+    for (int64_t run = 0; run < runs; ++run) {
+        const uint8_t* lines = w + (plain ? 0 : at.lines) + run * at.line_bytes;
+        const uint8_t *const scales = w + at.scales + run * 64, *const halves = w + run * 32;
         int64_t line_stride = stride;
-        if (run + 1 < at.runs)
+        if (run + 1 < runs)
             for (int b = 0; b < NB; ++b)
                 for (int64_t i = 0; i < at.line_bytes; i += 64) prefetch_far(lines + b * stride + at.line_bytes + i);
         if (kExpandsInt4 && format == Format::int4) {
@@ -270,11 +264,10 @@ void expand_block(Format stored, const uint8_t* w, int64_t K, float* out) {
         }
         return;
     }
-    const int64_t runs = ceil_div(K, kRun);
+    const BlockLayout at(stored, K);
     for (int64_t k = 0; k < K; ++k)
         for (int64_t lane = 0; lane < 16; ++lane)
-            out[k * 16 + lane] =
-                stored == Format::int8 ? element_int8(w, runs, k, lane) : element_int4(w, runs, k, lane);
+            out[k * 16 + lane] = stored == Format::int8 ? element_int8(w, at, k, lane) : element_int4(w, at, k, lane);
 }
 
 }  // namespace DELTAIC_ISA

@@ -23,7 +23,7 @@ void embed(View ids, const Weight& table, View y) {
             const int64_t n = ids.i64()[t], lane = n % 16;
             const uint8_t* block = table.block(0, 0, n / 16);
             float* row = y.f32() + t * H;
-            const int64_t runs = ceil_div(H, kRun);
+            const BlockLayout at(table.segment[0].format, H);
             switch (table.segment[0].format) {
                 case Format::f32:
                     for (int64_t k = 0; k < H; ++k) row[k] = reinterpret_cast<const float*>(block)[k * 16 + lane];
@@ -33,10 +33,10 @@ void embed(View ids, const Weight& table, View y) {
                         row[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(block)[k / 2 * 32 + lane * 2 + k % 2]);
                     break;
                 case Format::int8:
-                    for (int64_t k = 0; k < H; ++k) row[k] = element_int8(block, runs, k, lane);
+                    for (int64_t k = 0; k < H; ++k) row[k] = element_int8(block, at, k, lane);
                     break;
                 case Format::int4:
-                    for (int64_t k = 0; k < H; ++k) row[k] = element_int4(block, runs, k, lane);
+                    for (int64_t k = 0; k < H; ++k) row[k] = element_int4(block, at, k, lane);
                     break;
             }
         }

@@ -38,9 +38,9 @@ void pack_bf16(const Source& source, int64_t n0, uint16_t* out) {
 }
 
 void pack_int8(const Source& source, int64_t n0, uint8_t* out) {
-    const int64_t K = source.view.shape[1], runs = ceil_div(K, kRun);
-    uint16_t* d = reinterpret_cast<uint16_t*>(out + runs * 2048);
-    for (int64_t run = 0; run < runs; ++run)
+    const BlockLayout at(Format::int8, source.view.shape[1]);
+    uint16_t* d = reinterpret_cast<uint16_t*>(out);
+    for (int64_t run = 0; run < at.runs; ++run)
         for (int r = 0; r < 16; ++r) {
             float w[kRun], largest = 0;
             source.run(n0 + r, run * kRun, w);
@@ -50,7 +50,7 @@ void pack_int8(const Source& source, int64_t n0, uint8_t* out) {
             d[run * 16 + r] = half;
             for (int k = 0; k < kRun; ++k) {
                 const float v = rintf(w[k] * inverse);
-                out[run * 2048 + k / 4 * 64 + r * 4 + k % 4] =
+                out[at.lines + run * 2048 + k / 4 * 64 + r * 4 + k % 4] =
                     static_cast<uint8_t>(128 + static_cast<int>(v > 127    ? 127
                                                                 : v < -127 ? -127
                                                                            : v));
@@ -109,10 +109,11 @@ void choose_scales(const float* w, f32x16* d, f32x16 (&s)[8]) {
 }
 
 void pack_int4(const Source& source, int64_t n0, uint8_t* out) {
-    const int64_t K = source.view.shape[1], runs = ceil_div(K, kRun);
+    const int64_t K = source.view.shape[1];
+    const BlockLayout at(Format::int4, K);
     memset(out, 0, static_cast<size_t>(block_bytes(Format::int4, K)));
-    uint16_t* halves = reinterpret_cast<uint16_t*>(out + runs * 1088);
-    for (int64_t run = 0; run < runs; ++run) {
+    uint16_t* halves = reinterpret_cast<uint16_t*>(out);
+    for (int64_t run = 0; run < at.runs; ++run) {
         float w[kRun * 16], row[kRun], d[16], s[16];
         for (int r = 0; r < 16; ++r) {
             source.run(n0 + r, run * kRun, row);
@@ -125,13 +126,13 @@ void pack_int4(const Source& source, int64_t n0, uint8_t* out) {
         for (int g = 0; g < 8; ++g) {
             store(s, scale[g]);
             for (int r = 0; r < 16; ++r) {
-                out[runs * 1024 + run * 64 + g / 2 * 16 + r] |=
+                out[at.scales + run * 64 + g / 2 * 16 + r] |=
                     static_cast<uint8_t>((static_cast<int>(s[r]) - 1) << (g % 2 * 4));
                 const float step = d[r] * s[r], inverse = step != 0 ? 1.0f / step : 0.0f;
                 for (int k = 0; k < kGroup; ++k) {
                     const float v = rintf(w[(g * kGroup + k) * 16 + r] * inverse);
                     const int q = static_cast<int>(v > 7 ? 7 : v < -8 ? -8 : v) + 8;
-                    out[run * 1024 + g * 128 + k / 8 * 64 + r * 4 + k % 4] |=
+                    out[at.lines + run * 1024 + g * 128 + k / 8 * 64 + r * 4 + k % 4] |=
                         static_cast<uint8_t>(q << (k / 4 % 2 * 4));
                 }
             }

@@ -146,9 +146,45 @@ DELTAIC_INLINE ivec low_quad(ivec line, ivec s) {
 }
 DELTAIC_INLINE ivec high_quad(ivec line, ivec s) { return low_quad(_mm512_srli_epi16(line, 4), s); }
 
+// The same where there are few tokens: not every line is multiplied by its scale, but a group's sum of each token
+// (15 * 127 * 16 < 2^15).
+template <int NB, int NT>
+DELTAIC_INLINE void run_int4_few(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
+                                 const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    const ivec nibble = _mm512_set1_epi8(15), one = _mm512_set1_epi32(0x00010001);
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) sum[b][t].part[0] = i_set1(0);
+    }
+    DELTAIC_UNROLL for (int pair = 0; pair < 4; ++pair) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        const ivec packed = i_load_u8(scales + b * stride + pair * 16);
+        const ivec both =
+            i_add(i_and(_mm512_or_si512(packed, _mm512_slli_epi32(packed, 12)), _mm512_set1_epi32(0x000f000f)), one);
+        const ivec s[2] = {i_and(both, i_set1(0xffff)), _mm512_srli_epi32(both, 16)};
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+            ivec& total = sum[b][t].part[0];
+            total = _mm512_dpwssd_epi32(total, both, i_set1(load_i32(bias + t * 8 + pair * 2)));
+        }
+        DELTAIC_UNROLL for (int half = 0; half < 2; ++half) {
+            const int64_t g = pair * 2 + half;
+            const ivec line0 = i_load(w + b * stride + g * 128), line1 = i_load(w + b * stride + g * 128 + 64);
+            const ivec quads[4] = {
+                _mm512_and_si512(line0, nibble), _mm512_and_si512(_mm512_srli_epi16(line0, 4), nibble),
+                _mm512_and_si512(line1, nibble), _mm512_and_si512(_mm512_srli_epi16(line1, 4), nibble)};
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                ivec dot = i_set1(0);
+                DELTAIC_UNROLL for (int j = 0; j < 4; ++j) dot =
+                    _mm512_dpbusd_epi32(dot, quads[j], i_set1(load_i32(q + t * kWordBytes + g * kGroup + 4 * j)));
+                ivec& total = sum[b][t].part[0];
+                total = _mm512_dpwssd_epi32(total, dot, s[half]);
+            }
+        }
+    }
+}
+
 template <int NB, int NT>
 DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
                              const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    if constexpr (NT <= 3) return run_int4_few<NB, NT>(w, scales, stride, q, bias, sum);
     constexpr int C = chains(NB * NT);
     ivec acc[NB][NT][C];
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
@@ -406,16 +442,17 @@ DELTAIC_INLINE void load_halves(const uint8_t* halves, int64_t stride, f32x16 (&
 }
 
 // Column k of row `lane` of an int8 or int4 block, as a number.
-DELTAIC_INLINE float element_int8(const uint8_t* w, int64_t runs, int64_t k, int64_t lane) {
-    const uint16_t* d = reinterpret_cast<const uint16_t*>(w + runs * 2048);
-    return f16_to_float(d[k / kRun * 16 + lane]) * static_cast<float>(w[k / 4 * 64 + lane * 4 + k % 4] - 128);
+DELTAIC_INLINE float element_int8(const uint8_t* w, const BlockLayout& at, int64_t k, int64_t lane) {
+    const uint16_t* d = reinterpret_cast<const uint16_t*>(w);
+    return f16_to_float(d[k / kRun * 16 + lane]) *
+           static_cast<float>(w[at.lines + k / 4 * 64 + lane * 4 + k % 4] - 128);
 }
-DELTAIC_INLINE float element_int4(const uint8_t* w, int64_t runs, int64_t k, int64_t lane) {
+DELTAIC_INLINE float element_int4(const uint8_t* w, const BlockLayout& at, int64_t k, int64_t lane) {
     const int64_t run = k / kRun, g = k % kRun / kGroup, quad = k % kGroup / 4;
-    const int byte = w[run * 1024 + g * 128 + quad / 2 * 64 + lane * 4 + k % 4],
-              scales = w[runs * 1024 + run * 64 + g / 2 * 16 + lane];
+    const int byte = w[at.lines + run * 1024 + g * 128 + quad / 2 * 64 + lane * 4 + k % 4],
+              scales = w[at.scales + run * 64 + g / 2 * 16 + lane];
     const int value = (quad % 2 ? byte >> 4 : byte & 15) - 8, s = (g % 2 ? scales >> 4 : scales & 15) + 1;
-    const uint16_t* d = reinterpret_cast<const uint16_t*>(w + runs * 1088);
+    const uint16_t* d = reinterpret_cast<const uint16_t*>(w);
     return f16_to_float(d[run * 16 + lane]) * static_cast<float>(s * value);
 }
 

@@ -91,15 +91,15 @@ double stored(Format format, const uint8_t* block, int64_t K, int64_t r, int64_t
             return from_bf16(value);
         }
         case Format::int8: {
-            const int q = block[run * 2048 + c / 4 * 64 + r * 4 + c % 4] - 128;
-            return q * from_half(block + runs * 2048 + (run * 16 + r) * 2);
+            const int q = block[runs * 32 + run * 2048 + c / 4 * 64 + r * 4 + c % 4] - 128;
+            return q * from_half(block + (run * 16 + r) * 2);
         }
         default: {
             const int64_t g = c / 16;
-            const int byte = block[run * 1024 + g * 128 + c % 16 / 8 * 64 + r * 4 + c % 4];
-            const int scales = block[runs * 1024 + run * 64 + g / 2 * 16 + r];
+            const int byte = block[runs * 96 + run * 1024 + g * 128 + c % 16 / 8 * 64 + r * 4 + c % 4];
+            const int scales = block[runs * 32 + run * 64 + g / 2 * 16 + r];
             const int q = (c / 4 % 2 ? byte >> 4 : byte & 15) - 8, s = (g % 2 ? scales >> 4 : scales & 15) + 1;
-            return q * s * from_half(block + runs * 1088 + (run * 16 + r) * 2);
+            return q * s * from_half(block + (run * 16 + r) * 2);
         }
     }
 }

@@ -126,11 +126,11 @@ def _from_cpu_blocks(packed: np.ndarray, format: str, count: int, rows: int, col
         padded[:, :columns] = numbers
         return Part(format, total, columns, stride, upload(padded if pair == 1 else padded.view(ml_dtypes.bfloat16)))
     if format == "int8":
-        q, scales, rest = raw[:, : runs * 2048].reshape(-1, runs * 32, 16, 4), None, raw[:, runs * 2048 :]
+        q, scales = raw[:, runs * 32 :].reshape(-1, runs * 32, 16, 4), None
     else:
-        q = raw[:, : runs * 1024].reshape(-1, runs * 16, 16, 4)
-        scales, rest = raw[:, runs * 1024 : runs * 1088].reshape(-1, runs * 4, 16), raw[:, runs * 1088 :]
-    d = np.ascontiguousarray(rest).view(np.uint16).reshape(-1, runs, 16)
+        q = raw[:, runs * 96 :].reshape(-1, runs * 16, 16, 4)
+        scales = raw[:, runs * 32 : runs * 96].reshape(-1, runs * 4, 16)
+    d = np.ascontiguousarray(raw[:, : runs * 32]).view(np.uint16).reshape(-1, runs, 16)
     return Part(
         format,
         total,

@@ -155,24 +155,24 @@ def _read_bf16(blocks: Bytes, columns: int) -> Floats:
 
 
 def _read_int8(blocks: Bytes, columns: int) -> Floats:
-    """q [n][32][16][4] (value + 128), then d [n][16] -> [B, 16, K]."""
+    """d [n][16], then q [n][32][16][4] (value + 128) -> [B, 16, K]."""
     B, runs = len(blocks), -(-columns // RUN)
-    q = blocks[:, : runs * 2048].reshape(B, runs * 32, ROWS, 4).transpose(0, 2, 1, 3).reshape(B, ROWS, runs, RUN)
-    d = np.ascontiguousarray(blocks[:, runs * 2048 :]).view(np.float16).reshape(B, runs, ROWS).transpose(0, 2, 1)
+    q = blocks[:, runs * 32 :].reshape(B, runs * 32, ROWS, 4).transpose(0, 2, 1, 3).reshape(B, ROWS, runs, RUN)
+    d = np.ascontiguousarray(blocks[:, : runs * 32]).view(np.float16).reshape(B, runs, ROWS).transpose(0, 2, 1)
     numbers = (q.astype(np.float32) - 128) * d.astype(np.float32)[..., None]
     return numbers.reshape(B, ROWS, -1)[:, :, :columns]
 
 
 def _read_int4(blocks: Bytes, columns: int) -> Floats:
-    """q [n][8][2][16][4] (low nibble: four columns, high nibble: the next four; value + 8), s [n][4][16] (s - 1 of two
-    groups, the first in the low nibble), d [n][16] -> [B, 16, K]."""
+    """d [n][16], s [n][4][16] (s - 1 of two groups, the first in the low nibble), q [n][8][2][16][4] (low nibble: four
+    columns, high nibble: the next four; value + 8) -> [B, 16, K]."""
     B, runs = len(blocks), -(-columns // RUN)
-    q = blocks[:, : runs * 1024].reshape(B, runs, 8, 2, ROWS, 4)
+    q = blocks[:, runs * 96 :].reshape(B, runs, 8, 2, ROWS, 4)
     q = np.stack([q & 15, q >> 4], axis=4)  # [B, n, group, line, nibble, row, 4]
     q = q.transpose(0, 5, 1, 2, 3, 4, 6).reshape(B, ROWS, runs, 8, GROUP)
-    s = blocks[:, runs * 1024 : runs * 1088].reshape(B, runs, 4, ROWS)
+    s = blocks[:, runs * 32 : runs * 96].reshape(B, runs, 4, ROWS)
     s = np.stack([s & 15, s >> 4], axis=3).transpose(0, 4, 1, 2, 3).reshape(B, ROWS, runs, 8)
-    d = np.ascontiguousarray(blocks[:, runs * 1088 :]).view(np.float16).reshape(B, runs, ROWS).transpose(0, 2, 1)
+    d = np.ascontiguousarray(blocks[:, : runs * 32]).view(np.float16).reshape(B, runs, ROWS).transpose(0, 2, 1)
     integers = (q.astype(np.float32) - 8) * (s.astype(np.float32) + 1)[..., None]
     return (integers * d.astype(np.float32)[..., None, None]).reshape(B, ROWS, -1)[:, :, :columns]
 

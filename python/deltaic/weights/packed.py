@@ -31,7 +31,7 @@ from .precision import FORMATS, ROUNDED, Precision
 from .source import Transform, progress_bar
 
 PACKED_FILE = "deltaic.safetensors"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 ALIGNMENT = 64
 
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype(np.float32)}
@@ -39,7 +39,7 @@ _HUGE_PAGE = 2 << 20
 _COPY_BYTES, _COPY_THREADS = 32 << 20, 4
 _PIECE_BYTES = 128 * CHECKSUM_BYTES  # that are read at a time to be checked
 _METADATA = {"format_version", "layout", "precision", "matrices", "checksums", "source", "digest"}
-LAYOUT = "blocks of 16 rows"
+LAYOUT = "blocks of 16 rows, scales first"
 
 
 @dataclass(frozen=True, slots=True)
