@@ -1,0 +1,94 @@
+// Native registers of AVX-512: 16 lanes, 32 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/simd/scalar.h"
+
+namespace deltaic {
+namespace DELTAIC_ISA {
+
+constexpr int kWidth = 16;
+// Register tile of matrix products: blocks of 16 rows x tokens; accumulators + operands fill 32 registers.
+constexpr int kTileTokens = 12;
+using vec = __m512;
+using ivec = __m512i;
+DELTAIC_INLINE vec v_set1(float a) { return _mm512_set1_ps(a); }
+DELTAIC_INLINE vec v_load(const float* p) { return _mm512_loadu_ps(p); }
+DELTAIC_INLINE void v_store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+DELTAIC_INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
+DELTAIC_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
+DELTAIC_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
+DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
+DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
+DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
+DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
+DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
+DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return _mm512_and_si512(a, b); }
+template <int n>
+DELTAIC_INLINE ivec i_shl(ivec a) {
+    return _mm512_slli_epi32(a, n);
+}
+template <int n>
+DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
+    return _mm512_srli_epi32(a, n);
+}
+DELTAIC_INLINE vec as_float(ivec a) { return _mm512_castsi512_ps(a); }
+DELTAIC_INLINE ivec as_int(vec a) { return _mm512_castps_si512(a); }
+DELTAIC_INLINE ivec v_round(vec a) { return _mm512_cvtps_epi32(a); }  // nearest even
+DELTAIC_INLINE vec i_to_float(ivec a) { return _mm512_cvtepi32_ps(a); }
+DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
+    const __m512i bits = as_int(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// Transposes a kWidth x kWidth matrix held in kWidth registers.
+DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
+    vec t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // 128-bit lane L of u[i + j]: column 4L + j of rows i..i+3
+        for (int j = 0; j < 2; ++j) {
+            const __m512d x = _mm512_castps_pd(t[i + j]), y = _mm512_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        const vec even0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
+                  even1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+        const vec odd0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd),
+                  odd1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+        a[j] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+        a[8 + j] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+        a[4 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+        a[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+}
+DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+DELTAIC_INLINE void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}  // second level
+
+}  // namespace DELTAIC_ISA
+}  // namespace deltaic
