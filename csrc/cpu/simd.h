@@ -16,6 +16,7 @@
 #elif defined(__AVX2__)
 #include "cpu/simd/avx2.h"
 #elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
+#define DELTAIC_NEON
 #include "cpu/simd/neon.h"
 #else
 #include "cpu/simd/portable.h"
@@ -23,19 +24,6 @@
 
 namespace deltaic {
 namespace DELTAIC_ISA {
-
-// acc + the two products of bfloat16 pairs in each lane, where there is such an instruction.
-#if defined(__AVX512BF16__)
-constexpr bool kBf16Dot = true;
-DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
-#else
-constexpr bool kBf16Dot = false;
-DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
-#endif
-
-constexpr int kParts = 16 / kWidth;
 
 struct f32x16 {
     vec part[kParts];
@@ -142,39 +130,8 @@ DELTAIC_INLINE f32x16 reduce_add(const f32x16 (&a)[16]) {
 }
 
 // Sum and maximum of all lanes, in one fixed order for every instruction set: halves are added (compared) lane by lane.
-#if defined(__AVX2__)
-template <class F>
-DELTAIC_INLINE float fold(f32x16 a, const F& f) {
-#if defined(__AVX512F__)
-    const __m256 h = f(_mm512_castps512_ps256(a.part[0]), _mm512_extractf32x8_ps(a.part[0], 1));
-#else
-    const __m256 h = f(a.part[0], a.part[1]);
-#endif
-    const __m256 four = f(h, _mm256_permute2f128_ps(h, h, 1)), two = f(four, _mm256_permute_ps(four, 0x4e));
-    return _mm256_cvtss_f32(f(two, _mm256_permute_ps(two, 0xb1)));
-}
-DELTAIC_INLINE float reduce_add(f32x16 a) {
-    return fold(a, [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_add_ps(x, y); });
-}
-DELTAIC_INLINE float reduce_max(f32x16 a) {
-    return fold(a, [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_max_ps(x, y); });
-}
-#else
-DELTAIC_INLINE float reduce_add(f32x16 a) {
-    float t[16];
-    store(t, a);
-    for (int step = 8; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) t[i] += t[i + step];
-    return t[0];
-}
-DELTAIC_INLINE float reduce_max(f32x16 a) {
-    float t[16];
-    store(t, a);
-    for (int step = 8; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
-    return t[0];
-}
-#endif
+DELTAIC_INLINE float reduce_add(f32x16 a) { return v_reduce_add(a.part); }
+DELTAIC_INLINE float reduce_max(f32x16 a) { return v_reduce_max(a.part); }
 
 // e^x: x = n ln2 + r, |r| <= ln2/2, Taylor to r^7 (relative error below 2e-7). Clamped to the range of normal floats.
 DELTAIC_INLINE f32x16 exp(f32x16 x) {
@@ -216,32 +173,7 @@ DELTAIC_INLINE i32x16 load_u8(const uint8_t* p) {
     return r;
 }
 // Rounds to int8 (values must fit), stores 16 bytes and returns their sum.
-DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) {
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm512_cvtepi32_epi8(v_round(a.part[0]));
-#else
-    const __m256i words = _mm256_packs_epi32(v_round(a.part[0]), v_round(a.part[1]));  // 0-3 8-11 4-7 12-15
-    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-#endif
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-    // sums of eight unsigned bytes, after all were raised by 128
-    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
-#else
-    int32_t lanes[16], sum = 0;
-    for (int i = 0; i < kParts; ++i) {
-        const ivec rounded = v_round(a.part[i]);
-        memcpy(lanes + i * kWidth, &rounded, sizeof rounded);
-    }
-    for (int i = 0; i < 16; ++i) {
-        p[i] = static_cast<int8_t>(lanes[i]);
-        sum += lanes[i];
-    }
-    return sum;
-#endif
-}
+DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) { return v_store_int8(p, a.part); }
 DELTAIC_INLINE f32x16 to_float(i32x16 a) {
     f32x16 r;
     for (int i = 0; i < kParts; ++i) r.part[i] = i_to_float(a.part[i]);
@@ -294,39 +226,58 @@ DELTAIC_INLINE f32x16 exp2(f32x16 x) {
     return r;
 }
 
-// Products of bfloat16 pairs, where the instruction set has them: a register of 32 numbers, two neighbours a lane.
-#if defined(__AVX512BF16__)
+// 32 bfloat16 numbers, two neighbours a lane: operands of products of pairs, where the instruction set has them.
 struct bf16x32 {
-    __m512i bits;
+    ivec part[kParts];
 };
-DELTAIC_INLINE bf16x32 load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
-// The first n numbers only (n may be above 32); the others read as zero.
-DELTAIC_INLINE bf16x32 load_pairs_n(const uint16_t* p, int64_t n) {
-    return {n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p)};
+DELTAIC_INLINE bf16x32 load_pairs(const void* p) {
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_load(static_cast<const char*>(p) + i * kWidth * 4);
+    return r;
 }
-DELTAIC_INLINE void store_pairs(void* p, bf16x32 a) { _mm512_storeu_si512(p, a.bits); }
+DELTAIC_INLINE void store_pairs(void* p, bf16x32 a) {
+    for (int i = 0; i < kParts; ++i) v_store(static_cast<float*>(p) + i * kWidth, as_float(a.part[i]));
+}
 DELTAIC_INLINE bf16x32 set_pair(const uint16_t* p) {
     int32_t pair;
     memcpy(&pair, p, 4);
-    return {_mm512_set1_epi32(pair)};
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_set1(pair);
+    return r;
+}
+DELTAIC_INLINE bf16x32 no_pairs() {
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_set1(0);
+    return r;
+}
+#if defined(DELTAIC_BF16_PAIRS)
+// The first n numbers only (n may be above 32); the others read as zero.
+DELTAIC_INLINE bf16x32 load_pairs_n(const uint16_t* p, int64_t n) {
+    if (n >= 32) return load_pairs(p);
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_load_n(p + i * kWidth * 2, n - i * kWidth * 2);
+    return r;
 }
 DELTAIC_INLINE bf16x32 to_pairs(f32x16 low, f32x16 high) {  // numbers 0..15 and 16..31
-    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.part[0], low.part[0]))};
+    vec all[2 * kParts];
+    for (int i = 0; i < kParts; ++i) all[i] = low.part[i], all[kParts + i] = high.part[i];
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = v_to_pairs(all[2 * i], all[2 * i + 1]);
+    return r;
 }
-DELTAIC_INLINE bf16x32 no_pairs() { return {_mm512_setzero_si512()}; }
-DELTAIC_INLINE void store_half(uint16_t* p, f32x16 a) {  // 16 numbers; subnormal ones become zero
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.part[0])));
+DELTAIC_INLINE void store_half(uint16_t* p, f32x16 a) {  // 16 numbers; subnormal ones may become zero
+    for (int i = 0; i < kParts; ++i) v_store_half(p + i * kWidth, a.part[i]);
 }
-// acc + the two products of each lane. Both are exact in float; subnormal numbers count as zero.
+// acc + the two products of each lane. Subnormal numbers count as zero.
 DELTAIC_INLINE f32x16 dot_pairs(bf16x32 a, bf16x32 b, f32x16 acc) {
-    return {{_mm512_dpbf16_ps(acc.part[0], reinterpret_cast<__m512bh>(a.bits), reinterpret_cast<__m512bh>(b.bits))}};
+    for (int i = 0; i < kParts; ++i) acc.part[i] = v_dot_bf16(acc.part[i], a.part[i], b.part[i]);
+    return acc;
 }
 // Numbers 0..15 and 16..31 of two registers, a number of `a` beside the number of `b`.
 DELTAIC_INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    low.bits = _mm512_permutex2var_epi16(a.bits, first, b.bits);
-    high.bits = _mm512_permutex2var_epi16(a.bits, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b.bits);
+    ivec all[2 * kParts];
+    for (int i = 0; i < kParts; ++i) i_interleave(a.part[i], b.part[i], &all[2 * i], &all[2 * i + 1]);
+    for (int i = 0; i < kParts; ++i) low.part[i] = all[i], high.part[i] = all[kParts + i];
 }
 #endif
 

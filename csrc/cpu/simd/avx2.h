@@ -9,6 +9,7 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 constexpr int kWidth = 8;
+constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 2;
 using vec = __m256;
 using ivec = __m256i;
@@ -85,6 +86,33 @@ DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const cha
 DELTAIC_INLINE void prefetch_far(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }  // second level
+// Sum and maximum of all lanes: halves are added (compared) lane by lane.
+template <class F>
+DELTAIC_INLINE float fold(__m256 h, const F& f) {
+    const __m256 four = f(h, _mm256_permute2f128_ps(h, h, 1)), two = f(four, _mm256_permute_ps(four, 0x4e));
+    return _mm256_cvtss_f32(f(two, _mm256_permute_ps(two, 0xb1)));
+}
+DELTAIC_INLINE float v_reduce_add(const vec (&a)[kParts]) {
+    return fold(_mm256_add_ps(a[0], a[1]),
+                [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_add_ps(x, y); });
+}
+DELTAIC_INLINE float v_reduce_max(const vec (&a)[kParts]) {
+    return fold(_mm256_max_ps(a[0], a[1]),
+                [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_max_ps(x, y); });
+}
+// Rounds 16 numbers to int8 (they must fit), stores them and returns their sum.
+DELTAIC_INLINE int32_t v_store_int8(int8_t* p, const vec (&a)[kParts]) {
+    const __m256i words = _mm256_packs_epi32(v_round(a[0]), v_round(a[1]));  // 0-3 8-11 4-7 12-15
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    // sums of eight unsigned bytes, after all were raised by 128
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+}
+
+constexpr bool kBf16Dot = false;  // no products of bfloat16 pairs
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

@@ -9,6 +9,7 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 constexpr int kWidth = 16;
+constexpr int kParts = 16 / kWidth;
 // Register tile of matrix products: blocks of 16 rows x tokens; accumulators + operands fill 32 registers.
 constexpr int kTileTokens = 12;
 using vec = __m512;
@@ -89,6 +90,55 @@ DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const cha
 DELTAIC_INLINE void prefetch_far(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }  // second level
+// Sum and maximum of all lanes: halves are added (compared) lane by lane.
+template <class F>
+DELTAIC_INLINE float fold(__m256 h, const F& f) {
+    const __m256 four = f(h, _mm256_permute2f128_ps(h, h, 1)), two = f(four, _mm256_permute_ps(four, 0x4e));
+    return _mm256_cvtss_f32(f(two, _mm256_permute_ps(two, 0xb1)));
+}
+DELTAIC_INLINE float v_reduce_add(const vec (&a)[kParts]) {
+    return fold(_mm256_add_ps(_mm512_castps512_ps256(a[0]), _mm512_extractf32x8_ps(a[0], 1)),
+                [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_add_ps(x, y); });
+}
+DELTAIC_INLINE float v_reduce_max(const vec (&a)[kParts]) {
+    return fold(_mm256_max_ps(_mm512_castps512_ps256(a[0]), _mm512_extractf32x8_ps(a[0], 1)),
+                [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_max_ps(x, y); });
+}
+// Rounds 16 numbers to int8 (they must fit), stores them and returns their sum.
+DELTAIC_INLINE int32_t v_store_int8(int8_t* p, const vec (&a)[kParts]) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(v_round(a[0]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    // sums of eight unsigned bytes, after all were raised by 128
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
+}
+
+#if defined(__AVX512BF16__)
+#define DELTAIC_BF16_PAIRS  // products of bfloat16 pairs, two neighbours a lane
+constexpr bool kBf16Dot = true;
+// acc + the two products of each lane. Both are exact in float; subnormal numbers count as zero.
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+DELTAIC_INLINE ivec v_to_pairs(vec low, vec high) { return reinterpret_cast<ivec>(_mm512_cvtne2ps_pbh(high, low)); }
+DELTAIC_INLINE void v_store_half(uint16_t* p, vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+}
+// The first n of 32 numbers; the others read as zero.
+DELTAIC_INLINE ivec i_load_n(const uint16_t* p, int64_t n) {
+    return _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p);
+}
+// Numbers of `a`, each beside the number of `b`: the first half, the second half.
+DELTAIC_INLINE void i_interleave(ivec a, ivec b, ivec* low, ivec* high) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    *low = _mm512_permutex2var_epi16(a, first, b);
+    *high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
+}
+#else
+constexpr bool kBf16Dot = false;
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
+#endif
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

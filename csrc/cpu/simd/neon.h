@@ -9,6 +9,7 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 constexpr int kWidth = 4;
+constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 2;
 using vec = float32x4_t;
 using ivec = int32x4_t;
@@ -63,6 +64,51 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
 }
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
+// Sum and maximum of all lanes: halves are added (compared) lane by lane.
+DELTAIC_INLINE float v_reduce_add(const vec (&a)[kParts]) {
+    const vec four = vaddq_f32(vaddq_f32(a[0], a[2]), vaddq_f32(a[1], a[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(vpadd_f32(two, two), 0);
+}
+DELTAIC_INLINE float v_reduce_max(const vec (&a)[kParts]) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a[0], a[2]), vmaxq_f32(a[1], a[3])));
+}
+// Rounds 16 numbers to int8 (they must fit), stores them and returns their sum.
+DELTAIC_INLINE int32_t v_store_int8(int8_t* p, const vec (&a)[kParts]) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(v_round(a[0])), vmovn_s32(v_round(a[1])));
+    const int16x8_t high = vcombine_s16(vmovn_s32(v_round(a[2])), vmovn_s32(v_round(a[3])));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+    return vaddvq_s16(vaddq_s16(low, high));
+}
+
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define DELTAIC_BF16_PAIRS  // products of bfloat16 pairs, two neighbours a lane
+constexpr bool kBf16Dot = true;
+// acc + the sum of the two products of each lane, each of the three rounded to odd; subnormal numbers count as zero.
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
+    return vbfdotq_f32(acc, vreinterpretq_bf16_s32(a), vreinterpretq_bf16_s32(b));
+}
+DELTAIC_INLINE ivec v_to_pairs(vec low, vec high) {
+    return vreinterpretq_s32_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high));
+}
+DELTAIC_INLINE void v_store_half(uint16_t* p, vec a) { vst1_u16(p, vreinterpret_u16_bf16(vcvt_bf16_f32(a))); }
+// The first n of 8 numbers; the others read as zero.
+DELTAIC_INLINE ivec i_load_n(const uint16_t* p, int64_t n) {
+    if (n >= 8) return i_load(p);
+    uint16_t some[8] = {};
+    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    return i_load(some);
+}
+// Numbers of `a`, each beside the number of `b`: the first half, the second half.
+DELTAIC_INLINE void i_interleave(ivec a, ivec b, ivec* low, ivec* high) {
+    const uint16x8_t x = vreinterpretq_u16_s32(a), y = vreinterpretq_u16_s32(b);
+    *low = vreinterpretq_s32_u16(vzip1q_u16(x, y));
+    *high = vreinterpretq_s32_u16(vzip2q_u16(x, y));
+}
+#else
+constexpr bool kBf16Dot = false;
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
+#endif
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

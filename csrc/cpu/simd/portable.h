@@ -7,6 +7,7 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 constexpr int kWidth = 4;
+constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 1;
 typedef float vec __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(16)));
@@ -65,6 +66,28 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
 }
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
+// Sum and maximum of all lanes: halves are added (compared) lane by lane.
+DELTAIC_INLINE float v_reduce_add(const vec (&a)[kParts]) {
+    const vec four = (a[0] + a[2]) + (a[1] + a[3]);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+DELTAIC_INLINE float v_reduce_max(const vec (&a)[kParts]) {
+    const vec four = v_max(v_max(a[0], a[2]), v_max(a[1], a[3]));
+    const float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
+    return even > odd ? even : odd;
+}
+// Rounds 16 numbers to int8 (they must fit), stores them and returns their sum.
+DELTAIC_INLINE int32_t v_store_int8(int8_t* p, const vec (&a)[kParts]) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) {
+        p[i] = static_cast<int8_t>(rintf(a[i / 4][i % 4]));
+        sum += p[i];
+    }
+    return sum;
+}
+
+constexpr bool kBf16Dot = false;  // no products of bfloat16 pairs
+DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

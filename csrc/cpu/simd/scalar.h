@@ -10,9 +10,15 @@
 namespace deltaic {
 namespace DELTAIC_ISA {
 
-DELTAIC_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-DELTAIC_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+DELTAIC_INLINE constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+DELTAIC_INLINE constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 DELTAIC_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+DELTAIC_INLINE int32_t load_i32(const void* p) {
+    int32_t value;
+    memcpy(&value, p, 4);
+    return value;
+}
 
 DELTAIC_INLINE float bits_to_float(uint32_t bits) {
     float value;
