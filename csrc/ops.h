@@ -17,6 +17,8 @@
       (View source, int64_t format, int64_t first, int64_t step, View packed))                                         \
     X(embed, "ids i64[T]; table weight[V,H]; y f32![T,H]", (View ids, const Weight& table, View y))                    \
     X(rms_norm, "x f32[T,D]; weight f32[D]; eps float; y f32![T,D]", (View x, View weight, float eps, View y))         \
+    X(rms_norm_pair, "a f32[T,D]; a_weight f32[D]; b f32[T,D]; b_weight f32[D]; eps float; y f32![T,2*D]",             \
+      (View a, View a_weight, View b, View b_weight, float eps, View y))                                               \
     X(layer_norm, "x f32[T,D]; weight f32[D]; bias f32[D]; eps float; y f32![T,D]",                                    \
       (View x, View weight, View bias, float eps, View y))                                                             \
     X(linear,                                                                                                          \

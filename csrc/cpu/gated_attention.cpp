@@ -227,7 +227,9 @@ void attend(const Attention& a, int64_t first, int64_t last) {
                                  offsets[b - first] + (h * a.pieces(b) + p) * piece_floats(a, b)};
     }
 
-    parallel_for(items, 1, [&](int64_t begin, int64_t end, int thread) {
+    int64_t products = 0;  // of a row and a key
+    for (int64_t b = first; b < last; ++b) products += a.new_rows(b) * (a.starts[b] + a.new_rows(b));
+    parallel_for(items, grain_for(products * a.Hkv * a.D * 4, items, 1), [&](int64_t begin, int64_t end, int thread) {
         float* mine = work + thread * memory;
         for (int64_t i = begin; i < end; ++i) {
             const Dtype dtype = a.tables[item[i].sequence].dtype;

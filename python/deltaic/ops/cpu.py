@@ -40,6 +40,7 @@ __all__ = [
     "probe_peak",
     "probe_read",
     "rms_norm",
+    "rms_norm_pair",
     "sample",
     "set_num_threads",
     "swiglu",
@@ -166,6 +167,12 @@ def embed(ids: Array, table: Weight) -> Array:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     y = _core.empty(x.shape)
     _core.rms_norm(x, weight, eps, y)
+    return y
+
+
+def rms_norm_pair(a: Array, a_weight: Array, b: Array, b_weight: Array, eps: float) -> Array:
+    y = _core.empty((a.shape[0], 2 * a.shape[1]))
+    _core.rms_norm_pair(a, a_weight, b, b_weight, eps, y)
     return y
 
 

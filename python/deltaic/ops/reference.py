@@ -296,6 +296,14 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return (1 + weight.astype(x.dtype)) * _unit_rms(x, eps)
 
 
+def rms_norm_pair(a: Array, a_weight: Array, b: Array, b_weight: Array, eps: float) -> Array:
+    """Two rows as one: rms_norm(a, a_weight) and, behind it, rms_norm(b, b_weight). a, b [T, D] -> [T, 2 * D].
+
+    Source: Qwen3.5, the input of the multi-token-prediction layer.
+    """
+    return np.concatenate([rms_norm(a, a_weight, eps), rms_norm(b, b_weight, eps)], axis=-1)
+
+
 def _unit_rms(x: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
 
