@@ -65,6 +65,7 @@
       (View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,            \
        double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,      \
        int64_t limit, double uniform, View token))                                                                     \
+    X(argmax, "logits f32[T,V]; limit int; tokens i64![T]", (View logits, int64_t limit, View tokens))                 \
     X(log_softmax_top,                                                                                                 \
       "logits f32[V]; limit int; k int; token int; logprob f32![1]; top_ids i64![k]; top_logprobs f32![k]",            \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \

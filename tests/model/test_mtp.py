@@ -137,7 +137,7 @@ def hidden_rows(model, prompt):
         rows += runner.hidden(prompt, state, [len(prompt)])
     finally:
         del runner.text.embed
-    return runner.mtp.final_norm(np.concatenate(rows)), np.concatenate(embeddings)
+    return runner.mtp._final_norm(np.concatenate(rows)), np.concatenate(embeddings)
 
 
 def test_the_layer_is_that_of_the_specification(model, expected, rng):

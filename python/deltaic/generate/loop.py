@@ -65,7 +65,7 @@ class Drafting:
     """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
     first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
     up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
-    draft."""
+    draft; greedy: where it is the largest of so many first logits."""
 
     state: State
     first: int
@@ -73,6 +73,7 @@ class Drafting:
     tokens: list[int]
     depth: int
     choose: Callable[[np.ndarray, int], int]
+    greedy: int | None = None
 
 
 class Runner:
@@ -264,6 +265,9 @@ class Runner:
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
+            if len(wanted) == 1 and wanted[0].depth and (limit := wanted[0].greedy) is not None:
+                w = wanted[0]
+                return [self.mtp.draft_greedily(w.hidden, w.tokens, w.state, w.first, w.depth, limit)]
             m = self.mtp.extend(
                 wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted),
                 [w.tokens for w in wanted],

@@ -279,7 +279,8 @@ class Speculator:
         from .loop import Drafting
 
         rows = self._pending[0] if len(self._pending) == 1 else self._runner.joined(self._pending)
-        wanted = Drafting(state, end - len(self._tokens), rows, self._tokens, depth, self._sampler.draft)
+        first, sampler = end - len(self._tokens), self._sampler
+        wanted = Drafting(state, first, rows, self._tokens, depth, sampler.draft, sampler.greedy_limit)
         self._pending, self._tokens = [], []
         return wanted
 

@@ -84,6 +84,38 @@ class MtpModel:
         batch = self._batch(list(states), [1] * len(states), self.text.rope.text(spans), ahead=ahead)
         return self._replayed(m, tokens, batch, drafts=True)
 
+    def draft_greedily(
+        self, hidden: Array, tokens: Sequence[int], state: State, first: int, depth: int, limit: int
+    ) -> list[int]:
+        """`extend` for one sequence, and `depth` drafts, each the most probable of the first `limit` ids: what `extend`,
+        `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can."""
+        n, limit = len(tokens), min(limit, self.head.shape[0])
+        state.reserve_mtp(first, n + depth - 1)
+        cos, sin = self.text.rope.text([(first + state.rope_delta, n + depth - 1)])
+        starts = np.arange(state.mtp_length + n - 1, state.mtp_length + n - 1 + depth)
+        starts[0] = state.mtp_length
+        ids, bounds, one = np.array(tokens, np.int64), row_bounds(n), row_bounds(1)
+
+        def run() -> Ints:
+            chosen = np.empty(depth, np.int64)
+            batch = _MtpBatch([state], bounds, [n], starts[:1], cos[:n], sin[:n], False)
+            m = self._layer(self._final_norm(hidden), self.text.embed(ids), batch)[n - 1 :]
+            for i in range(depth):
+                if i:
+                    row = slice(n + i - 1, n + i)
+                    batch = _MtpBatch([state], one, [1], starts[i : i + 1], cos[row], sin[row], False)
+                    m = self._layer(m, self.text.embed(chosen[i - 1 : i]), batch)
+                self.text.ops.argmax(self.logits(m), limit=limit, tokens=chosen[i : i + 1])
+            return chosen
+
+        if self._replay is None or n > MAX_ROWS:
+            chosen = run()
+        else:
+            key = ("greedily", n, depth, limit)
+            chosen = self._replay(key, [hidden, ids, cos, sin, starts, state.mtp], run)
+        state.mtp_length += n
+        return chosen.tolist()
+
     def _batch(
         self,
         states: list[State],

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .text import Array
 
 MAX_ROWS = 32  # with more, the kernels take so long that the calls around them do not matter
-MAX_TAPES = 16  # each holds the buffers of one layer or two
+MAX_TAPES = 64  # each holds the buffers of one layer or two; drafts have a shape for each depth and number of rows
 
 
 class Replay:

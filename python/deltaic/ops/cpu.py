@@ -19,6 +19,7 @@ __all__ = [
     "BlockTable",
     "Tape",
     "Weight",
+    "argmax",
     "bpe_merge",
     "checksum",
     "embed",
@@ -331,6 +332,10 @@ def sample(
         output_ids, output_counts, prompt_ids, limit, uniform, token,
     )  # fmt: skip
     return int(token[0])
+
+
+def argmax(logits: Array, *, limit: int, tokens: Array) -> None:
+    _core.argmax(logits, limit, tokens)
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:

@@ -776,6 +776,16 @@ def sample(
     return int(order[min(place, len(p) - 1)])
 
 
+def argmax(logits: Array, *, limit: int, tokens: Ints) -> None:
+    """Fill tokens [T] with what `sample` at temperature 0 chooses from each row of logits [T, V]. Raises as it does."""
+    if not 0 < limit <= logits.shape[1]:
+        raise ArgumentError(f"argmax: limit is {limit}, expected 1..{logits.shape[1]}")
+    considered = logits[:, :limit]
+    if not (considered < np.inf).all() or (considered == -np.inf).all(axis=1).any():
+        raise ArgumentError("argmax: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+    tokens[:] = considered.argmax(axis=1)
+
+
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Ints, npt.NDArray[np.float32]]:
     """Log-probability of `token` and the k most probable ids with theirs, of the softmax over the first `limit` logits.
 
