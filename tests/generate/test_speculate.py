@@ -301,7 +301,7 @@ class Simulated:
     """A machine whose steps take known times, and drafts that are right with known probabilities."""
 
     def __init__(self, mode, *, row=0.1, draft=0.05, right=0.0, seed=0):
-        self.mtp, self.costs, self.fixed_depth = object(), Costs(), None
+        self.mtp, self.costs, self.acceptances, self.fixed_depth = object(), Costs(), [], None
         self.row, self.cost_of_draft, self.right = row, draft, right
         self.speculator = Speculator(self, None, [], mode)
         self.rng = np.random.default_rng(seed)

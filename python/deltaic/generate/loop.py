@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .cache import Reading
     from .result import GenerationResult, StreamPiece, TokenLogprobs
     from .sampling import Sampler
-    from .speculate import Speculator
+    from .speculate import Acceptance, Speculator
 
 # one lock per op set: its thread pool and thread count belong to the process, not to a model
 _OPS_LOCKS: dict[str, Any] = {}
@@ -111,6 +111,7 @@ class Runner:
         self._zeros = getattr(ops, "zeros", np.zeros)
         self._traces: list[np.ndarray] = []  # buffers that no verification uses
         self.costs = Costs()
+        self.acceptances: list[Acceptance] = []  # of the sources of drafts, in the sequence that ended last
         self.fixed_depth: int | None = None  # see Speculator.depth
         self._lock = ops_lock(ops)
 

@@ -25,6 +25,7 @@ MATCHES = (4, 2)  # lengths of the n-grams that are looked up, the longest that 
 LOOKUP_PLACES = 1 << 17
 PENDING_ROWS = 32  # hidden rows that wait for the MTP layer at most
 
+CARRIED_TRIALS = 3.0  # what the experience of the sequence before is worth
 PRIOR, PRIOR_TRIALS = 0.6, 1.0  # the acceptance that is assumed at first, and how many trials that is worth
 PROOF = 0.5  # hits at a place after which places behind it are tried
 FORGET_TRIED, FORGET_IDLE = 0.93, 0.9975  # what remains of the evidence after a trial, after a step without one
@@ -32,6 +33,7 @@ FADE_STEPS = 16  # how often the latter is applied
 ROW_GUESS = 0.1  # cost of one more row, in plain steps, where nothing has been measured
 DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
 SURE_SAMPLES = 3  # measurements that count
+REFRESH = 16  # measurements after which estimates are made anew
 PLAIN_EVERY = 200  # steps with drafts after which a plain one is measured again
 WORTHWHILE = 1.03  # drafts have to promise so many times the speed of plain steps
 
@@ -76,8 +78,13 @@ class Acceptance:
     """How often the drafts of one source are right, by their place among the drafts of a step. Old evidence fades, so
     that what was given up is tried again now and then."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, before: Acceptance | None = None) -> None:
+        """before: of an earlier sequence, which this one is taken to be like until it tells more itself."""
         self._hits, self._trials = [0.0] * depth, [0.0] * depth
+        if before is not None:
+            for i, trials in enumerate(before._trials):
+                weight = min(1.0, CARRIED_TRIALS / trials) if trials else 0.0
+                self._hits[i], self._trials[i] = weight * before._hits[i], weight * trials
         self._idle = 0  # steps without a trial that have not faded the evidence yet
         self._expected: list[float] | None = None
 
@@ -86,17 +93,24 @@ class Acceptance:
         if not drafted:
             self._idle += 1
             return
-        self._fade()
+        fade = FORGET_IDLE**self._idle if self._idle else 1.0
+        self._idle, self._expected = 0, None
         tried = min(accepted + 1, drafted)
-        for i in range(len(self._trials)):
-            keep = FORGET_TRIED if i < tried else FORGET_IDLE
-            self._hits[i] = keep * self._hits[i] + (i < accepted)
-            self._trials[i] = keep * self._trials[i] + (i < tried)
+        hits, trials = self._hits, self._trials
+        for i in range(tried):
+            keep = FORGET_TRIED * fade
+            hits[i] = keep * hits[i] + (i < accepted)
+            trials[i] = keep * trials[i] + 1
+        for i in range(tried, len(trials)):
+            hits[i] *= FORGET_IDLE * fade
+            trials[i] *= FORGET_IDLE * fade
 
     def expected(self) -> list[float]:
         """Tokens that a step is expected to give with 1, 2, ... drafts; of more than one as far as some were right."""
         if self._idle >= FADE_STEPS:
-            self._fade()
+            keep = FORGET_IDLE**self._idle
+            self._hits, self._trials = [keep * n for n in self._hits], [keep * n for n in self._trials]
+            self._idle, self._expected = 0, None
         if self._expected is None:
             tokens, run, rate, self._expected = 1.0, 1.0, PRIOR, []
             proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
@@ -108,28 +122,35 @@ class Acceptance:
                 self._expected.append(tokens)
         return self._expected
 
-    def _fade(self) -> None:
-        keep = FORGET_IDLE**self._idle
-        self._hits, self._trials = [keep * n for n in self._hits], [keep * n for n in self._trials]
-        self._idle, self._expected = 0, None
-
 
 class Costs:
     """Seconds that steps and drafts take on this machine, by the number of rows. One for all sequences of a model."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, _Average] = {1: _Average()}
-        self._drafts: dict[int, _Average] = {}
+        plain = _Average()
+        self._steps: dict[int, _Average] = {1: plain}
+        self._drafts: dict[bool, dict[int, _Average]] = {False: {}, True: {}}
         self._since_plain = 0
+        self._records = 0
+        self._estimates: dict[tuple[str, int], float] = {}  # as of not many records ago
 
     def record_step(self, rows: int, seconds: float) -> None:
         """A forward pass of `rows` rows with logits and commit."""
-        self._steps.setdefault(rows, _Average()).add(seconds)
+        self._record(self._steps, rows, seconds)
         self._since_plain = 0 if rows == 1 else self._since_plain + 1
 
-    def record_draft(self, depth: int, seconds: float) -> None:
-        """`depth` drafts of the MTP layer."""
-        self._drafts.setdefault(depth, _Average()).add(seconds)
+    def record_draft(self, depth: int, seconds: float, *, greedy: bool = False) -> None:
+        """`depth` drafts of the MTP layer. greedy: in one replay (`Runner.draft`), which is a cost of its own."""
+        self._record(self._drafts[greedy], depth, seconds)
+
+    def _record(self, measured: dict[int, _Average], n: int, seconds: float) -> None:
+        average = measured.get(n)
+        if average is None:
+            average = measured[n] = _Average()
+        average.add(seconds)
+        self._records += 1
+        if self._records % REFRESH == 0 or not average.settled:
+            self._estimates.clear()
 
     @property
     def known(self) -> bool:
@@ -138,23 +159,35 @@ class Costs:
 
     def step(self, rows: int) -> float:
         """Seconds of a step with `rows` rows."""
-        plain = self._steps[1].value
-        return max(plain, self._estimate(self._steps, rows, ROW_GUESS * plain))
+        found = self._estimates.get(("step", rows))
+        if found is None:
+            plain = self._steps[1].value
+            found = max(plain, self._estimate(self._steps, rows, ROW_GUESS * plain))
+            self._estimates["step", rows] = found
+        return found
 
-    def draft(self, depth: int) -> float:
+    def draft(self, depth: int, *, greedy: bool = False) -> float:
         """Seconds of `depth` drafts."""
-        guess = DRAFT_GUESS * self._steps[1].value
-        if not any(average.sure for average in self._drafts.values()):
-            return min([depth * guess, *(a.value for d, a in self._drafts.items() if d == depth)])
-        return self._estimate(self._drafts, depth, min(a.value / d for d, a in self._drafts.items() if a.sure))
+        key = ("greedy" if greedy else "draft", depth)
+        found = self._estimates.get(key)
+        if found is None:
+            measured, guess = self._drafts[greedy], DRAFT_GUESS * self._steps[1].value
+            if any(average.sure for average in measured.values()):
+                slope = min(a.value / d for d, a in measured.items() if a.sure)
+                found = self._estimate(measured, depth, slope)
+            else:
+                found = min([depth * guess, *(a.value for d, a in measured.items() if d == depth)])
+            self._estimates[key] = found
+        return found
 
-    def can_pay(self) -> bool:
+    def can_pay(self, *, greedy: bool) -> bool:
         """Whether drafts of the MTP layer, if all of them were right, would be faster than plain steps: not so for a
         model whose steps are all arithmetic, as very small ones' are."""
-        if not self._steps[1].sure or not any(average.sure for average in self._drafts.values()):
+        if not self._steps[1].sure or not any(average.sure for average in self._drafts[greedy].values()):
             return True
         plain = WORTHWHILE / self._steps[1].value
-        return any((1 + d) / (self.step(1 + d) + self.draft(d)) > plain for d in range(1, MTP_DEPTH + 1))
+        depths = range(1, MTP_DEPTH + 1)
+        return any((1 + d) / (self.step(1 + d) + self.draft(d, greedy=greedy)) > plain for d in depths)
 
     @staticmethod
     def _estimate(measured: dict[int, _Average], n: int, slope: float) -> float:
@@ -171,19 +204,26 @@ class _Average:
     """A running average that one slow sample does not move far. The first samples also warm caches and are recorded on
     tapes: the least of them counts."""
 
+    __slots__ = ("samples", "value")
+
     def __init__(self) -> None:
-        self.value, self._samples = 0.0, 0
+        self.value, self.samples = 0.0, 0
 
     def add(self, x: float) -> None:
-        self._samples += 1
-        if self._samples <= SURE_SAMPLES:
-            self.value = x if self._samples == 1 else min(self.value, x)
+        self.samples += 1
+        if self.samples <= SURE_SAMPLES:
+            self.value = x if self.samples == 1 else min(self.value, x)
         else:
             self.value += (min(x, 1.5 * self.value) - self.value) / 8
 
     @property
     def sure(self) -> bool:
-        return self._samples >= SURE_SAMPLES
+        return self.samples >= SURE_SAMPLES
+
+    @property
+    def settled(self) -> bool:
+        """Whether one more sample hardly changes it."""
+        return self.samples > 4 * SURE_SAMPLES
 
 
 class Speculator:
@@ -202,7 +242,10 @@ class Speculator:
         self._lookup = Lookup(prompt_ids) if mode in ("auto", "lookup") else None
         self.may_rest = mode == "auto"
         self._costs = runner.costs
-        self._sources = [Acceptance(MTP_DEPTH), *(Acceptance(LOOKUP_DEPTH) for _ in MATCHES)]
+        before = runner.acceptances or [None] * (1 + len(MATCHES))
+        depths = [MTP_DEPTH, *(LOOKUP_DEPTH for _ in MATCHES)]
+        self._sources = [Acceptance(depth, of) for depth, of in zip(depths, before, strict=True)]
+        self.greedy = sampler is not None and sampler.greedy_limit is not None
         self._chosen: int | None = None  # index into _sources
         self._offered = 0
         self._match: tuple[int, int] | None = None
@@ -215,7 +258,7 @@ class Speculator:
     @property
     def uses_mtp(self) -> bool:
         """Whether the MTP layer's entries have to be kept up to date."""
-        if self._mtp and self.may_rest and self.depth is None and not self._costs.can_pay():
+        if self._mtp and self.may_rest and self.depth is None and not self._costs.can_pay(greedy=self.greedy):
             self._mtp, self._pending, self._tokens = False, [], []
         return self._mtp
 
@@ -263,6 +306,7 @@ class Speculator:
 
     def close(self, state: State) -> None:
         """Bring the MTP layer's entries up to date: `state` may be kept, and gone on with later."""
+        self._runner.acceptances = self._sources
         if self._tokens:
             self._run_mtp(state, state.length - 1, 0)
 
@@ -271,7 +315,7 @@ class Speculator:
         began = perf_counter()
         drafts = self._runner.draft([self._drafting(state, end, depth)])[0]
         if depth:
-            self._costs.record_draft(depth, perf_counter() - began)
+            self._costs.record_draft(depth, perf_counter() - began, greedy=self.greedy)
         return drafts
 
     def _drafting(self, state: State, end: int, depth: int) -> Drafting:
@@ -321,15 +365,18 @@ class Speculator:
             if match is not None:
                 return 1 + match[0], min(self.depth, room, LOOKUP_DEPTH)
             return 0, min(self.depth, room, MTP_DEPTH) if self._mtp else 0
-        if not self._costs.known:
+        costs = self._costs
+        if not costs.known:
             return 0, 0  # nothing can be compared with
         options = [0] if self._mtp else []
         if match is not None:
             options.append(1 + match[0])
-        best, chosen = WORTHWHILE / self._costs.step(1) if self.may_rest else 0.0, (0, 0)
+        best, chosen = WORTHWHILE / costs.step(1) if self.may_rest else 0.0, (0, 0)
         for source in options:
             for depth, tokens in enumerate(islice(self._sources[source].expected(), room), 1):
-                seconds = self._costs.step(depth + 1) + (self._costs.draft(depth) if source == 0 else 0.0)
+                seconds = costs.step(depth + 1)
+                if source == 0:
+                    seconds += costs.draft(depth, greedy=self.greedy)
                 if tokens / seconds > best:
                     best, chosen = tokens / seconds, (source, depth)
         return chosen
