@@ -34,6 +34,8 @@ ROW_GUESS = 0.1  # cost of one more row, in plain steps, where nothing has been 
 DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
 SURE_SAMPLES = 3  # measurements that count
 REFRESH = 16  # measurements after which estimates are made anew
+MOST_RESTS = 16  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
+PLAIN_SAMPLE = 8  # while it rests, one step of so many is recorded
 PLAIN_EVERY = 200  # steps with drafts after which a plain one is measured again
 WORTHWHILE = 1.03  # drafts have to promise so many times the speed of plain steps
 
@@ -42,35 +44,36 @@ class Lookup:
     """Drafts from the text itself: what followed the last few tokens when they were there before. Needs no weights."""
 
     def __init__(self, ids: Iterable[int]) -> None:
-        self._ids: list[int] = []
+        self.ids = list(ids)  # the text; who has more of it appends
         # n-gram -> index after its last place. By hash, so that memory is bounded; of two with one hash the later stays
         self._after: list[dict[int, int]] = [{} for _ in MATCHES]
-        self.extend(ids)
+        self._noted = list(MATCHES)  # for each: indexes before this one are noted
 
-    def _key(self, n: int) -> int:
-        return hash(tuple(self._ids[-n:])) % LOOKUP_PLACES
-
-    def extend(self, ids: Iterable[int]) -> None:
-        """Tokens that have been added to the text."""
-        for token in ids:
-            for n, after in zip(MATCHES, self._after, strict=True):
-                if len(self._ids) >= n:  # the n-gram before this token has a continuation now
-                    after[self._key(n)] = len(self._ids)
-            self._ids.append(token)
+    def _find(self, i: int) -> int | None:
+        """Index of the token that followed the last MATCHES[i] tokens when they were there last."""
+        ids, n, after = self.ids, MATCHES[i], self._after[i]
+        for end in range(self._noted[i], len(ids)):  # the n-gram before `end` has a continuation now
+            after[hash(tuple(ids[end - n : end])) % LOOKUP_PLACES] = end
+        self._noted[i] = max(self._noted[i], len(ids))
+        place = after.get(hash(tuple(ids[-n:])) % LOOKUP_PLACES)
+        return place if place is not None and ids[place - n : place] == ids[-n:] else None
 
     def find(self) -> tuple[int, int] | None:
         """(which of MATCHES, index of the token that followed), or None."""
-        for i, (n, after) in enumerate(zip(MATCHES, self._after, strict=True)):
-            place = after.get(self._key(n))
-            if place is not None and self._ids[place - n : place] == self._ids[-n:]:
+        short = self._find(len(MATCHES) - 1)
+        if short is None:  # then none of the longer ones was there either
+            return None
+        for i in range(len(MATCHES) - 1):
+            place = self._find(i)
+            if place is not None:
                 return i, place
-        return None
+        return len(MATCHES) - 1, short
 
     def drafts(self, place: int, count: int) -> list[int]:
         """`count` tokens from `place` on; where the text ends, it is taken to go on with what was drafted."""
-        drafts = self._ids[place : place + count]
+        drafts = self.ids[place : place + count]
         while len(drafts) < count:
-            drafts.append(drafts[len(drafts) - (len(self._ids) - place)])
+            drafts.append(drafts[len(drafts) - (len(self.ids) - place)])
         return drafts
 
 
@@ -85,16 +88,14 @@ class Acceptance:
             for i, trials in enumerate(before._trials):
                 weight = min(1.0, CARRIED_TRIALS / trials) if trials else 0.0
                 self._hits[i], self._trials[i] = weight * before._hits[i], weight * trials
-        self._idle = 0  # steps without a trial that have not faded the evidence yet
+        self._faded = 0  # up to which step of the sequence the evidence has faded
         self._expected: list[float] | None = None
 
-    def record(self, drafted: int, accepted: int) -> None:
-        """Of `drafted` drafts the first `accepted` were right; those after the first wrong one were not tried."""
-        if not drafted:
-            self._idle += 1
-            return
-        fade = FORGET_IDLE**self._idle if self._idle else 1.0
-        self._idle, self._expected = 0, None
+    def record(self, drafted: int, accepted: int, step: int) -> None:
+        """Of `drafted` drafts in a step of this number the first `accepted` were right; those after the first wrong one
+        were not tried."""
+        fade = FORGET_IDLE ** (step - self._faded - 1)
+        self._faded, self._expected = step, None
         tried = min(accepted + 1, drafted)
         hits, trials = self._hits, self._trials
         for i in range(tried):
@@ -105,12 +106,13 @@ class Acceptance:
             hits[i] *= FORGET_IDLE * fade
             trials[i] *= FORGET_IDLE * fade
 
-    def expected(self) -> list[float]:
-        """Tokens that a step is expected to give with 1, 2, ... drafts; of more than one as far as some were right."""
-        if self._idle >= FADE_STEPS:
-            keep = FORGET_IDLE**self._idle
+    def expected(self, step: int) -> list[float]:
+        """Tokens that a step of this number is expected to give with 1, 2, ... drafts; of more than one as far as some
+        were right."""
+        if step - self._faded >= FADE_STEPS:
+            keep = FORGET_IDLE ** (step - self._faded)
             self._hits, self._trials = [keep * n for n in self._hits], [keep * n for n in self._trials]
-            self._idle, self._expected = 0, None
+            self._faded, self._expected = step, None
         if self._expected is None:
             tokens, run, rate, self._expected = 1.0, 1.0, PRIOR, []
             proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
@@ -242,11 +244,13 @@ class Speculator:
         self._lookup = Lookup(prompt_ids) if mode in ("auto", "lookup") else None
         self.may_rest = mode == "auto"
         self._costs = runner.costs
-        before = runner.acceptances or [None] * (1 + len(MATCHES))
+        before: Sequence[Acceptance | None] = runner.acceptances or [None] * (1 + len(MATCHES))
         depths = [MTP_DEPTH, *(LOOKUP_DEPTH for _ in MATCHES)]
         self._sources = [Acceptance(depth, of) for depth, of in zip(depths, before, strict=True)]
         self.greedy = sampler is not None and sampler.greedy_limit is not None
         self._chosen: int | None = None  # index into _sources
+        self._step = 0  # how many have been recorded
+        self._rest = self._rests = 0  # how many steps remain, and how many there were, in which nothing is chosen anew
         self._offered = 0
         self._match: tuple[int, int] | None = None
         self._pending: list[Any] = []  # hidden rows that the MTP layer has not seen
@@ -265,7 +269,7 @@ class Speculator:
     def observe(self, hidden: Any, tokens: list[int]) -> None:
         """hidden [n, H] (before the final norm): rows of the last n tokens of the state; tokens: what follows each."""
         if self._lookup is not None:
-            self._lookup.extend(tokens)
+            self._lookup.ids += tokens
         if self._mtp and tokens:
             self._pending.append(hidden)
             self._tokens += tokens
@@ -273,7 +277,13 @@ class Speculator:
     def draft(self, state: State, room: int) -> list[int]:
         """At most `room` drafts for what follows the tokens that have been observed; [] for a plain step."""
         match = self._lookup.find() if self._lookup is not None else None
-        source, depth = self._choose(match, room)
+        if match is None and self._rest:
+            self._rest -= 1
+            source, depth = 0, 0
+        else:
+            source, depth = self._choose(match, room)
+            self._rests = min(2 * self._rests + 1, MOST_RESTS) if self._costs.known and not depth else 0
+            self._rest = self._rests if self.may_rest else 0
         self._chosen = source if depth else None
         if depth and source:
             assert self._lookup is not None
@@ -289,15 +299,16 @@ class Speculator:
 
     def learn(self, drafted: int, accepted: int, seconds: float) -> None:
         """What became of the drafts, and how long the step took with logits and commit."""
-        self._costs.record_step(drafted + 1, seconds)
+        if drafted or not self._rest or self._step % PLAIN_SAMPLE == 0:
+            self._costs.record_step(drafted + 1, seconds)
         self.record(drafted, accepted)
 
     def record(self, drafted: int, accepted: int) -> None:
         """What became of the drafts."""
-        for i, source in enumerate(self._sources):
-            mine = i == self._chosen
-            source.record(drafted if mine else 0, accepted if mine else 0)
-        self.count(drafted, accepted)
+        self._step += 1
+        if drafted and self._chosen is not None:
+            self._sources[self._chosen].record(drafted, accepted, self._step)
+            self.count(drafted, accepted)
 
     def count(self, drafted: int, accepted: int) -> None:
         """Drafts of a step that ended early, and how many of them had been accepted: nothing is learnt from it."""
@@ -340,8 +351,8 @@ class Speculator:
         if self.depth is not None:
             self._offered = sources[-1]
             return [1.0] * min(room, LOOKUP_DEPTH if self._offered else MTP_DEPTH)
-        self._offered = max(sources, key=lambda source: (self._sources[source].expected()[0], source))
-        return self._sources[self._offered].expected()[:room]
+        self._offered = max(sources, key=lambda source: (self._sources[source].expected(self._step)[0], source))
+        return self._sources[self._offered].expected(self._step)[:room]
 
     def prepare(self, state: State, depth: int) -> list[int] | Drafting:
         """`depth` drafts of what was offered last, or what the MTP layer needs to make them."""
@@ -373,7 +384,7 @@ class Speculator:
             options.append(1 + match[0])
         best, chosen = WORTHWHILE / costs.step(1) if self.may_rest else 0.0, (0, 0)
         for source in options:
-            for depth, tokens in enumerate(islice(self._sources[source].expected(), room), 1):
+            for depth, tokens in enumerate(islice(self._sources[source].expected(self._step), room), 1):
                 seconds = costs.step(depth + 1)
                 if source == 0:
                     seconds += costs.draft(depth, greedy=self.greedy)

@@ -72,8 +72,8 @@ class MtpModel:
     def draft(self, m: Array, tokens: Sequence[int], states: Sequence[State], ahead: int) -> Array:
         """One draft further for each of B sequences: the entries of drafts, which do not last.
 
-        m [B, H]: what the last entry of each became; tokens: what was drafted from it; ahead: how many entries of drafts
-        lie before.
+        m [B, H]: what the last entry of each became; tokens: what was drafted from it; ahead: how many entries of
+        drafts lie before.
         Returns m [B, H] of these entries.
         """
         spans = []
@@ -87,8 +87,8 @@ class MtpModel:
     def draft_greedily(
         self, hidden: Array, tokens: Sequence[int], state: State, first: int, depth: int, limit: int
     ) -> list[int]:
-        """`extend` for one sequence, and `depth` drafts, each the most probable of the first `limit` ids: what `extend`,
-        `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can."""
+        """`extend` for one sequence, and `depth` drafts, each the most probable of the first `limit` ids: what
+        `extend`, `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can."""
         n, limit = len(tokens), min(limit, self.head.shape[0])
         state.reserve_mtp(first, n + depth - 1)
         cos, sin = self.text.rope.text([(first + state.rope_delta, n + depth - 1)])

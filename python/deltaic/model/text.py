@@ -3,7 +3,7 @@ on a residual stream. All arithmetic is in the op set; a layer takes four or fiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -79,7 +79,7 @@ class TextModel:
                 f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
             )
         batch = self._batch(states, counts, cu_seqlens, self.rope(positions), prefill)
-        return self._advanced(batch, lambda: self.run_layers(x, batch))
+        return self._advance(x, batch)
 
     def step(self, tokens: Sequence[Sequence[int]], states: Sequence[State], trace: Array | None = None) -> Array:
         """Feed B sequences the text tokens that come next, one or a few ids each: `forward` of rows that are decoded,
@@ -94,21 +94,7 @@ class TextModel:
         angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
         batch = self._batch(list(states), counts, row_bounds(*counts), angles, False, trace)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
-
-        def run() -> Array:
-            return self.run_layers(self.embed(ids), batch)
-
-        def replay() -> Array:
-            if self._replay is None or len(ids) > MAX_ROWS:
-                return run()
-            inputs = [ids, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
-            for state in states:
-                inputs += (state.conv, state.delta, state.kv)
-            if trace is not None:
-                inputs.append(trace)
-            return self._replay((len(ids), len(states), trace is None), inputs, run)
-
-        return self._advanced(batch, replay) if trace is None else replay()
+        return self._advance(ids, batch) if trace is None else self._run(ids, batch)
 
     def commit(self, states: list[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
         """Advance each of the states that `verify` has seen by its first counts[b] rows, int64 [B]."""
@@ -127,11 +113,29 @@ class TextModel:
             state.length += n
             state.intact = True
 
-    def _advanced(self, batch: Batch, run: Callable[[], Array]) -> Array:
-        """What `run` returns, which feeds the states of a batch all its rows."""
+    def _run(self, rows: Array | Ints, batch: Batch) -> Array:
+        """Vectors [T, H] through all layers, or ids [T]: these are embedded, and few of them replayed."""
+        if rows.ndim == 2:
+            return self.run_layers(rows, batch)  # type: ignore[arg-type]
+
+        def run() -> Array:
+            return self.run_layers(self.embed(rows), batch)  # type: ignore[arg-type]
+
+        if self._replay is None or len(rows) > MAX_ROWS:
+            return run()
+        states, trace = batch.states, batch.trace
+        inputs = [rows, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
+        for state in states:
+            inputs += (state.conv, state.delta, state.kv)
+        if trace is not None:
+            inputs.append(trace)
+        return self._replay((len(rows), len(states), trace is None), inputs, run)
+
+    def _advance(self, rows: Array | Ints, batch: Batch) -> Array:
+        """`_run`, and the states have all rows."""
         for state in batch.states:
             state.intact = False
-        x = run()
+        x = self._run(rows, batch)
         for state, n in zip(batch.states, batch.counts, strict=True):
             state.length += n
             state.intact = True
