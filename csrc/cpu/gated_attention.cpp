@@ -241,7 +241,9 @@ void decode_sequences(const Attention& a, int64_t first, int64_t last) {
                 item[items++] = {static_cast<int32_t>(b), static_cast<int32_t>(h), p,
                                  offsets[b - first] + (h * a.pieces(b) + p) * piece_floats(a, b)};
     }
-    parallel_for(items, 1, [&](int64_t begin, int64_t end, int thread) {
+    int64_t products = 0;  // of a row and a key
+    for (int64_t b = first; b < last; ++b) products += a.new_rows(b) * (a.starts[b] + a.new_rows(b));
+    parallel_for(items, grain_for(products * a.Hkv * a.D * 4, items, 1), [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i)
             with_rows(a, item[i].sequence,
                       [&](auto rows) { decode_piece<decltype(rows)>(a, item[i], partial, work + thread * memory); });

@@ -231,7 +231,7 @@ void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View
     const int64_t per_thread = kChunk * (2 * k_width + v_width) + Dk * kColumns * 16;
     float* buffers = scratch_f32(thread_count() * per_thread);
 
-    parallel_for(B * Hk, 1, [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(B * Hk, grain_for(T * Hv * Dk * Dv * 4, B * Hk, 1), [&](int64_t begin, int64_t end, int thread) {
         float* q = buffers + thread * per_thread;
         float* k = q + kChunk * k_width;
         float* v = k + kChunk * k_width;

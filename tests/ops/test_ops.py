@@ -24,7 +24,7 @@ BF16_ULP = 2.0**-7  # distance of two neighbouring bfloat16 numbers, at most, re
 ROUNDING_ISAS = ("avx512bf16",)  # of the compiled op set: they multiply bfloat16 pairs
 BYTE_PAIR_ISAS = ("avx512",)  # they multiply int8 keys and values with numbers of two bytes
 BYTE_PAIR_ULP = 2.0**-13
-UPDATED = ("conv_states", "states", "tables")
+UPDATED = ("conv_states", "states", "tables", "tokens")
 
 
 def cpu_isa() -> str:
@@ -115,6 +115,11 @@ def product_factor(h: np.ndarray) -> float:
 
 def check_rms_norm(case, inputs, arguments, found):
     expected = reference.rms_norm(**arguments_for(reference, inputs, np.float64))
+    assert_close(found, expected, 16 * EPS * np.abs(expected))
+
+
+def check_rms_norm_pair(case, inputs, arguments, found):
+    expected = reference.rms_norm_pair(**arguments_for(reference, inputs, np.float64))
     assert_close(found, expected, 16 * EPS * np.abs(expected))
 
 
@@ -282,6 +287,15 @@ def check_sample(case, inputs, arguments, found):
     assert found in allowed
 
 
+def check_argmax(case, inputs, arguments, found):
+    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "uniform": 0.0, "repetition_penalty": 1.0}
+    greedy |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    none = np.empty(0, np.int64)
+    for token, row in zip(arguments["tokens"], inputs["logits"], strict=True):
+        seen = {"output_ids": none, "output_counts": none, "prompt_ids": none}
+        assert token == reference.sample(row, **greedy, **seen, limit=inputs["limit"])
+
+
 def check_log_softmax_top(case, inputs, arguments, found):
     logprob, ids, logprobs = found
     e_logprob, e_ids, e_logprobs = reference.log_softmax_top(**arguments_for(reference, inputs, np.float64))
@@ -297,6 +311,7 @@ CHECKS = {
     "linear": check_linear,
     "swiglu": check_swiglu,
     "rms_norm": check_rms_norm,
+    "rms_norm_pair": check_rms_norm_pair,
     "layer_norm": check_layer_norm,
     "embed": check_embed,
     "gated_delta_net": check_gated_delta_net,
@@ -304,6 +319,7 @@ CHECKS = {
     "moe": check_moe,
     "patch_embed": check_patch_embed,
     "sample": check_sample,
+    "argmax": check_argmax,
     "log_softmax_top": check_log_softmax_top,
 }
 
@@ -345,6 +361,10 @@ def test_sampling_refuses_logits_that_are_not_numbers(ops, bad):
     arguments["logits"][29] = bad
     with pytest.raises(ValueError, match="logits"):
         ops.sample(**arguments)
+    arguments = drawn(ops, "argmax-3x5003")
+    arguments["logits"][2, 4998] = bad
+    with pytest.raises(ValueError, match="logits"):
+        ops.argmax(**arguments)
     arguments = drawn(ops, "log_softmax_top-37-5")
     arguments["logits"][0] = bad
     with pytest.raises(ValueError, match="logits"):

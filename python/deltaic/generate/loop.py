@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import PromptError, StateError
+from ..ops.layout import row_bounds
 from .answer import Answer
 from .cache import FeatureCache, image_places
 from .prefill import PromptReader, begin_reading
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from .cache import Reading
     from .result import GenerationResult, StreamPiece, TokenLogprobs
     from .sampling import Sampler
-    from .speculate import Speculator
+    from .speculate import Acceptance, Speculator
 
 # one lock per op set: its thread pool and thread count belong to the process, not to a model
 _OPS_LOCKS: dict[str, Any] = {}
@@ -64,7 +65,7 @@ class Drafting:
     """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
     first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
     up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
-    draft."""
+    draft; greedy: where it is the largest of so many first logits."""
 
     state: State
     first: int
@@ -72,6 +73,7 @@ class Drafting:
     tokens: list[int]
     depth: int
     choose: Callable[[np.ndarray, int], int]
+    greedy: int | None = None
 
 
 class Runner:
@@ -109,6 +111,7 @@ class Runner:
         self._zeros = getattr(ops, "zeros", np.zeros)
         self._traces: list[np.ndarray] = []  # buffers that no verification uses
         self.costs = Costs()
+        self.acceptances: list[Acceptance] = []  # of the sources of drafts, in the sequence that ended last
         self.fixed_depth: int | None = None  # see Speculator.depth
         self._lock = ops_lock(ops)
 
@@ -201,9 +204,7 @@ class Runner:
             self._set_threads()
             if self._graph is not None and self._graph.takes([[token] for token in tokens]):
                 return self._graph.decode(tokens, states)
-            x = self.text.embed(np.array(tokens, np.int64))
-            positions = np.array([[state.length + state.rope_delta] * 3 for state in states], np.int64)
-            hidden = self.text.forward(x, positions, list(states), np.arange(len(states) + 1, dtype=np.int64))
+            hidden = self.text.step([[token] for token in tokens], states)
             for token, state in zip(tokens, states, strict=True):
                 state.token_ids.append(token)
         return hidden
@@ -230,18 +231,14 @@ class Runner:
     def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]]) -> Verification:
         """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
         it. tokens: per sequence 1 to 64 ids. `commit` the result, or drop it."""
-        lengths = [len(ids) for ids in tokens]
-        cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        places = [s.length + s.rope_delta + np.arange(n) for s, n in zip(states, lengths, strict=True)]
-        positions = np.repeat(np.concatenate(places)[:, None], 3, axis=1)
+        cu_seqlens = row_bounds(*map(len, tokens))
         with self._lock:
             self._set_threads()
-            buffer, trace = self._take_trace(len(positions))
+            buffer, trace = self._take_trace(sum(map(len, tokens)))
             if self._graph is not None and self._graph.takes(tokens):
                 hidden = self._graph.verify(tokens, states, trace)
             else:
-                x = self.text.embed(np.concatenate([np.array(ids, np.int64) for ids in tokens]))
-                hidden = self.text.verify(x, positions, list(states), cu_seqlens, trace)
+                hidden = self.text.step(tokens, states, trace)
         return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace, buffer)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:
@@ -269,39 +266,27 @@ class Runner:
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
-            lengths = [len(w.tokens) for w in wanted]
-            cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-            places = np.concatenate(
-                [w.first + w.state.rope_delta + np.arange(n) for w, n in zip(wanted, lengths, strict=True)]
-            )
-            m = self.mtp.forward(
-                self.mtp.final_norm(wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted)),
-                self.text.embed(np.array([t for w in wanted for t in w.tokens], np.int64)),
-                np.repeat(places[:, None], 3, axis=1),
+            if len(wanted) == 1 and wanted[0].depth and (limit := wanted[0].greedy) is not None:
+                w = wanted[0]
+                return [self.mtp.draft_greedily(w.hidden, w.tokens, w.state, w.first, w.depth, limit)]
+            m = self.mtp.extend(
+                wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted),
+                [w.tokens for w in wanted],
                 [w.state for w in wanted],
-                cu_seqlens,
-                first=np.array([w.first for w in wanted], np.int64),
+                [w.first for w in wanted],
             )
             drafts: list[list[int]] = [[] for _ in wanted]
-            rows = cu_seqlens[1:] - 1
+            rows = (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
             active = list(range(len(wanted)))
             for depth in range(max((w.depth for w in wanted), default=0)):
                 kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
-                active, m = [active[i] for i in kept], m[rows[kept]]
+                active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
                 if depth:
-                    last = [wanted[b] for b in active]
-                    places = np.array([w.first + len(w.tokens) + w.state.rope_delta + depth - 1 for w in last])
-                    m = self.mtp.forward(
-                        m,
-                        self.text.embed(np.array([drafts[b][-1] for b in active], np.int64)),
-                        np.repeat(places[:, None], 3, axis=1),
-                        [w.state for w in last],
-                        np.arange(len(last) + 1),
-                        ahead=depth - 1,
-                    )
+                    last = [drafts[b][-1] for b in active]
+                    m = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
                 for b, logits in zip(active, self.mtp.logits(m), strict=True):
                     drafts[b].append(wanted[b].choose(logits, depth))
-                rows = np.arange(len(active))
+                rows = list(range(len(active)))
             return drafts
 
     def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:
@@ -322,15 +307,7 @@ class Runner:
         first = reader.state.length - len(x) - 1
         positions = reader.positions
         places = np.concatenate([positions[:1] - 1, positions])[start:end]  # before the prompt there was some text
-        self.mtp.forward(
-            self.mtp.final_norm(rows),
-            x,
-            places,
-            [reader.state],
-            np.array([0, len(x)]),
-            first=np.array([first]),
-            prefill=True,
-        )
+        self.mtp.read(rows, x, places, reader.state, first)
 
 
 def generate_ids(

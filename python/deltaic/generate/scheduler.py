@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .speculate import Speculator
 
 MAX_SEQUENCES = 8
-PREFILL_TOKENS = 128
+PREFILL_TOKENS = 64  # prompts are read a tenth slower than with 128, and others wait half as long
 
 
 @dataclass(frozen=True, slots=True)
