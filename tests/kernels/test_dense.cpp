@@ -149,7 +149,7 @@ void test_rms_norm_pair(Suite& t) {
     for (const int64_t T : {0, 1, 5})
         for (const int64_t D : {1, 16, 33}) {
             Floats a = normal(random, {T, D}), b = normal(random, {T, D}), y = poisoned({T, 2 * D});
-            const Floats a_weight = normal(random, {D}), b_weight = normal(random, {D});
+            Floats a_weight = normal(random, {D}), b_weight = normal(random, {D});
             Numbers expected;
             for (int64_t i = 0; i < T; ++i)
                 for (const auto& [x, weight] : {std::pair(&a, &a_weight), std::pair(&b, &b_weight)}) {
