@@ -6,7 +6,7 @@
 // the first, so that what a prompt's rows get does not depend on where its reading was interrupted.
 #include "core/error.h"
 #include "core/pool.h"
-#include "cpu/kv_cache.h"
+#include "cpu/kv_int8.h"
 
 namespace deltaic {
 namespace DELTAIC_ISA {
@@ -25,21 +25,21 @@ struct Attention {
     Tables tables;
     bool prefill;
     // [Hkv][T][G] rows of `q_bytes` bytes, as the products with a sequence's K/V want them: normed, rotated, scaled by
-    // log2(e) / sqrt(D), zero from D to `q_width`.
+    // log2(e) / sqrt(D).
     uint8_t* q;
-    int64_t q_width, q_bytes;
+    int64_t q_bytes;
 
     DELTAIC_INLINE int64_t columns() const { return proj.shape[1]; }
     DELTAIC_INLINE int64_t new_rows(int64_t b) const { return cut[b + 1] - cut[b]; }
     DELTAIC_INLINE bool decodes(int64_t b) const { return !prefill && new_rows(b) <= kDecodeRows; }
     DELTAIC_INLINE int64_t pieces(int64_t b) const { return piece_of(starts[b] + new_rows(b) - 1) + 1; }
-    template <class Products>
-    DELTAIC_INLINE typename Products::Number* queries(int64_t kv_head, int64_t token) const {
-        return reinterpret_cast<typename Products::Number*>(q + (kv_head * proj.shape[0] + token) * G * q_bytes);
+    template <class Rows>
+    DELTAIC_INLINE typename Rows::Number* queries(int64_t kv_head, int64_t token) const {
+        return reinterpret_cast<typename Rows::Number*>(q + (kv_head * proj.shape[0] + token) * G * q_bytes);
     }
-    template <class Products>
+    template <class Rows>
     DELTAIC_INLINE int64_t q_stride() const {
-        return q_bytes / static_cast<int64_t>(sizeof(typename Products::Number));
+        return q_bytes / static_cast<int64_t>(sizeof(typename Rows::Number));
     }
 };
 
@@ -62,18 +62,32 @@ DELTAIC_INLINE void store_cache(const BlockTable& table, uint8_t* row, const flo
     }
 }
 
+// f(a value of the type that tells how the rows of sequence b are stored and multiplied)
+template <class F>
+DELTAIC_INLINE void with_rows(const Attention& a, int64_t b, const F& f) {
+    switch (a.tables[b].dtype) {
+        case Dtype::f32:
+            return f(StoredRows<FloatProducts, Stored::f32>{});
+        case Dtype::u16:
+            return f(StoredRows<HalfProducts, Stored::bf16>{});
+        default:
+            if (a.decodes(b)) return f(DecodedInt8{});
+            return f(StoredRows<HalfProducts, Stored::int8>{});
+    }
+}
+
 // q, k and v of one token and one key-value head: q into a.q, k and v into the cache. `row`: memory of D floats.
-template <class Products>
 void prepare(const Attention& a, int64_t b, int64_t t, int64_t kv_head, float* row) {
     const int64_t D = a.D, F = a.cos.shape[1];
     const float *x = a.proj.f32() + t * a.columns(), *cos = a.cos.f32() + t * F, *sin = a.sin.f32() + t * F;
-    const f32x16 scale = set1(kLog2E / sqrtf(static_cast<float>(D)));
+    const float factor = kLog2E / sqrtf(static_cast<float>(D));
     for (int64_t g = 0; g < a.G; ++g) {
         rms_norm_row(x + (kv_head * a.G + g) * 2 * D, a.q_norm.f32(), D, a.eps, row);
         rotate_row(row, cos, sin, F);
-        typename Products::Number* q = a.queries<Products>(kv_head, t) + g * a.q_stride<Products>();
-        for (int64_t d = 0; d < a.q_width; d += 16)
-            Products::store_number(q + d, d < D ? mul(load_n(row + d, D - d), scale) : zero(), 16);
+        with_rows(a, b, [&](auto rows) {
+            using Rows = decltype(rows);
+            Rows::store_query(a.queries<Rows>(kv_head, t) + g * a.q_stride<Rows>(), row, factor, D);
+        });
     }
     const int64_t place = a.starts[b] + t - a.cut[b];
     const BlockTable& table = a.tables[b];
@@ -99,14 +113,15 @@ int64_t tile_memory(int64_t rows, int64_t D) {
     return flash_floats<Products>(rows, D) + Products::kKeys * (D + round_up(D, 16));
 }
 
-template <class Products, Stored format>
+template <class Rows>
 void prefill_tile(const Attention& a, const Item& item, float* memory) {
+    using Products = typename Rows::Products;
     const int64_t b = item.sequence, D = a.D, rows = item.count * a.G;
     const BlockTable& table = a.tables[b];
     const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
     float* packed_keys = memory;
     float* packed_values = packed_keys + Products::kKeys * D;
-    const auto t = flash_begin<Products>(a.queries<Products>(item.kv_head, item.first), a.q_stride<Products>(), rows, D,
+    const auto t = flash_begin<Products>(a.queries<Rows>(item.kv_head, item.first), a.q_stride<Rows>(), rows, D,
                                          packed_values + Products::kKeys * a.dims);
     const int64_t place = a.starts[b] + item.first - a.cut[b], end = place + item.count;
     for (int64_t key = 0; key < end; key += Products::kKeys) {
@@ -115,10 +130,10 @@ void prefill_tile(const Attention& a, const Item& item, float* memory) {
             const int64_t count = min64(16, n - i);
             const uint8_t* at[16];
             keys.rows(key + i, count, at);
-            Products::template pack_keys<format>(at, D, packed_keys + i * ceil_div(D, Products::kNumbers));
+            Products::template pack_keys<Rows::kFormat>(at, D, packed_keys + i * ceil_div(D, Products::kNumbers));
             values.rows(key + i, count, at);
-            Products::template pack_values<format>(at, count, D, Products::kKeys * 16,
-                                                   packed_values + i / Products::kNumbers * 16);
+            Products::template pack_values<Rows::kFormat>(at, count, D, Products::kKeys * 16,
+                                                          packed_values + i / Products::kNumbers * 16);
         }
         flash_keys(t, packed_keys, packed_values, Products::kKeys * 16, n,
                    [&](int64_t r) { return max64(0, min64(n, place + r / a.G + 1 - key)); });
@@ -132,8 +147,8 @@ DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) {
     return round_up(a.new_rows(b) * a.G * (a.dims + 2), 16);
 }
 
-template <class Products, Stored format>
-void decode_piece(const Attention& a, const Item& item, float* partial, float* scores) {
+template <class Rows>
+void decode_piece(const Attention& a, const Item& item, float* partial, float* memory) {
     const int64_t b = item.sequence, rows = a.new_rows(b) * a.G;
     const BlockTable& table = a.tables[b];
     const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
@@ -142,17 +157,19 @@ void decode_piece(const Attention& a, const Item& item, float* partial, float* s
     const Piece piece{begin, end - begin, a.starts[b] + 1 - begin, a.G};
     float* out = partial + item.count;
     float* highest = out + rows * a.dims;
-    attend_piece<Products, format>(keys, values, piece, a.queries<Products>(item.kv_head, a.cut[b]),
-                                   a.q_stride<Products>(), rows, a.D, scores, out, highest, highest + rows);
+    attend_piece<Rows>(keys, values, piece, a.queries<Rows>(item.kv_head, a.cut[b]), a.q_stride<Rows>(), rows, a.D,
+                       memory, out, highest, highest + rows);
 }
 
-template <class Products, Stored format>
 DELTAIC_INLINE void work_on(const Attention& a, const Item& item, float* partial, float* memory) {
-    if (a.decodes(item.sequence)) {
-        decode_piece<Products, format>(a, item, partial, memory);
-    } else {
-        prefill_tile<Products, format>(a, item, memory);
-    }
+    with_rows(a, item.sequence, [&](auto rows) {
+        using Rows = decltype(rows);
+        if (a.decodes(item.sequence)) {
+            decode_piece<Rows>(a, item, partial, memory);
+        } else if constexpr (Rows::kPrefills) {
+            prefill_tile<Rows>(a, item, memory);
+        }
+    });
 }
 
 // Adds up the pieces that one row sees, in order. partial: of this sequence and key-value head, [pieces][piece_floats].
@@ -203,11 +220,11 @@ void attend(const Attention& a, int64_t first, int64_t last) {
     }
     Item* item = static_cast<Item*>(scratch(static_cast<size_t>(items) * sizeof(Item)));
     float* partial = scratch_f32(partials);
-    const int64_t memory =
-        round_up(max64(kPieceRows * kLongPiece, new_rows ? max64(tile_memory<FloatProducts>(tile_tokens * a.G, a.D),
-                                                                 tile_memory<HalfProducts>(tile_tokens * a.G, a.D))
-                                                         : 0),
-                 16);
+    const int64_t memory = round_up(max64(kPieceRows * kLongPiece + DecodedInt8::floats(a.D),
+                                          new_rows ? max64(tile_memory<FloatProducts>(tile_tokens * a.G, a.D),
+                                                           tile_memory<HalfProducts>(tile_tokens * a.G, a.D))
+                                                   : 0),
+                                    16);
     float* work = scratch_f32(threads * memory);
 
     // Long work first: the last tiles of a prefill see the most keys, the last pieces of a decode step are the longest.
@@ -229,16 +246,7 @@ void attend(const Attention& a, int64_t first, int64_t last) {
 
     parallel_for(items, 1, [&](int64_t begin, int64_t end, int thread) {
         float* mine = work + thread * memory;
-        for (int64_t i = begin; i < end; ++i) {
-            const Dtype dtype = a.tables[item[i].sequence].dtype;
-            if (dtype == Dtype::f32) {
-                work_on<FloatProducts, Stored::f32>(a, item[i], partial, mine);
-            } else if (dtype == Dtype::u16) {
-                work_on<HalfProducts, Stored::bf16>(a, item[i], partial, mine);
-            } else {
-                work_on<HalfProducts, Stored::int8>(a, item[i], partial, mine);
-            }
-        }
+        for (int64_t i = begin; i < end; ++i) work_on(a, item[i], partial, mine);
     });
     if (partials == 0) return;
     const int64_t t0 = a.cut[first];
@@ -280,15 +288,14 @@ void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, fl
     const int64_t T = proj.shape[0], B = tables.size;
     Attention a{proj,         q_norm,       k_norm,          cos,     sin, y,     eps,
                 num_heads,    num_kv_heads, q_norm.shape[0], 0,       0,   layer, cu_seqlens.i64(),
-                starts.i64(), tables,       prefill != 0,    nullptr, 0,   0};
+                starts.i64(), tables,       prefill != 0,    nullptr, 0};
     check(a, cu_seqlens, T);
     if (T == 0) return;
     a.G = a.Hq / a.Hkv, a.dims = round_up(a.D, 16);
 
     // The last tile reads whole groups of kFlashRows rows.
-    a.q_width = round_up(a.D, 32), a.q_bytes = a.q_width * static_cast<int64_t>(sizeof(HalfProducts::Number));
     for (int64_t b = 0; b < B; ++b)
-        if (tables[b].dtype == Dtype::f32) a.q_bytes = a.q_width * 4;
+        with_rows(a, b, [&](auto rows) { a.q_bytes = max64(a.q_bytes, decltype(rows)::query_bytes(a.D)); });
     a.q = static_cast<uint8_t*>(scratch(static_cast<size_t>((T * a.Hq + kFlashRows) * a.q_bytes)));
     memset(a.q + T * a.Hq * a.q_bytes, 0, static_cast<size_t>(kFlashRows * a.q_bytes));
     float* rows = scratch_f32(thread_count() * a.dims);
@@ -297,11 +304,7 @@ void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, fl
         int64_t b = 0;
         for (int64_t i = begin; i < end; ++i) {
             b = sequence_of(a, b, i / a.Hkv);
-            if (tables[b].dtype == Dtype::f32) {
-                prepare<FloatProducts>(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
-            } else {
-                prepare<HalfProducts>(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
-            }
+            prepare(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
         }
     });
 

@@ -22,6 +22,8 @@ EPS = 2.0**-24
 CONDITION = 32  # operators add hundreds of terms, each rounded; the factor covers their square root with room
 BF16_ULP = 2.0**-7  # distance of two neighbouring bfloat16 numbers, at most, relative to their size
 ROUNDING_ISAS = ("avx512bf16",)  # of the compiled op set: they multiply bfloat16 pairs
+BYTE_PAIR_ISAS = ("avx512",)  # they multiply int8 keys and values with numbers of two bytes
+BYTE_PAIR_ULP = 2.0**-13
 UPDATED = ("conv_states", "states", "tables")
 
 
@@ -198,29 +200,34 @@ def check_gated_attention(case, inputs, arguments, found):
     # A key on the border between two bfloat16 numbers may be stored as either: go on from what was stored.
     tables = arguments["tables"]
     (expected,), (tolerance,) = conditioned(lambda a: [attend(a, tables)], inputs | {"tables": []}, generator(case))
-    if rounds_queries(tables):
-        tolerance = tolerance + rounded_queries(inputs | {"tables": []}, tables, expected, generator(case))
+    ulp = query_ulp(tables)
+    if ulp:
+        tolerance = tolerance + rounded_queries(inputs | {"tables": []}, tables, expected, generator(case), ulp)
     assert_close(found, expected, tolerance)
 
 
-def rounds_queries(tables: list[Any]) -> bool:
-    """Whether the op set rounds queries and probabilities to bfloat16 where they meet these caches."""
-    compiled = [t for t in tables if type(t).__module__ == "deltaic._core" and len(t)]
-    return any(t.blocks[0].dtype != np.float32 for t in compiled) and cpu_isa() in ROUNDING_ISAS
+def query_ulp(tables: list[Any]) -> float:
+    """How the op set rounds queries and probabilities where they meet these caches; 0: not at all."""
+    compiled = [t.blocks[0].dtype for t in tables if type(t).__module__ == "deltaic._core" and len(t)]
+    if cpu_isa() in ROUNDING_ISAS and any(dtype != np.float32 for dtype in compiled):
+        return BF16_ULP
+    return BYTE_PAIR_ULP if cpu_isa() in BYTE_PAIR_ISAS and np.uint8 in compiled else 0.0
 
 
-def rounded_queries(inputs: dict[str, Any], tables: list[Any], expected: np.ndarray, rng: np.random.Generator) -> Any:
+def rounded_queries(
+    inputs: dict[str, Any], tables: list[Any], expected: np.ndarray, rng: np.random.Generator, ulp: float
+) -> Any:
     """What that may change: 4 times the largest move under queries * (1 +- half an ulp), and half an ulp of each
     probability, whatever its sign."""
     D, heads, move = inputs["q_norm"].shape[0], inputs["num_heads"], 0.0
     for _ in range(8):
         a = arguments_for(reference, inputs, np.float64)
         queries = a["proj"][:, : 2 * heads * D].reshape(-1, heads, 2, D)[:, :, 0]
-        queries *= 1 + BF16_ULP / 4 * rng.choice([-1.0, 1.0], queries.shape)
+        queries *= 1 + ulp / 4 * rng.choice([-1.0, 1.0], queries.shape)
         move = max(move, np.abs(attend(a, tables) - expected).max(initial=0))
     sizes = attend(arguments_for(reference, inputs, np.float64), tables, np.abs)
     both = 2 if any(t.blocks[0].dtype == np.uint8 for t in tables if len(t)) else 1  # then keys and values round too
-    return both * (4 * move + BF16_ULP / 2 * np.abs(sizes))
+    return both * (4 * move + ulp / 2 * np.abs(sizes))
 
 
 def check_caches(inputs: dict[str, Any], tables: list[Any]) -> None:
