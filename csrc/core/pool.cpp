@@ -13,6 +13,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/pages.h"
+
 namespace deltaic {
 namespace {
 
@@ -153,7 +155,6 @@ class Arena {
         void* data;
         size_t size;
     };
-    static constexpr size_t kHugePage = size_t{2} << 20;
     static constexpr size_t kKeep = size_t{256} << 20;  // a larger scratch (a huge picture) is given back to the system
     std::vector<Block> blocks_;
     size_t used_ = 0;
@@ -207,6 +208,13 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction function, void* contex
 }
 
 void* scratch(size_t bytes) { return get().arena.take(bytes); }
+
+bool computing() {
+    Runtime& r = get();
+    if (!r.lock.try_lock()) return true;
+    r.lock.unlock();
+    return false;
+}
 
 OperatorScope::OperatorScope() { get().lock.lock(); }
 

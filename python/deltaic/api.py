@@ -30,7 +30,7 @@ from .generate.sampling import (
 from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
 from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
-from .machine import default_threads
+from .machine import default_threads, huge_pages
 from .memory import check_context, checkpoint_bytes, default_cache_bytes, room_for_copy
 
 if TYPE_CHECKING:
@@ -125,8 +125,9 @@ def load(
                   half the memory of bf16, somewhat less exact; CPU only); None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
-                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" copies on the
-                  CPU if that leaves half of the free memory free, and maps otherwise
+                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" maps it, so
+                  that the first token is there soonest, and on the CPU moves the decoder into huge pages while it is
+                  used, if that leaves half of the free memory free (Linux)
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
                   sequence is there is checked before anything is loaded. None: the model's own limit, not checked
@@ -262,7 +263,7 @@ def _map(
                 f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
             )
         blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision, packed.has_mtp)
-        if memory == "copy" or (memory == "auto" and ops.__name__.endswith(".cpu") and room_for_copy(packed.nbytes)):
+        if memory == "copy":
             packed.copy(None)
         if verify:
             packed.verify(ops, None, "the text model", progress)
@@ -280,6 +281,8 @@ def _map(
 
             vision_parts = _placed(ops, vision_weights(source, config), precision)
             vision = VisionModel(config.vision, vision_parts, ops, check if verify else None)
+        if memory == "auto" and hasattr(ops, "move_to_huge_pages") and room_for_copy(packed.nbytes) and huge_pages():
+            packed.settle(None, ops)
     return text, vision, mtp, precision, blank
 
 
