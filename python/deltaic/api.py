@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -249,9 +250,6 @@ def _map(
     """The parts of a packed folder. Of the vision tower no byte is read before the first picture."""
     from dataclasses import replace
 
-    from .model.text import TextModel
-    from .model.vision import VisionModel
-    from .weights.build import open_source, text_weights, vision_weights
     from .weights.fingerprint import packed_fingerprint
     from .weights.packed import PackedFile
 
@@ -265,25 +263,61 @@ def _map(
         blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision, packed.has_mtp)
         if memory == "copy":
             packed.copy(None)
-        if verify:
+
+        def check() -> None:
             packed.verify(ops, None, "the text model", progress)
             if blank.with_mtp:
                 packed.verify(ops, ("mtp.",), "the MTP layer", progress)
-        _require_memory(ops, packed.nbytes)
-        source = open_source(packed, config, ops, precision)
-        text = TextModel(config.text, _placed(ops, text_weights(source, config), precision), ops)
-        mtp = _mtp(text, source, config, ops, precision, blank, False)
-        vision = None
-        if config.vision is not None:
 
-            def check() -> None:
-                packed.verify(ops, ("visual.",), "the vision tower", False)
+        with _beside(check if verify else None):  # on one thread Python makes the objects, all others read
+            from .model.text import TextModel
+            from .model.vision import VisionModel
+            from .weights.build import open_source, text_weights, vision_weights
 
-            vision_parts = _placed(ops, vision_weights(source, config), precision)
-            vision = VisionModel(config.vision, vision_parts, ops, check if verify else None)
+            _require_memory(ops, packed.nbytes)
+            source = open_source(packed, config, ops, precision)
+            text = TextModel(config.text, _placed(ops, text_weights(source, config), precision), ops)
+            mtp = _mtp(text, source, config, ops, precision, blank, False)
+            vision = None
+            if config.vision is not None:
+
+                def check_vision() -> None:
+                    packed.verify(ops, ("visual.",), "the vision tower", False)
+
+                vision_parts = _placed(ops, vision_weights(source, config), precision)
+                vision = VisionModel(config.vision, vision_parts, ops, check_vision if verify else None)
         if memory == "auto" and hasattr(ops, "move_to_huge_pages") and room_for_copy(packed.nbytes) and huge_pages():
             packed.settle(None, ops)
     return text, vision, mtp, precision, blank
+
+
+@contextmanager
+def _beside(function: Callable[[], None] | None) -> Iterator[None]:
+    """Runs `function` in a thread of its own while the block runs, and ends with both; what it raises counts more than
+    what the block raises."""
+    if function is None:
+        yield
+        return
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="deltaic-beside", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread to be had
+        run()
+    try:
+        yield
+    finally:
+        if thread.ident is not None:
+            thread.join()
+        if errors:
+            raise errors[0]
 
 
 def _mtp(
