@@ -163,7 +163,6 @@ PYBIND11_MODULE(_core, m) {
         [](const std::string& format, int64_t columns) { return block_bytes(format_of(format), columns); },
         "Bytes of one packed block of 16 rows.");
 
-    m.def("computing", &computing, "Whether an operator is running.");
     m.attr("huge_page") = kHugePage;
     m.def(
         "huge_bytes", [](const py::array& data) { return huge_bytes(data.data(), static_cast<size_t>(data.nbytes())); },

@@ -6,7 +6,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
+
+#include "core/pool.h"
 #endif
 
 namespace deltaic {
@@ -31,6 +34,18 @@ bool read_fully(int fd, char* to, size_t bytes, int64_t offset) {
         to += n, offset += n, bytes -= static_cast<size_t>(n);
     }
     return true;
+}
+
+// Most of the time goes into new pages, so all threads take their share.
+bool fill(char* to, size_t bytes, int fd, int64_t offset) {
+    std::atomic<bool> good{true};
+    const OperatorScope scope;
+    parallel_for(static_cast<int64_t>(bytes / kHugePage), 1, [&](int64_t begin, int64_t end, int) {
+        const int64_t first = begin * static_cast<int64_t>(kHugePage);
+        const size_t n = static_cast<size_t>(end - begin) * kHugePage;
+        if (!read_fully(fd, to + first, n, offset + first)) good = false;
+    });
+    return good;
 }
 
 }  // namespace
@@ -64,7 +79,7 @@ bool move_to_huge_pages(void* data, size_t bytes, int fd, int64_t offset) {
     char* const first = static_cast<char*>(whole);
     char* const stage = first + (kHugePage - reinterpret_cast<uintptr_t>(whole) % kHugePage) % kHugePage;
     // mremap replaces the old mapping in one step: a reader that faults meanwhile waits for it.
-    const bool moved = madvise(stage, bytes, MADV_HUGEPAGE) == 0 && read_fully(fd, stage, bytes, offset) &&
+    const bool moved = madvise(stage, bytes, MADV_HUGEPAGE) == 0 && fill(stage, bytes, fd, offset) &&
                        mprotect(stage, bytes, PROT_READ) == 0 &&
                        mremap(stage, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, data) == data;
     if (!moved) {

@@ -209,13 +209,6 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction function, void* contex
 
 void* scratch(size_t bytes) { return get().arena.take(bytes); }
 
-bool computing() {
-    Runtime& r = get();
-    if (!r.lock.try_lock()) return true;
-    r.lock.unlock();
-    return false;
-}
-
 OperatorScope::OperatorScope() { get().lock.lock(); }
 
 OperatorScope::~OperatorScope() {

@@ -36,8 +36,6 @@ DELTAIC_INLINE float* scratch_f32(int64_t n) {
     return static_cast<float*>(scratch(static_cast<size_t>(n) * sizeof(float)));
 }
 
-bool computing();  // whether an operator is running
-
 // Serialises operators of different callers and releases the scratch memory of the previous one.
 class OperatorScope {
   public:

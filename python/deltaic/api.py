@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .model.vision import VisionModel
     from .session import Session
     from .weights.precision import Precision
+    from .weights.settle import Settling
     from .weights.source import Source
 
 KV_DTYPES = ("bf16", "f32", "int8")
@@ -127,8 +128,8 @@ def load(
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
                   pages, from which a processor reads faster (a token in up to a fifth less time); "auto" maps it, so
-                  that the first token is there soonest, and on the CPU moves the decoder into huge pages while it is
-                  used, if that leaves half of the free memory free (Linux)
+                  that the first token is there soonest, and on the CPU moves the decoder into huge pages in 4% of
+                  the time of further tokens, if that leaves half of the free memory free (Linux)
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
                   sequence is there is checked before anything is loaded. None: the model's own limit, not checked
@@ -189,7 +190,7 @@ def load(
         parts = _map(folder, config, ops, explicit, activations, memory, verify, progress, blank_state)
     else:
         parts = _pack(folder, config, ops, wanted, progress, blank_state)
-    text, vision, mtp, precision, blank = parts
+    text, vision, mtp, precision, blank, settling = parts
     cache_bytes = default_cache_bytes(ops, blank, context) if cache_bytes is None else cache_bytes
     spill = None
     if cache_folder is not None:
@@ -198,13 +199,13 @@ def load(
         spill = SpillFolder(cache_folder, blank, ops, cache_folder_bytes)
     return Model(
         folder, config, text, vision, ops, blank, device=device, precision=precision, threads=threads,
-        cache_bytes=cache_bytes, spill=spill, mtp=mtp, speculate=speculate,
+        cache_bytes=cache_bytes, spill=spill, mtp=mtp, speculate=speculate, settling=settling,
     )  # fmt: skip
 
 
 # How the parts of a model reach `load`: what states look like is made, and memory checked, before weights are read.
 BlankState = Callable[[str, int, "Precision", bool], "State"]
-Parts = tuple["TextModel", "VisionModel | None", "MtpModel | None", "Precision", "State"]
+Parts = tuple["TextModel", "VisionModel | None", "MtpModel | None", "Precision", "State", "Settling | None"]
 
 
 def _pack(
@@ -233,7 +234,7 @@ def _pack(
         if config.vision is not None:
             vision_parts = _placed(ops, vision_weights(source, config, progress), precision)
             vision = VisionModel(config.vision, vision_parts, ops)
-    return text, vision, mtp, precision, blank
+    return text, vision, mtp, precision, blank, None
 
 
 def _map(
@@ -286,9 +287,11 @@ def _map(
 
                 vision_parts = _placed(ops, vision_weights(source, config), precision)
                 vision = VisionModel(config.vision, vision_parts, ops, check_vision if verify else None)
-        if memory == "auto" and hasattr(ops, "move_to_huge_pages") and room_for_copy(packed.nbytes) and huge_pages():
-            packed.settle(None, ops)
-    return text, vision, mtp, precision, blank
+        movable = hasattr(ops, "move_to_huge_pages") and huge_pages()
+        settling = None
+        if memory == "auto" and movable and room_for_copy(packed.nbytes):
+            settling = packed.settle(None, ops)
+    return text, vision, mtp, precision, blank, settling
 
 
 @contextmanager
@@ -376,8 +379,10 @@ class Model:
         spill: SpillFolder | None,
         mtp: MtpModel | None,
         speculate: str,
+        settling: Settling | None = None,
     ) -> None:
-        """blank: a state that is never fed, which says what states of this model look like."""
+        """blank: a state that is never fed, which says what states of this model look like. settling: of its weights,
+        between steps."""
         self.folder = folder
         self.config = config
         self.device = device
@@ -390,8 +395,9 @@ class Model:
         self._blank_state = blank
         self._ops = ops
         self._runner = Runner(
-            text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp
-        )
+            text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp,
+            after_step=None if settling is None else settling.step,
+        )  # fmt: skip
         self._generation_config = read_generation_config(folder)
         self._files_lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import deltaic
@@ -165,14 +165,23 @@ def test_memory_auto_settles_where_there_is_room(
     monkeypatch.setattr("deltaic.memory.available_bytes", lambda: free)
     monkeypatch.setattr("deltaic.api.huge_pages", lambda: True)
     ranges = []
-    monkeypatch.setattr("deltaic.weights.packed.Settling", lambda *arguments: ranges.append(arguments[2:]))
-    head = deltaic.load(folder, memory=memory)._runner.text.weights.head
+    more = [False, True]
+    settling = SimpleNamespace(step=more.pop)
+    monkeypatch.setattr("deltaic.weights.packed.Settling", lambda *arguments: ranges.append(arguments[2:]) or settling)
+    model = deltaic.load(folder, memory=memory, speculate="off")
+    head = model._runner.text.weights.head
     assert not any(data.flags.writeable for _, _, data in head.parts)  # a mapped file is read-only
     with PackedFile(folder) as packed:
         tensors = packed._part(None)
         start = packed._file.data_start
     decoder = start + tensors[0].begin, start + tensors[-1].begin + tensors[-1].nbytes, cpu
     assert ranges == ([decoder] if settles else [])
+    state = model.new_state()
+    model.forward([1, 2, 3], state=state)
+    assert len(more) == 2  # reading a prompt is no step
+    for _ in range(3):
+        model._runner.step(1, state)
+    assert len(more) == (0 if settles else 2)
 
 
 def test_memory_copy_is_of_this_process(folder: Path) -> None:

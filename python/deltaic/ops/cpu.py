@@ -19,7 +19,6 @@ __all__ = [
     "BlockTable",
     "Tape",
     "Weight",
-    "activity",
     "bpe_merge",
     "checksum",
     "embed",
@@ -143,11 +142,6 @@ def checksum(data: Array, first: int = 0) -> int:
     result = np.empty(1, np.int64)
     _core.checksum(data, first, result)
     return int(result.view(np.uint64)[0])
-
-
-def activity() -> float | None:
-    """Seconds spent in operators so far, None while one runs: who finds the same number twice found no computation."""
-    return None if _core.computing() else _core.kernel_seconds()
 
 
 def huge_bytes(data: Array) -> int:

@@ -186,7 +186,7 @@ class PackedFile:
         self._copy = first, np.frombuffer(arena, np.uint8, last - first)
 
     def settle(self, prefixes: tuple[str, ...] | None, ops: Any) -> Settling | None:
-        """Begin to move a part (None: the decoder) into huge pages while it is used; None if there is no such part."""
+        """What moves a part (None: the decoder) into huge pages while it is used; None if there is no such part."""
         tensors = self._part(prefixes)
         if not tensors:
             return None

@@ -1,88 +1,53 @@
-"""How do mapped weights get into huge pages without anybody waiting for it? A thread moves them piece by piece, to the
-same addresses, while they are used: a reader finds either the file's pages or a copy of them, so that nothing but the
-time of a later read depends on how far it has come."""
+"""How do mapped weights get into huge pages without the first token waiting for it? Piece by piece between further
+steps, to the same addresses. A reader finds either the file's pages or a copy of them: nothing but the time that
+reading takes depends on how far it has come."""
 
 from __future__ import annotations
 
-import atexit
 import mmap
 import os
-import threading
 import weakref
-from time import monotonic
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-_PIECE_BYTES = 4 << 20  # takes a millisecond or two
-_LOOK_SECONDS = 0.002  # between two looks whether anything is computed
-_WAIT_SECONDS = 0.05  # after so long a piece is moved although something is: a few percent of the time
+_PIECE_BYTES = 4 << 20  # takes a millisecond, or several where a virtual machine has to get the memory first
+_SHARE = 1 / 25  # of the time that goes by
 
 
 class Settling:
-    """Moves bytes [begin, end) of a mapped file into huge pages, as far as they are not in some already. Ends early if
-    the system does not give memory or a thread, if the mapping is used no more, and when the process ends."""
+    """Moves bytes [begin, end) of a mapped file into huge pages, as far as they are not in some already."""
 
     def __init__(self, mapping: mmap.mmap, file: int, begin: int, end: int, ops: Any):
-        """file: its descriptor, of which a duplicate is kept meanwhile."""
-        self._thread = threading.Thread(target=self._run, name="deltaic-settling", daemon=True)
-        base = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
-        page = ops.HUGE_PAGE
+        """file: its descriptor, of which a duplicate is kept until the end."""
+        self._bytes = np.frombuffer(mapping, np.uint8)
+        base, page = self._bytes.__array_interface__["data"][0], ops.HUGE_PAGE
         # a neighbour's bytes on the first page come along
-        self._begin = max(begin - (base + begin) % page, -base % page)
+        self._at = max(begin - (base + begin) % page, -base % page)
         self._end = end - (base + end) % page
-        self._mapping = weakref.ref(mapping)
         self._ops = ops
-        self._stop = threading.Event()
+        self._next = 0.0  # when the next piece may move
         self._file = os.dup(file)
-        atexit.register(self.stop)
-        try:
-            self._thread.start()
-        except RuntimeError:  # no thread to be had
-            self._close()
+        self._close = weakref.finalize(self, os.close, self._file)
 
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait until all is moved that can be, or for so many seconds; whether it is."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def stop(self) -> None:
-        """End after the piece at hand, and wait for that."""
-        self._stop.set()
-        self.join()
-
-    def _run(self) -> None:
-        try:
-            for at in range(self._begin, self._end, _PIECE_BYTES):
-                if not self._move(at, min(_PIECE_BYTES, self._end - at)):
-                    break
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        os.close(self._file)
-        atexit.unregister(self.stop)
-
-    def _move(self, at: int, nbytes: int) -> bool:
-        """Whether it makes sense to go on."""
-        mapping = self._mapping()
-        if mapping is None:
-            return False
-        piece = np.frombuffer(mapping, np.uint8, nbytes, at)
-        if self._ops.huge_bytes(piece) == nbytes:
-            return not self._stop.is_set()
-        del mapping, piece  # nobody has to keep the weights for the wait
-        if not self._wait_for_gap() or (mapping := self._mapping()) is None:
-            return False
-        return bool(self._ops.move_to_huge_pages(np.frombuffer(mapping, np.uint8, nbytes, at), self._file, at))
-
-    def _wait_for_gap(self) -> bool:
-        """Until nothing is computed, or for long enough. False: stop."""
-        deadline, seen = monotonic() + _WAIT_SECONDS, None
-        while not self._stop.wait(_LOOK_SECONDS):
-            now = self._ops.activity()
-            if (now is not None and now == seen) or monotonic() > deadline:
-                return True
-            seen = now
+    def step(self) -> bool:
+        """Move the next piece if that keeps to the share of the time; whether there are more. There are none either
+        when the system gives no memory."""
+        start = perf_counter()
+        if start < self._next:
+            return True
+        while self._at < self._end:
+            piece = self._bytes[self._at : min(self._at + _PIECE_BYTES, self._end)]
+            at, self._at = self._at, self._at + len(piece)
+            if self._ops.huge_bytes(piece) == len(piece):
+                continue
+            if not self._ops.move_to_huge_pages(piece, self._file, at):
+                self._at = self._end
+            break
+        if self._at < self._end:
+            end = perf_counter()
+            self._next = end + (end - start) * (1 / _SHARE - 1)
+            return True
+        self._close()
         return False
