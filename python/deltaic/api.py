@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +31,7 @@ from .generate.sampling import (
 from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
 from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
-from .machine import default_threads
+from .machine import default_threads, huge_pages
 from .memory import check_context, checkpoint_bytes, default_cache_bytes, room_for_copy
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .model.vision import VisionModel
     from .session import Session
     from .weights.precision import Precision
+    from .weights.settle import Settling
     from .weights.source import Source
 
 KV_DTYPES = ("bf16", "f32", "int8")
@@ -125,8 +127,9 @@ def load(
                   half the memory of bf16, somewhat less exact; CPU only); None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
-                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" copies on the
-                  CPU if that leaves half of the free memory free, and maps otherwise
+                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" maps it, so
+                  that the first token is there soonest, and on the CPU moves the decoder into huge pages in 4% of
+                  the time of further tokens, if that leaves half of the free memory free (Linux)
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
                   sequence is there is checked before anything is loaded. None: the model's own limit, not checked
@@ -187,7 +190,7 @@ def load(
         parts = _map(folder, config, ops, explicit, activations, memory, verify, progress, blank_state)
     else:
         parts = _pack(folder, config, ops, wanted, progress, blank_state)
-    text, vision, mtp, precision, blank = parts
+    text, vision, mtp, precision, blank, settling = parts
     cache_bytes = default_cache_bytes(ops, blank, context) if cache_bytes is None else cache_bytes
     spill = None
     if cache_folder is not None:
@@ -196,13 +199,13 @@ def load(
         spill = SpillFolder(cache_folder, blank, ops, cache_folder_bytes)
     return Model(
         folder, config, text, vision, ops, blank, device=device, precision=precision, threads=threads,
-        cache_bytes=cache_bytes, spill=spill, mtp=mtp, speculate=speculate,
+        cache_bytes=cache_bytes, spill=spill, mtp=mtp, speculate=speculate, settling=settling,
     )  # fmt: skip
 
 
 # How the parts of a model reach `load`: what states look like is made, and memory checked, before weights are read.
 BlankState = Callable[[str, int, "Precision", bool], "State"]
-Parts = tuple["TextModel", "VisionModel | None", "MtpModel | None", "Precision", "State"]
+Parts = tuple["TextModel", "VisionModel | None", "MtpModel | None", "Precision", "State", "Settling | None"]
 
 
 def _pack(
@@ -231,7 +234,7 @@ def _pack(
         if config.vision is not None:
             vision_parts = _placed(ops, vision_weights(source, config, progress), precision)
             vision = VisionModel(config.vision, vision_parts, ops)
-    return text, vision, mtp, precision, blank
+    return text, vision, mtp, precision, blank, None
 
 
 def _map(
@@ -248,9 +251,6 @@ def _map(
     """The parts of a packed folder. Of the vision tower no byte is read before the first picture."""
     from dataclasses import replace
 
-    from .model.text import TextModel
-    from .model.vision import VisionModel
-    from .weights.build import open_source, text_weights, vision_weights
     from .weights.fingerprint import packed_fingerprint
     from .weights.packed import PackedFile
 
@@ -262,25 +262,65 @@ def _map(
                 f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
             )
         blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision, packed.has_mtp)
-        if memory == "copy" or (memory == "auto" and ops.__name__.endswith(".cpu") and room_for_copy(packed.nbytes)):
+        if memory == "copy":
             packed.copy(None)
-        if verify:
+
+        def check() -> None:
             packed.verify(ops, None, "the text model", progress)
             if blank.with_mtp:
                 packed.verify(ops, ("mtp.",), "the MTP layer", progress)
-        _require_memory(ops, packed.nbytes)
-        source = open_source(packed, config, ops, precision)
-        text = TextModel(config.text, _placed(ops, text_weights(source, config), precision), ops)
-        mtp = _mtp(text, source, config, ops, precision, blank, False)
-        vision = None
-        if config.vision is not None:
 
-            def check() -> None:
-                packed.verify(ops, ("visual.",), "the vision tower", False)
+        with _beside(check if verify else None):  # on one thread Python makes the objects, all others read
+            from .model.text import TextModel
+            from .model.vision import VisionModel
+            from .weights.build import open_source, text_weights, vision_weights
 
-            vision_parts = _placed(ops, vision_weights(source, config), precision)
-            vision = VisionModel(config.vision, vision_parts, ops, check if verify else None)
-    return text, vision, mtp, precision, blank
+            _require_memory(ops, packed.nbytes)
+            source = open_source(packed, config, ops, precision)
+            text = TextModel(config.text, _placed(ops, text_weights(source, config), precision), ops)
+            mtp = _mtp(text, source, config, ops, precision, blank, False)
+            vision = None
+            if config.vision is not None:
+
+                def check_vision() -> None:
+                    packed.verify(ops, ("visual.",), "the vision tower", False)
+
+                vision_parts = _placed(ops, vision_weights(source, config), precision)
+                vision = VisionModel(config.vision, vision_parts, ops, check_vision if verify else None)
+        movable = hasattr(ops, "move_to_huge_pages") and huge_pages()
+        settling = None
+        if memory == "auto" and movable and room_for_copy(packed.nbytes):
+            settling = packed.settle(None, ops)
+    return text, vision, mtp, precision, blank, settling
+
+
+@contextmanager
+def _beside(function: Callable[[], None] | None) -> Iterator[None]:
+    """Runs `function` in a thread of its own while the block runs, and ends with both; what it raises counts more than
+    what the block raises."""
+    if function is None:
+        yield
+        return
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="deltaic-beside", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread to be had
+        run()
+    try:
+        yield
+    finally:
+        if thread.ident is not None:
+            thread.join()
+        if errors:
+            raise errors[0]
 
 
 def _mtp(
@@ -339,8 +379,10 @@ class Model:
         spill: SpillFolder | None,
         mtp: MtpModel | None,
         speculate: str,
+        settling: Settling | None = None,
     ) -> None:
-        """blank: a state that is never fed, which says what states of this model look like."""
+        """blank: a state that is never fed, which says what states of this model look like. settling: of its weights,
+        between steps."""
         self.folder = folder
         self.config = config
         self.device = device
@@ -353,8 +395,9 @@ class Model:
         self._blank_state = blank
         self._ops = ops
         self._runner = Runner(
-            text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp
-        )
+            text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp,
+            after_step=None if settling is None else settling.step,
+        )  # fmt: skip
         self._generation_config = read_generation_config(folder)
         self._files_lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None
