@@ -28,7 +28,7 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from deltaic.generate.loop import Drafting
+from deltaic.generate.runner import Drafting
 from deltaic.generate.speculate import Costs
 
 MINIATURE = Path(deltaic.__file__).parent / "miniature"

@@ -79,7 +79,8 @@ def alone(model, prompt, **options):
     """(result, logits) of a prompt that nobody else shares a step with, decoded token by token."""
     job = model._job(prompt, None, options.pop("thinking", None), None, options)
     sampler = job.sampler = Recorded(job.sampler)
-    from deltaic.generate.loop import Stream, generate_ids
+    from deltaic.generate.loop import generate_ids
+    from deltaic.generate.stream import Stream
 
     stream = Stream(
         lambda: generate_ids(

@@ -24,7 +24,7 @@ from .speculate import Costs, draft_together
 
 if TYPE_CHECKING:
     from ..model.state import State
-    from .loop import Runner, Verification
+    from .runner import Runner, Verification
     from .speculate import Speculator
 
 MAX_SEQUENCES = 8

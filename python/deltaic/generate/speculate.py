@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..model.state import State
-    from .loop import Drafting, Runner
+    from .runner import Drafting, Runner
     from .sampling import Sampler
 
 MODES = ("auto", "mtp", "lookup", "off")
@@ -331,7 +331,7 @@ class Speculator:
 
     def _drafting(self, state: State, end: int, depth: int) -> Drafting:
         """The same for `Runner.draft`; nothing waits any more."""
-        from .loop import Drafting
+        from .runner import Drafting
 
         rows = self._pending[0] if len(self._pending) == 1 else self._runner.joined(self._pending)
         first, sampler = end - len(self._tokens), self._sampler
