@@ -19,8 +19,8 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 // Register tile: blocks of 16 lanes x query rows.
-constexpr int kFlashBlocks = kTileTokens >= 12 ? 2 : 1;
-constexpr int kFlashRows = kTileTokens >= 12 ? 12 : kTileTokens >= 2 ? 6 : 2;
+constexpr int kFlashBlocks = kTileTokens >= 12 ? 3 : 1;
+constexpr int kFlashRows = kTileTokens >= 12 ? 8 : kTileTokens >= 2 ? 6 : 2;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // How numbers lie in memory: rows of keys, values or queries.
@@ -132,7 +132,7 @@ struct FloatProducts {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(DELTAIC_BF16_PAIRS)
 // Products of bfloat16 pairs: whatever is not stored so is rounded.
 struct PairProducts {
     using Number = uint16_t;
@@ -170,10 +170,10 @@ struct PairProducts {
                                     int64_t lanes, f32x16 (&acc)[NB][NT]) {
         for (int64_t k = 0; k < lanes; ++k) {
             bf16x32 wk[NB];
-            for (int b = 0; b < NB; ++b) wk[b] = load_pairs(w + b * block_stride + k * 16);
-            for (int t = 0; t < NT; ++t) {
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) wk[b] = load_pairs(w + b * block_stride + k * 16);
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
                 const bf16x32 xk = set_pair(x + t * x_stride + 2 * k);
-                for (int b = 0; b < NB; ++b) acc[b][t] = dot_pairs(wk[b], xk, acc[b][t]);
+                DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] = dot_pairs(wk[b], xk, acc[b][t]);
             }
         }
     }
@@ -185,7 +185,10 @@ struct PairProducts {
     static DELTAIC_INLINE void pack_keys(const uint8_t* const (&rows)[16], int64_t D, float* packed) {
         for (int64_t d = 0; d < D; d += 32) {
             f32x16 a[16];
-            for (int i = 0; i < 16; ++i) a[i].part[0] = as_float(load_lanes<format>(rows[i], d, D).bits);
+            for (int i = 0; i < 16; ++i) {
+                const bf16x32 pairs = load_lanes<format>(rows[i], d, D);
+                for (int part = 0; part < kParts; ++part) a[i].part[part] = as_float(pairs.part[part]);
+            }
             transpose(a);
             for (int i = 0; i < 16 && d + 2 * i < D; ++i) store(packed + (d / 2 + i) * 16, a[i]);
         }
@@ -227,26 +230,33 @@ struct FlashTile {
         Products::kKeys * Products::kNumbers;  // from one row of `scores` to the next
 };
 
-// Floats of memory that a tile of up to `rows` rows works in.
+// Floats of memory of a tile of up to `rows` rows: its scores, which are of no use after flash_keys, and its state.
 template <class Products>
-DELTAIC_INLINE int64_t flash_floats(int64_t rows, int64_t D) {
-    return round_up(rows, kFlashRows) * (Products::kKeys + round_up(D, 16) + 17);
+DELTAIC_INLINE int64_t flash_score_floats(int64_t rows) {
+    return round_up(rows, kFlashRows) * Products::kKeys;
+}
+DELTAIC_INLINE int64_t flash_state_floats(int64_t rows, int64_t D) {
+    return round_up(round_up(rows, kFlashRows) * (round_up(D, 16) + 17), 16);
 }
 
 template <class Products>
-DELTAIC_INLINE FlashTile<Products> flash_begin(const typename Products::Number* q, int64_t stride, int64_t rows,
-                                               int64_t D, float* memory) {
+DELTAIC_INLINE FlashTile<Products> flash_tile(const typename Products::Number* q, int64_t stride, int64_t rows,
+                                              int64_t D, float* scores, float* state) {
     FlashTile<Products> t;
     t.rows = rows, t.padded = round_up(rows, kFlashRows);
     t.D = D, t.dims = round_up(D, 16);
     t.q = q, t.stride = stride;
-    t.scores = memory;
-    t.out = t.scores + t.padded * Products::kKeys;
+    t.scores = scores;
+    t.out = state;
     t.total = t.out + t.padded * t.dims;
     t.highest = t.total + t.padded * 16;
+    return t;
+}
+// Before the first keys.
+template <class Products>
+DELTAIC_INLINE void flash_begin(const FlashTile<Products>& t) {
     for (int64_t i = 0; i < t.padded * (t.dims + 16); i += 16) store(t.out + i, zero());
     for (int64_t i = 0; i < t.padded; ++i) t.highest[i] = -INFINITY;
-    return t;
 }
 
 template <int NB, class Products>

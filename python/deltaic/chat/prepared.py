@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaic.errors import ConfigError, DeltaicError
+from deltaic.errors import CheckpointError, ConfigError, DeltaicError
 from deltaic.ops.bpe import merge_key, merge_slots
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PREPARED_FILE = "deltaic.tokenizer"
 FORMAT_VERSION = "1"
 
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
 _RULES = ("normalizer", "pre_tokenizer")
 _PLAIN_MODEL = {
     "dropout": (None, 0, 0.0),
@@ -127,18 +128,21 @@ def read_prepared(folder: Path) -> Prepared | None:
         from deltaic.ops import cpu  # noqa: F401
     except ImportError:
         return None
-    from safetensors import SafetensorError, safe_open
+    from deltaic.weights.checkpoint import CheckpointFile
 
     try:
-        with safe_open(path, "np") as file:
-            facts = json.loads(file.metadata()["facts"])
+        file = CheckpointFile(path, _DTYPES)
+        try:
+            facts = json.loads(file.metadata["facts"])
             if facts["version"] != FORMAT_VERSION or facts["source"] != _source(source):
                 return None  # of another release, or the tokeniser has been replaced since
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: tensor.read() for name, tensor in file.tensors.items()}
+        finally:
+            file.close()
         if _checksum(arrays) != facts["checksum"]:
             raise ValueError("its contents do not match their checksum")
         return Prepared(arrays, facts)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, CheckpointError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: expected what `deltaic quantize` writes, found a damaged file ({error}); remove it, or pack the "
             "original checkpoint again"

@@ -20,7 +20,6 @@ import math
 import os
 import secrets
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import StateError
-from .state import BLOCK_TOKENS, KV_DTYPES, State, host_array
+from ..fileio import read_at
+from .state import BLOCK_TOKENS, KV_DTYPES, State, append_block, host_array
 
 FORMAT, VERSION = "deltaic-state", "1"
 CHECKSUM = "checksum"
@@ -44,7 +44,6 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_RANK, _MAX_TOKENS = 8, 1 << 40
 _SUM_BYTES = 1 << 18  # a piece's weights and words stay in the second-level cache
 _READERS = 2  # threads that read a file
-_SEEKING = threading.Lock()  # where a file has one position for all threads
 _WEIGHTS = (np.arange(_SUM_BYTES // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -130,7 +129,7 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         kv = arrays.pop(f"kv.{i}")
         if kv.shape != block or kv.dtype != KV_DTYPES[state.kv_dtype] or block[1:4:2] != (2, BLOCK_TOKENS):
             raise ValueError(f"kv.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {block}")
-        state.kv.append(move(kv))
+        append_block(state.kv, move(kv), state.kv_dtype)
     state.mtp_first, state.mtp_length = (int(n) for n in json.loads(metadata.get("mtp", "[0, 0]")))
     if not 0 <= state.mtp_first <= state.mtp_first + state.mtp_length <= length:
         raise ValueError(f"entries {state.mtp_first} + {state.mtp_length} of the MTP layer, {length} tokens")
@@ -139,7 +138,7 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         kv = arrays.pop(f"mtp.{i}")
         if kv.shape != state._mtp_block or kv.dtype != KV_DTYPES[state.kv_dtype]:
             raise ValueError(f"mtp.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {state._mtp_block}")
-        state.mtp.append(move(kv))
+        append_block(state.mtp, move(kv), state.kv_dtype)
     state.conv, state.delta = move(state.conv), move(state.delta)
     state._shared_mtp = 0
     state._zeros = getattr(ops, "zeros", np.zeros)
@@ -197,11 +196,11 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, str], Arrays]:
 def _read_arrays(file: Any, path: Path) -> tuple[dict[str, str], Arrays]:
     size = os.fstat(file.fileno()).st_size
     prefix = bytearray(8)
-    length = int.from_bytes(prefix, "little") if _read(file, 0, memoryview(prefix)) == 8 else -1
+    length = int.from_bytes(prefix, "little") if read_at(file, 0, memoryview(prefix)) == 8 else -1
     if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise StateError(f"{path} is not a state file of deltaic, or was cut off ({size} bytes)")
     raw = bytearray(length)
-    _read(file, 8, memoryview(raw))
+    read_at(file, 8, memoryview(raw))
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__")
@@ -289,25 +288,9 @@ def _write(file: BinaryIO, data: memoryview) -> None:
 
 def _read_and_sum(file: Any, path: Path, position: int, data: npt.NDArray[np.uint8]) -> bytes:
     """Fill `data` from `position` of the file on; its sums."""
-    if _read(file, position, data.data) != len(data):
+    if read_at(file, position, data.data) != len(data):
         raise StateError(f"{path} was cut off while it was read")
     return _sums(data)
-
-
-def _read(file: Any, position: int, into: memoryview) -> int:
-    """Fill `into` from `position` on as far as the file goes; the bytes read. From several threads at once."""
-    total = 0
-    while total < len(into):
-        if hasattr(os, "preadv"):
-            count = os.preadv(file.fileno(), [into[total:]], position + total)
-        else:
-            with _SEEKING:
-                file.seek(position + total)
-                count = file.readinto(into[total:])
-        if not count:
-            break
-        total += count
-    return total
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ __all__ = [
     "BlockTable",
     "Tape",
     "Weight",
+    "argmax",
     "bpe_merge",
     "checksum",
     "embed",
@@ -27,11 +28,13 @@ __all__ = [
     "gated_attention",
     "gated_delta_net",
     "gated_delta_net_commit",
+    "huge_bytes",
     "isa",
     "layer_norm",
     "linear",
     "log_softmax_top",
     "moe",
+    "move_to_huge_pages",
     "num_threads",
     "pack",
     "pack_glu",
@@ -40,6 +43,7 @@ __all__ = [
     "probe_peak",
     "probe_read",
     "rms_norm",
+    "rms_norm_pair",
     "sample",
     "set_num_threads",
     "swiglu",
@@ -50,6 +54,7 @@ Array = np.ndarray
 FORMATS: tuple[str, ...] = _core.formats
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
 BLOCK_ROWS = 16
+HUGE_PAGE: int = _core.huge_page
 SPLIT_INVARIANT = True  # the rows of a prompt get the same bits wherever its reading is interrupted (with prefill=True)
 
 
@@ -141,6 +146,19 @@ def checksum(data: Array, first: int = 0) -> int:
     return int(result.view(np.uint64)[0])
 
 
+def huge_bytes(data: Array) -> int:
+    """How many bytes of a mapping [n], n a multiple of HUGE_PAGE, are in huge pages; -1 where the system does not
+    tell."""
+    return _core.huge_bytes(data)
+
+
+def move_to_huge_pages(data: Array, file: int, offset: int) -> bool:
+    """Puts a copy in huge pages in the place of a part [n] of a file's read-only mapping, n and the address multiples
+    of HUGE_PAGE: same addresses, same bytes, also for who reads them meanwhile. file: the descriptor; offset: of the
+    part in it. Whether that was possible; else nothing has changed."""
+    return _core.move_to_huge_pages(data, file, offset)
+
+
 def probe_read(data: Array) -> None:
     """Reads bytes [n] once, on all threads: time it to learn the bandwidth of memory."""
     _core.probe_read(data, np.empty(1, np.int64))
@@ -166,6 +184,12 @@ def embed(ids: Array, table: Weight) -> Array:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     y = _core.empty(x.shape)
     _core.rms_norm(x, weight, eps, y)
+    return y
+
+
+def rms_norm_pair(a: Array, a_weight: Array, b: Array, b_weight: Array, eps: float) -> Array:
+    y = _core.empty((a.shape[0], 2 * a.shape[1]))
+    _core.rms_norm_pair(a, a_weight, b, b_weight, eps, y)
     return y
 
 
@@ -324,6 +348,10 @@ def sample(
         output_ids, output_counts, prompt_ids, limit, uniform, token,
     )  # fmt: skip
     return int(token[0])
+
+
+def argmax(logits: Array, *, limit: int, tokens: Array) -> None:
+    _core.argmax(logits, limit, tokens)
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -150,7 +149,8 @@ def _read_f32(blocks: Bytes, columns: int) -> Floats:
 
 def _read_bf16(blocks: Bytes, columns: int) -> Floats:
     """[B][K/2][16][2] bfloat16: neighbouring columns of a row are neighbours -> [B, 16, K]."""
-    pairs = blocks.view(ml_dtypes.bfloat16).reshape(len(blocks), -1, ROWS, 2).astype(np.float32)
+    numbers = (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # the upper half of a float32
+    pairs = numbers.reshape(len(blocks), -1, ROWS, 2)
     return pairs.transpose(0, 2, 1, 3).reshape(len(blocks), ROWS, -1)[:, :, :columns]
 
 

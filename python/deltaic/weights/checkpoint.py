@@ -16,16 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -38,13 +32,13 @@ _MAX_DIMENSION = 1 << 48
 class CheckpointFile:
     """One memory-mapped safetensors file, its header checked: `tensors` by name, `metadata`, and `size` in bytes.
 
-    dtypes: what its tensors may be. Raises CheckpointError on construction if the file cannot be read or its header is
-    not exactly right.
+    dtypes: what its tensors may be; None: BF16, F16, F32. Raises CheckpointError on construction if the file cannot be
+    read or its header is not exactly right.
     """
 
-    def __init__(self, path: Path, dtypes: dict[str, np.dtype[Any]] = DTYPES):
+    def __init__(self, path: Path, dtypes: dict[str, np.dtype[Any]] | None = None):
         self.path = path
-        self.dtypes = dtypes
+        self.dtypes = _float_dtypes() if dtypes is None else dtypes
         self._handle = _open_regular(path)
         try:
             self.size = os.fstat(self._handle.fileno()).st_size
@@ -103,6 +97,10 @@ class CheckpointFile:
             page = start - start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, start + nbytes - page)
 
+    def mapping(self) -> tuple[mmap.mmap, int]:
+        """The map of the whole file, and the file's descriptor."""
+        return self._map, self._handle.fileno()
+
     def release(self) -> None:
         """Give all mapped pages back to the system; a later read finds them again in the file.
 
@@ -114,6 +112,16 @@ class CheckpointFile:
     def close(self) -> None:
         """Close the file. Views of it stay valid, and more can be made; the mapping goes away with the last of them."""
         self._handle.close()
+
+
+def _float_dtypes() -> dict[str, np.dtype[Any]]:
+    import ml_dtypes  # takes milliseconds, and a packed folder does without
+
+    return {
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F16": np.dtype(np.float16),
+        "F32": np.dtype(np.float32),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, CheckpointError
+from ..fileio import read_at
 from ..model.config import ModelConfig
 from ..model.weights import Array, Weight
 from ..ops.quantise import CHECKSUM_BYTES, ROWS, block_bytes
@@ -28,6 +28,7 @@ from .checkpoint import CheckpointFile, Tensor
 from .names import PATCH, TensorSpec, expected_tensors
 from .packer import in_part
 from .precision import FORMATS, ROUNDED, Precision
+from .settle import Settling
 from .source import Transform, progress_bar
 
 PACKED_FILE = "deltaic.safetensors"
@@ -160,6 +161,8 @@ class PackedFile:
 
         Raises CheckpointError if there is not enough memory, or the file cannot be read.
         """
+        from concurrent.futures import ThreadPoolExecutor  # takes milliseconds, and most loads do without
+
         tensors = self._part(prefixes)
         if not tensors:
             return
@@ -172,24 +175,27 @@ class PackedFile:
             else:
                 arena = mmap.mmap(-1, size)
             target, offset = memoryview(arena)[: last - first], self._file.data_start + first
-            with ThreadPoolExecutor(_COPY_THREADS) as pool:  # one thread waits for the pages that it fills
-                for _ in pool.map(
-                    lambda at: self._read(target[at : at + _COPY_BYTES], offset + at),
-                    range(0, last - first, _COPY_BYTES),
-                ):
-                    pass
+            with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(_COPY_THREADS) as pool:
+
+                def fill(at: int) -> bool:
+                    piece = target[at : at + _COPY_BYTES]
+                    return read_at(file, offset + at, piece) == len(piece)
+
+                # one thread waits for the pages that it fills
+                if not all(pool.map(fill, range(0, last - first, _COPY_BYTES))):
+                    raise self._damaged("it ends early")
         except (OSError, ValueError) as error:  # ValueError: mmap beyond the address space
             raise CheckpointError(f"{self.path} cannot be copied into memory: {error}") from error
         self._copy = first, np.frombuffer(arena, np.uint8, last - first)
 
-    def _read(self, target: memoryview, offset: int) -> None:
-        with self.path.open("rb", buffering=0) as handle:
-            handle.seek(offset)
-            while target:
-                count = handle.readinto(target)
-                if not count:
-                    raise self._damaged("it ends early")
-                target = target[count:]
+    def settle(self, prefixes: tuple[str, ...] | None, ops: Any) -> Settling | None:
+        """What moves a part (None: the decoder) into huge pages while it is used; None if there is no such part."""
+        tensors = self._part(prefixes)
+        if not tensors:
+            return None
+        begin, end = tensors[0].begin, tensors[-1].begin + tensors[-1].nbytes
+        start = self._file.data_start
+        return Settling(*self._file.mapping(), start + begin, start + end, ops)
 
     def _part(self, prefixes: tuple[str, ...] | None) -> list[Tensor]:
         chosen = [tensor for name, tensor in self._file.tensors.items() if in_part(name, prefixes)]
