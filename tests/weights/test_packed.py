@@ -238,9 +238,9 @@ def refused(folder: Path, match: str) -> None:
 
 def test_another_version_is_refused(folder: Path) -> None:
     header, data = raw_header(folder)
-    header["__metadata__"]["format_version"] = "2"
+    header["__metadata__"]["format_version"] = "1"
     write_header(folder, header, data)
-    refused(folder, "format version 2, this deltaic reads version 1; pack")
+    refused(folder, "format version 1, this deltaic reads version 2; pack")
     del header["__metadata__"]["format_version"]
     write_header(folder, header, data)
     refused(folder, "format version None")
