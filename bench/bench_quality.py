@@ -3,6 +3,7 @@
 1. Held-out accuracy of the bundled miniature, answered by deltaic itself in bf16, int8 and int4 (greedy, exact texts;
    the questions are those of bench/miniature/evaluate.py).
 2. Mean squared error of int4 and of Q4_0 (`gguf` package) on the same matrices, with the bits per weight of both.
+3. With --checkpoint FOLDER: the cosine of its logits to those of float32 weights, over random token ids.
 
 Needs the gguf package, and deltaic with its kernels.
 """
@@ -10,7 +11,9 @@ Needs the gguf package, and deltaic with its kernels.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent / "miniature"))
 
 import questions
+from deltaic.model.config import load_config
 
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
 DTYPES = ("bf16", "int8", "int4")
@@ -91,11 +95,59 @@ def mean_square(x: np.ndarray) -> float:
     return float(np.square(x, dtype=np.float64).mean())
 
 
+def logits(folder: Path, ids: list[int], **precision: str) -> np.ndarray:
+    """Logits [T, vocab] of a checkpoint in one precision."""
+    return deltaic.load(folder, progress=False, cache_bytes=0, **precision).forward(ids)
+
+
+def cosine_row(name: str, found: np.ndarray, exact: np.ndarray) -> str:
+    """Mean and smallest cosine over the tokens, as a row of a table."""
+    products = (found * exact).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(exact, axis=1)
+    return f"| {name} | {products.mean():.5f} | {products.min():.5f} |"
+
+
+def requantised(folder: Path, kind: str, target: Path) -> Path:
+    """A copy of a one-file checkpoint in `target` whose text matrices went through a format of the gguf package."""
+    import gguf
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    form, tensors = getattr(gguf.GGMLQuantizationType, kind), load_file(folder / "model.safetensors")
+    for name, x in tensors.items():
+        is_matrix = x.ndim == 2 and min(x.shape) > 64 and x.shape[1] % 32 == 0
+        if is_matrix and not name.startswith(("model.visual", "mtp")):
+            tensors[name] = torch.from_numpy(gguf.dequantize(gguf.quantize(x.float().numpy(), form), form))
+    save_file(tensors, target / "model.safetensors")
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, target)
+    return target
+
+
+def cosines(folder: Path, tokens: int = 64) -> list[str]:
+    """Rows of a table: cosine of each token's logits to those of float32 weights and float32 K/V."""
+    ids = np.random.default_rng(1).integers(100, load_config(folder).text.vocab_size // 2, tokens).tolist()
+    exact = logits(folder, ids, dtype="f32")
+    rows = []
+    for dtype in DTYPES:
+        for activations in ("int8", "float32"):
+            found = logits(folder, ids, dtype=dtype, activations=activations)
+            rows.append(cosine_row(f"{dtype} | {activations}", found, exact))
+    for kind in ("Q8_0", "Q4_0"):
+        with tempfile.TemporaryDirectory() as target:
+            found = logits(requantised(folder, kind, Path(target)), ids, dtype="f32")
+        rows.append(cosine_row(f"{kind} | float32", found, exact))
+    return rows
+
+
 def main() -> None:
     """Prints, and writes if asked, both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-kind", type=int, default=180, help="questions of each kind about pictures")
     parser.add_argument("--texts", type=int, default=300, help="questions without a picture")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="also compare the logits of this checkpoint, such as a random 0.8B"
+    )
     parser.add_argument("--markdown", type=Path, help="write the tables to this file too")
     args = parser.parse_args()
 
@@ -134,6 +186,15 @@ def main() -> None:
         theirs = q4_0_error(matrix)
         lines.append(f"| {name} | {ours:.3e} | {theirs:.3e} | {ours / theirs:.3f} |")
     lines += ["", f"Bits per weight: int4 {bits:.3f}, Q4_0 {Q4_0_BITS:.3f}."]
+    if args.checkpoint:
+        lines += [
+            "",
+            f"## Logits of {args.checkpoint.name} against float32 weights, 64 random tokens",
+            "",
+            "| weights | activations | mean cosine | smallest |",
+            "|---|---|---:|---:|",
+            *cosines(args.checkpoint),
+        ]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.markdown:

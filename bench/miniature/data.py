@@ -15,7 +15,7 @@ from torch import Tensor
 
 IGNORED = -100
 ONE_THING_KINDS = ("colour", "shape", "place", "at", "describe", "describe", "describe")
-HARDER_KINDS = (*scenes.ASKERS, "colour", "place", "place", "relation", "describe")
+HARDER_KINDS = (*scenes.ASKERS, "colour", "place", "relation", "relation", "describe", "describe")
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
@@ -147,7 +147,7 @@ class Stage:
     length: int = 128
     pairs: float = 0.0
     thinking: float = 0.0
-    text_every: int = 5
+    text_every: int = 4
     naming: float = 0.05
 
 
@@ -155,7 +155,7 @@ STAGES = (
     (0, Stage((1, 0, 0, 0), ONE_THING_KINDS, one_turn=1.0, rows=32, text_every=0)),
     (150, Stage((4, 4, 0, 0))),
     (350, Stage((2, 4, 4, 0), HARDER_KINDS, pairs=0.15, naming=0.3)),
-    (700, Stage((2, 4, 5, 0), HARDER_KINDS, pairs=0.35, thinking=0.08, naming=0.3)),
+    (700, Stage((2, 4, 5, 0), HARDER_KINDS, pairs=0.35, thinking=0.1, text_every=3, naming=0.3)),
 )
 
 
@@ -220,10 +220,10 @@ def text_batch(tokenizer: Tokenizer, rng: random.Random, count: int, length: int
     rows = []
     for i in range(count):
         row = Row(tokenizer)
-        if i % 2:
+        if i % 3 == 0:
             row.text(texts.make_document(rng) + "<|endoftext|>", learnt=True)
         else:
-            single = rng.random() < 0.2
+            single = rng.random() < 0.1
             while True:
                 question = texts.make_chat(rng, False)
                 row.ask(question.text, [])

@@ -102,7 +102,7 @@ CHATS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 def make_chat(rng: random.Random, held_out: bool) -> Question:
     """A question without a picture. Counts and copied sentences are split by checksum; the others are facts."""
-    kind = rng.choices(tuple(CHATS), (5, 1, 2, 4, 2, 1))[0]
+    kind = rng.choices(tuple(CHATS), (5, 1, 2, 3, 4, 1))[0]
     while True:
         text, answer = CHATS[kind](rng)
         if kind not in ("counting", "copying") or (checksum(text) % LAYOUT_SPLIT == 0) == held_out:

@@ -42,8 +42,8 @@ def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=package.FOLDER, help="where the miniature is written")
-    parser.add_argument("--steps", type=int, default=3963, help="steps of the trunk, the falling ones included")
-    parser.add_argument("--decay-steps", type=int, default=1500, help="steps over which the learning rate falls")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of the trunk, the falling ones included")
+    parser.add_argument("--decay-steps", type=int, default=2000, help="steps over which the learning rate falls")
     parser.add_argument("--lesson-steps", type=int, default=LESSON_STEPS)
     parser.add_argument("--draft-steps", type=int, default=800, help="steps of the draft layer after the trunk's")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="highest learning rate of AdamW")

@@ -3,6 +3,10 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+#include <cstdio>
 #endif
 
 namespace deltaic {
@@ -28,6 +32,23 @@ extern const Ops kOps;
 namespace neon_dot {
 extern const Ops kOps;
 }
+namespace neon_i8mm {
+extern const Ops kOps;
+}
+#endif
+
+#if defined(__aarch64__) && defined(__APPLE__)
+namespace {
+
+bool has_feature(const char* name) {
+    char path[64];
+    snprintf(path, sizeof path, "hw.optional.arm.%s", name);
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(path, &value, &size, nullptr, 0) == 0 && value == 1;
+}
+
+}  // namespace
 #endif
 
 const Isa* isa_list(int* count) {
@@ -47,10 +68,16 @@ const Isa* isa_list(int* count) {
 #elif defined(__aarch64__)
 #if defined(__linux__)
     const bool has_dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+    const unsigned long matrices = 1ul << 13 | 1ul << 14;  // HWCAP2_I8MM, HWCAP2_BF16: older headers lack the names
+    const bool has_i8mm = has_dot && (getauxval(AT_HWCAP2) & matrices) == matrices;
+#elif defined(__APPLE__)
+    const bool has_dot = has_feature("FEAT_DotProd");
+    const bool has_i8mm = has_dot && has_feature("FEAT_I8MM") && has_feature("FEAT_BF16");
 #else
-    const bool has_dot = true;  // every Apple CPU with this instruction set, from the M1 on
+    const bool has_dot = false, has_i8mm = false;
 #endif
-    static const Isa list[] = {{"neon_dot", has_dot, false, &neon_dot::kOps},
+    static const Isa list[] = {{"neon_i8mm", has_i8mm, true, &neon_i8mm::kOps},
+                               {"neon_dot", has_dot, false, &neon_dot::kOps},
                                {"neon", true, false, &neon::kOps},
                                {"baseline", true, false, &baseline::kOps}};
 #else

@@ -50,6 +50,9 @@ enum class Format : int32_t { f32, bf16, int8, int4 };
 constexpr int64_t kBlockRows = 16;
 constexpr int64_t kRun = 128;   // columns that share d, and for which activations share one scale
 constexpr int64_t kGroup = 16;  // columns that share s
+constexpr int64_t kWordBytes =
+    128;  // activations of one token that meet a run: 128 int8 or 64 bfloat16 numbers, 32 words
+constexpr int64_t kFormBytes = kRun * kBlockRows;  // of a run of weights on its way through a kernel
 
 DELTAIC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

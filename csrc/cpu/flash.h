@@ -132,7 +132,7 @@ struct FloatProducts {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(DELTAIC_BF16_PAIRS)
 // Products of bfloat16 pairs: whatever is not stored so is rounded.
 struct PairProducts {
     using Number = uint16_t;
@@ -170,10 +170,10 @@ struct PairProducts {
                                     int64_t lanes, f32x16 (&acc)[NB][NT]) {
         for (int64_t k = 0; k < lanes; ++k) {
             bf16x32 wk[NB];
-            for (int b = 0; b < NB; ++b) wk[b] = load_pairs(w + b * block_stride + k * 16);
-            for (int t = 0; t < NT; ++t) {
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) wk[b] = load_pairs(w + b * block_stride + k * 16);
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
                 const bf16x32 xk = set_pair(x + t * x_stride + 2 * k);
-                for (int b = 0; b < NB; ++b) acc[b][t] = dot_pairs(wk[b], xk, acc[b][t]);
+                DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] = dot_pairs(wk[b], xk, acc[b][t]);
             }
         }
     }
@@ -185,7 +185,10 @@ struct PairProducts {
     static DELTAIC_INLINE void pack_keys(const uint8_t* const (&rows)[16], int64_t D, float* packed) {
         for (int64_t d = 0; d < D; d += 32) {
             f32x16 a[16];
-            for (int i = 0; i < 16; ++i) a[i].part[0] = as_float(load_lanes<format>(rows[i], d, D).bits);
+            for (int i = 0; i < 16; ++i) {
+                const bf16x32 pairs = load_lanes<format>(rows[i], d, D);
+                for (int part = 0; part < kParts; ++part) a[i].part[part] = as_float(pairs.part[part]);
+            }
             transpose(a);
             for (int i = 0; i < 16 && d + 2 * i < D; ++i) store(packed + (d / 2 + i) * 16, a[i]);
         }

@@ -100,10 +100,10 @@ template <int VB>
 DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float* q, const float* k, int64_t k_width,
                                const Gates* gates, float* v, int64_t v_width, int64_t n, const Errors& errors) {
     f32x16 sk[VB], sq[VB], dv[VB];
-    for (int b = 0; b < VB; ++b) sk[b] = sq[b] = zero();
+    DELTAIC_UNROLL for (int b = 0; b < VB; ++b) sk[b] = sq[b] = zero();
     for (int64_t d = 0; d < Dk; ++d) {
         const f32x16 kd = set1(k[d]), qd = set1(q[d]);
-        for (int b = 0; b < VB; ++b) {
+        DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
             prefetch(S + (d + kAhead) * stride + b * 16);
             const f32x16 s = load(S + d * stride + b * 16);
             sk[b] = fma(s, kd, sk[b]);
@@ -112,7 +112,7 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
     }
     for (int64_t i = 0; i < n; ++i) {
         const f32x16 decay = set1(gates[i].decay);
-        for (int b = 0; b < VB; ++b) {
+        DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
             float* value = v + i * v_width + b * 16;
             dv[b] = mul(set1(gates[i].beta), sub(load(value), mul(decay, sk[b])));
             store(value, fma(set1(gates[i].kq), dv[b], mul(decay, sq[b])));
@@ -124,7 +124,7 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
             if (errors.dv) break;
             for (int64_t d = 0; d < Dk; ++d) {
                 const f32x16 kd = set1(now[d]);
-                for (int b = 0; b < VB; ++b) {
+                DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
                     float* s = S + d * stride + b * 16;
                     store(s, fma(kd, dv[b], mul(decay, load(s))));
                 }
@@ -134,7 +134,7 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
         const float *next_k = now + k_width, *next_q = q + (i + 1) * k_width;
         for (int64_t d = 0; d < Dk; ++d) {
             const f32x16 kd = set1(now[d]), k1 = set1(next_k[d]), q1 = set1(next_q[d]);
-            for (int b = 0; b < VB; ++b) {
+            DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
                 float* p = S + d * stride + b * 16;
                 const f32x16 s = fma(kd, dv[b], mul(decay, load(p)));
                 store(p, s);

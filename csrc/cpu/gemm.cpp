@@ -24,7 +24,6 @@ DELTAIC_INLINE void store_sums(const f32x16 (&acc)[NB][NT], float* sums) {
 
 // --- words of int8 or of bfloat16 pairs
 
-constexpr int kPanelTokens = 6;                               // tokens of a register tile
 constexpr int kPanelBlocks = kParts == 1 ? kGroupBlocks : 1;  // blocks of it: 24 of 32 registers are sums
 
 // A block in runs of 32 words: 128 columns of an integer format, 64 of bf16. Bytes of the lines of a run and of all
@@ -63,7 +62,7 @@ void stream_block(Format format, const uint8_t* w, const Activations& a, float* 
         const int64_t token = run * a.stride;
         if (format == Format::int8) {
             run_int8<true, 1, NT>(w + run * 2048, 0, far_ahead(Format::int8, NT), a.quads(run), a.run_sum + token, sum);
-        } else {
+        } else if constexpr (NT <= few_tokens(Format::int4)) {
             // all that a run holds, at once and in the order in which it lies in memory
             const uint8_t* const ahead = w + run * 1120 + far_ahead(Format::int4, NT);
             for (int64_t i = 0; i < 1120; i += 64) prefetch_far(ahead + i);
@@ -86,44 +85,56 @@ void stream_bf16(const uint8_t* w, int64_t stride, const Activations& a, float* 
     store_sums<NB, NT>(acc, sums);
 }
 
-// f(Count<T>), for at most kFewTokens.
-template <class F>
+// f(Count<T>), for T of at most `most`, and that of at most 8.
+template <int64_t most, class F>
 DELTAIC_INLINE void with_tokens(int64_t T, const F& f) {
     switch (T) {
         case 1:
-            return f(Count<1>{});
+            return f(Count<min64(1, most)>{});
         case 2:
-            return f(Count<2>{});
+            return f(Count<min64(2, most)>{});
         case 3:
-            return f(Count<3>{});
+            return f(Count<min64(3, most)>{});
         case 4:
-            return f(Count<4>{});
+            return f(Count<min64(4, most)>{});
         case 5:
-            return f(Count<5>{});
+            return f(Count<min64(5, most)>{});
         case 6:
-            return f(Count<6>{});
+            return f(Count<min64(6, most)>{});
         case 7:
-            return f(Count<7>{});
+            return f(Count<min64(7, most)>{});
         default:
-            return f(Count<8>{});
+            return f(Count<min64(8, most)>{});
     }
 }
 
-// One run of NB blocks with NT tokens. A function of its own, for all registers.
+// One run of NB blocks with NT tokens. A function of its own, for all registers. `lines` is the run as it lies in
+// memory
+// (`stored`) or its form.
 template <int NB, int NT>
-__attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, const uint8_t* scales,
-                                        const uint8_t* halves, int64_t line_stride, int64_t stride, int64_t run,
-                                        const Activations& a, float* sums) {
+__attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, const uint8_t* stored,
+                                        const uint8_t* scales, const uint8_t* halves, int64_t line_stride,
+                                        int64_t stride, int64_t run, const Activations& a, float* sums) {
     if (kBf16Dot && format == Format::bf16) {
         f32x16 acc[NB][NT];
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] =
             load(sums + t * kSumStride + b * 16);
-        chunk_bf16<false, NB, NT>(lines, stride, 0, bf16_lines(a.K, run), halves_of(a, run), acc);
+        const int64_t count = bf16_lines(a.K, run);
+        if constexpr (has_form(Format::bf16)) {
+            form_bf16<NB, NT>(lines, line_stride, count / 2 * 2, halves_of(a, run), acc);
+            if (count % 2)
+                chunk_bf16<false, NB, NT>(stored + (count - 1) * 64, stride, 0, 1, halves_of(a, run) + (count - 1) * 2,
+                                          acc);
+        } else {
+            chunk_bf16<false, NB, NT>(lines, stride, 0, count, halves_of(a, run), acc);
+        }
         return store_sums<NB, NT>(acc, sums);
     }
     i32x16 sum[NB][NT];
     const int64_t token = run * a.stride;
-    if (kExpandsInt4 || format == Format::int8) {
+    if constexpr (has_form(Format::int8)) {
+        form_int8<NB, NT>(lines, line_stride, a.quads(run), sum);
+    } else if (has_form(Format::int4) || format == Format::int8) {
         run_int8<false, NB, NT>(lines, line_stride, 0, a.quads(run), a.run_sum + token, sum);
     } else {
         run_int4<NB, NT>(lines, scales, stride, a.quads(run), a.group_bias + token * 8, sum);
@@ -143,21 +154,23 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
     for (int64_t t = 0; t < a.T; ++t)
         for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
     for (int64_t run = 0; run < at.runs; ++run) {
-        const uint8_t *lines = w + run * at.line_bytes, *scales = w + at.scales + run * 64;
+        const uint8_t *stored = w + run * at.line_bytes, *scales = w + at.scales + run * 64, *lines = stored;
         const uint8_t* const halves = w + at.halves + run * 32;
         int64_t line_stride = stride;
         if (run + 1 < at.runs)
             for (int b = 0; b < NB; ++b)
-                for (int64_t i = 0; i < at.line_bytes; i += 64) prefetch_far(lines + b * stride + at.line_bytes + i);
-        if (kExpandsInt4 && format == Format::int4) {
-            line_stride = kRun * kBlockRows;
-            for (int b = 0; b < NB; ++b) expand_int4(lines + b * stride, scales + b * stride, form + b * line_stride);
+                for (int64_t i = 0; i < at.line_bytes; i += 64) prefetch_far(stored + b * stride + at.line_bytes + i);
+        if (has_form(format)) {
+            const int64_t count = format == Format::bf16 ? bf16_lines(a.K, run) : 32;
+            line_stride = kFormBytes;
+            for (int b = 0; b < NB; ++b)
+                form_run(format, stored + b * stride, scales + b * stride, count, form + b * kFormBytes);
             lines = form;
         }
         int64_t t = 0;
         const auto tile = [&](auto tokens) {
             constexpr int NT = decltype(tokens)::value;
-            run_tile<NB, NT>(format, lines, scales, halves, line_stride, stride, run, a.rows(t, NT),
+            run_tile<NB, NT>(format, lines, stored, scales, halves, line_stride, stride, run, a.rows(t, NT),
                              sums + t * kSumStride);
             t += NT;
         };
@@ -190,21 +203,25 @@ void multiply_words(Format format, int64_t blocks, const uint8_t* w, int64_t str
         const int64_t left = blocks - b;
         const uint8_t* block = w + b * stride;
         float* out = sums + b * 16;
-        if (a.T > kFewTokens) {
+        if (a.T > few_tokens(format)) {
             if (left >= kPanelBlocks) {
                 many_tokens<kPanelBlocks>(format, block, stride, a, out, form), b += kPanelBlocks;
             } else {
                 many_tokens<1>(format, block, stride, a, out, form), b += 1;
             }
         } else if (format != Format::bf16) {
-            with_tokens(a.T, [&](auto T) { stream_block<decltype(T)::value>(format, block, a, out); });
+            constexpr int64_t most = max64(few_tokens(Format::int8), few_tokens(Format::int4));
+            with_tokens<most>(a.T, [&](auto T) { stream_block<decltype(T)::value>(format, block, a, out); });
             b += 1;
-        } else if (left >= 2) {
-            with_tokens(a.T, [&](auto T) { stream_bf16<2, decltype(T)::value>(block, stride, a, out); });
-            b += 2;
         } else {
-            with_tokens(a.T, [&](auto T) { stream_bf16<1, decltype(T)::value>(block, stride, a, out); });
-            b += 1;
+            with_tokens<few_tokens(Format::bf16)>(a.T, [&](auto T) {
+                constexpr int NT = decltype(T)::value, NB = kParts == 1 || NT <= 2 ? 2 : 1;
+                if (left >= NB) {
+                    stream_bf16<NB, NT>(block, stride, a, out), b += NB;
+                } else {
+                    stream_bf16<1, NT>(block, stride, a, out), b += 1;
+                }
+            });
         }
     }
 }

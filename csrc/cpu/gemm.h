@@ -9,18 +9,16 @@
 namespace deltaic {
 namespace DELTAIC_ISA {
 
-constexpr int64_t kFewTokens = 8;  // up to here a product streams weights from memory through registers
-
 // acc[b][t] += sum_k w[b * block_stride + k * k_stride + (0..15)] * x[t * x_stride + k]
 template <int NB, int NT>
 DELTAIC_INLINE void tile_f32(const float* w, int64_t block_stride, int64_t k_stride, const float* x, int64_t x_stride,
                              int64_t K, f32x16 (&acc)[NB][NT]) {
     for (int64_t k = 0; k < K; ++k) {
         f32x16 wk[NB];
-        for (int b = 0; b < NB; ++b) wk[b] = load(w + b * block_stride + k * k_stride);
-        for (int t = 0; t < NT; ++t) {
+        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) wk[b] = load(w + b * block_stride + k * k_stride);
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
             const f32x16 xk = set1(x[t * x_stride + k]);
-            for (int b = 0; b < NB; ++b) acc[b][t] = fma(wk[b], xk, acc[b][t]);
+            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] = fma(wk[b], xk, acc[b][t]);
         }
     }
 }
@@ -34,7 +32,7 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
             f32x16 wk[NB];
             DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
                 const uint8_t* p = w + b * block_stride + k * 32;
-                if (NT <= kFewTokens && half == 0) prefetch_far(p + 1024);
+                if (NT <= 8 && half == 0) prefetch_far(p + 1024);
                 wk[b] = half ? load_pair_second(p) : load_pair_first(p);
             }
             DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
@@ -44,9 +42,9 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
         }
     }
     if (K & 1) {
-        for (int b = 0; b < NB; ++b) {
+        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
             const f32x16 last = load_pair_first(w + b * block_stride + (K - 1) * 32);
-            for (int t = 0; t < NT; ++t) acc[b][t] = fma(last, set1(x[t * x_stride + K - 1]), acc[b][t]);
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[b][t] = fma(last, set1(x[t * x_stride + K - 1]), acc[b][t]);
         }
     }
 }
@@ -91,7 +89,8 @@ DELTAIC_INLINE int64_t work_bytes(const Weight& w, int64_t T) {
         const int64_t sums = min64(round_up(T, 12), panel_tokens(product, w.columns)) * kSumStride * 4;
         int64_t form = 0;
         if (product.format != w.segment[s].format) form = 2 * block_bytes(product.format, w.columns);
-        if (product.format == Format::int4 && kExpandsInt4 && T > kFewTokens) form = kGroupBlocks * kRun * kBlockRows;
+        if (product.words && has_form(product.format) && T > few_tokens(product.format))
+            form = kGroupBlocks * kFormBytes;
         bytes = max64(bytes, sums + form);
     }
     return round_up(bytes, 64);
@@ -169,7 +168,7 @@ DELTAIC_INLINE void multiply_all(const Weight& w, const Activations& a, const Em
     const int64_t slices = max64(1, min64(threads, T / 96));
     const int64_t slice = slices > 1 ? round_up(ceil_div(T, slices), 12) : T, room = work_bytes(w, slice);
     uint8_t* const work = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * threads)));
-    const int64_t grain = T > kFewTokens ? min64(2, pairs) : pair_grain(w, pairs, threads);
+    const int64_t grain = T > 8 ? min64(2, pairs) : pair_grain(w, pairs, threads);
     parallel_for(ceil_div(T, max64(slice, 1)) * pairs, grain, [&](int64_t begin, int64_t end, int thread) {
         while (begin < end) {
             const int64_t t = begin / pairs * slice, first = begin % pairs, last = min64(pairs, first + end - begin);

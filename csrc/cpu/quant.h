@@ -6,11 +6,12 @@
 
 #include "core/pool.h"
 #include "cpu/simd.h"
+#if defined(DELTAIC_NEON)
+#include "cpu/quant_neon.h"
+#endif
 
 namespace deltaic {
 namespace DELTAIC_ISA {
-
-constexpr int64_t kWordBytes = 128;  // of one token and run: 128 int8 or 64 bfloat16 numbers, 32 words of 4 bytes
 
 // Which forms of its activations a product reads.
 struct Forms {
@@ -81,12 +82,6 @@ DELTAIC_INLINE void copy_row(const Activations& source, int64_t from, const Acti
     }
 }
 
-DELTAIC_INLINE int32_t load_i32(const void* p) {
-    int32_t value;
-    memcpy(&value, p, 4);
-    return value;
-}
-
 // --- the integer products, which differ between instruction sets
 //
 // run_int8: sum[b][t] = sum over the 128 columns of a run of (w - 128) * q. `w` is the run's 32 lines in block 0, the
@@ -94,9 +89,16 @@ DELTAIC_INLINE int32_t load_i32(const void* p) {
 // run_int4: the same of (nibble - 8) * s * q; `w` is the run's 16 lines, `scales` its 64 bytes, bias[t * 8 + g] is
 // -8 times the sum of group g's q.
 // With kAhead, what lies `far` bytes after each line is asked for in the second-level cache.
+//
+// From few_tokens(format) on, where has_form(format), the lines of a run are first written in another form, which all
+// tokens then meet: by form_run, into kFormBytes. AVX-512 turns int4 into lines of int8 for run_int8; NEON has tiles of
+// its own, form_int8 and form_bf16.
 
+#if !defined(DELTAIC_NEON)       // which has cpu/quant_neon.h
+constexpr int kPanelTokens = 6;  // of a register tile
 #if defined(__AVX512VNNI__)
-constexpr bool kExpandsInt4 = true;  // for many tokens it pays to turn a run of int4 into int8 once
+DELTAIC_INLINE constexpr int64_t few_tokens(Format) { return 8; }
+DELTAIC_INLINE constexpr bool has_form(Format format) { return format == Format::int4; }
 
 // Sums that a lane's products are spread over, to be added in the end: enough chains for the latency of an instruction.
 DELTAIC_INLINE constexpr int chains(int tiles) { return tiles >= 4 ? 1 : tiles >= 2 ? 2 : 4; }
@@ -188,7 +190,7 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
 }
 
 // One run of an int4 block as the 32 lines of an int8 block: the same integers, s multiplied in.
-DELTAIC_INLINE void expand_int4(const uint8_t* w, const uint8_t* scales, uint8_t* out) {
+DELTAIC_INLINE void form_run(Format, const uint8_t* w, const uint8_t* scales, int64_t, uint8_t* out) {
     for (int pair = 0; pair < 4; ++pair) {
         ivec s[2];
         unpack_scales(scales + pair * 16, &s[0], &s[1]);
@@ -204,8 +206,9 @@ DELTAIC_INLINE void expand_int4(const uint8_t* w, const uint8_t* scales, uint8_t
     }
 }
 #else
-constexpr bool kExpandsInt4 = false;
-DELTAIC_INLINE void expand_int4(const uint8_t*, const uint8_t*, uint8_t*) {}
+DELTAIC_INLINE constexpr int64_t few_tokens(Format) { return 8; }
+DELTAIC_INLINE constexpr bool has_form(Format) { return false; }
+DELTAIC_INLINE void form_run(Format, const uint8_t*, const uint8_t*, int64_t, uint8_t*) {}
 
 #if defined(__AVX2__)
 // vpmaddubsw saturates, so the sign moves from the weight to the activation: |w| <= 127, |q| <= 127, two products fit
@@ -273,66 +276,6 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) sum[b][t].part[i] = acc[t];
     }
 }
-#elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
-DELTAIC_INLINE ivec neon_dot(ivec acc, int8x16_t w, int8x16_t a) {
-#if defined(__ARM_FEATURE_DOTPROD)
-    return vdotq_s32(acc, w, a);
-#else
-    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(a)), high = vmull_high_s8(w, a);
-    return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-#endif
-}
-DELTAIC_INLINE int8x16_t neon_quad(const int8_t* q) { return vreinterpretq_s8_s32(vdupq_n_s32(load_i32(q))); }
-
-template <bool kAhead, int NB, int NT>
-DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, const int8_t* q, const int32_t*,
-                             i32x16 (&sum)[NB][NT]) {
-    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-        ivec acc[NT][kParts];
-        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) acc[t][i] =
-            i_set1(0);
-        for (int line = 0; line < 32; ++line) {
-            const uint8_t* p = w + b * stride + line * 64;
-            if (kAhead) prefetch_far(p + far);
-            int8x16_t wi[kParts];
-            DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
-                wi[i] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * i), vdupq_n_u8(0x80)));
-            }
-            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
-                const int8x16_t at = neon_quad(q + t * kWordBytes + line * 4);
-                DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) acc[t][i] = neon_dot(acc[t][i], wi[i], at);
-            }
-        }
-        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) sum[b][t].part[i] =
-            acc[t][i];
-    }
-}
-
-template <int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
-                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
-    const uint8x16_t low = vdupq_n_u8(15);
-    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
-        ivec acc[NT];
-        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
-        for (int g = 0; g < 8; ++g) {
-            const uint8_t* p = w + b * stride + g * 128;
-            const ivec packed = i_load_u8(scales + b * stride + g / 2 * 16 + 4 * i);
-            const ivec s = i_add(g % 2 ? i_shr<4>(packed) : i_and(packed, i_set1(15)), i_set1(1));
-            const uint8x16_t line0 = vld1q_u8(p + 16 * i), line1 = vld1q_u8(p + 64 + 16 * i);
-            const int8x16_t quads[4] = {
-                vreinterpretq_s8_u8(vandq_u8(line0, low)), vreinterpretq_s8_u8(vshrq_n_u8(line0, 4)),
-                vreinterpretq_s8_u8(vandq_u8(line1, low)), vreinterpretq_s8_u8(vshrq_n_u8(line1, 4))};
-            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
-                const int8_t* at = q + t * kWordBytes + g * kGroup;
-                ivec dot = i_set1(bias[t * 8 + g]);
-                DELTAIC_UNROLL for (int j = 0; j < 4; ++j) dot = neon_dot(dot, quads[j], neon_quad(at + 4 * j));
-                acc[t] = vmlaq_s32(acc[t], dot, s);
-            }
-        }
-        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) sum[b][t].part[i] = acc[t];
-    }
-}
 #else
 template <bool kAhead, int NB, int NT>
 DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t, const int8_t* q, const int32_t*,
@@ -368,6 +311,12 @@ DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t st
             }
 }
 #endif
+#endif
+
+template <int NB, int NT>
+DELTAIC_INLINE void form_int8(const uint8_t*, int64_t, const int8_t*, i32x16 (&)[NB][NT]) {}
+template <int NB, int NT>
+DELTAIC_INLINE void form_bf16(const uint8_t*, int64_t, int64_t, const uint16_t*, f32x16 (&)[NB][NT]) {}
 #endif
 
 // acc[b][t] += `lines` lines of bfloat16 pairs times the numbers of token t at a + t * 64.

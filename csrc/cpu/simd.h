@@ -1,367 +1,29 @@
-// One logical vector of 16 floats for every instruction set. Each block below defines a native register `vec` (float)
-// and `ivec` (the same bits as int32) of kWidth lanes and about twenty functions on it; f32x16 and i32x16 are built
-// from them once. Kernels are written against f32x16 only, so that all instruction sets run the same loops in the same
-// order.
+// One logical vector of 16 floats for every instruction set. Each header of cpu/simd defines a native register `vec`
+// (float) and `ivec` (the same bits as int32) of kWidth lanes and about twenty functions on it; f32x16 and i32x16 are
+// built from them once. Kernels are written against f32x16 only, so that all instruction sets run the same loops in the
+// same order.
 #pragma once
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "core/view.h"
 
 #ifndef DELTAIC_ISA
 #error "compile the files of csrc/cpu once per instruction set, with -DDELTAIC_ISA=<name>"
 #endif
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
-#include <arm_neon.h>
-#endif
-
 // Before a loop over register tiles: its arrays become registers only where the loop is gone.
 #define DELTAIC_UNROLL _Pragma("GCC unroll 16")
 
+#if defined(__AVX512F__)
+#include "cpu/simd/avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/simd/avx2.h"
+#elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
+#define DELTAIC_NEON
+#include "cpu/simd/neon.h"
+#else
+#include "cpu/simd/portable.h"
+#endif
+
 namespace deltaic {
 namespace DELTAIC_ISA {
-
-DELTAIC_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-DELTAIC_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-DELTAIC_INLINE int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
-
-DELTAIC_INLINE float bits_to_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-DELTAIC_INLINE uint32_t float_to_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-DELTAIC_INLINE float bf16_to_float(uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }
-// Round to nearest even; a NaN stays a (quiet) NaN.
-DELTAIC_INLINE uint16_t float_to_bf16(float value) {
-    const uint32_t bits = float_to_bits(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// IEEE half precision, both ways; the packed formats keep their scales in it. Round to nearest even, overflow to
-// infinity.
-DELTAIC_INLINE float f16_to_float(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-    if (exponent == 0)
-        return bits_to_float(sign | float_to_bits(static_cast<float>(mantissa) * 5.9604644775390625e-8f));  // * 2^-24
-    if (exponent == 31) return bits_to_float(sign | 0x7f800000u | mantissa << 13);
-    return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-DELTAIC_INLINE uint16_t float_to_f16(float value) {
-    const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
-    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more
-    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves value * 2^24, rounded, in the low bits
-        return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
-    }
-    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-// Register tile of matrix products: blocks of 16 rows x tokens; accumulators + operands fill 32 registers.
-constexpr int kTileTokens = 12;
-using vec = __m512;
-using ivec = __m512i;
-DELTAIC_INLINE vec v_set1(float a) { return _mm512_set1_ps(a); }
-DELTAIC_INLINE vec v_load(const float* p) { return _mm512_loadu_ps(p); }
-DELTAIC_INLINE void v_store(float* p, vec a) { _mm512_storeu_ps(p, a); }
-DELTAIC_INLINE vec v_add(vec a, vec b) { return _mm512_add_ps(a, b); }
-DELTAIC_INLINE vec v_sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
-DELTAIC_INLINE vec v_mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
-DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm512_div_ps(a, b); }
-DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm512_max_ps(a, b); }
-DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm512_min_ps(a, b); }
-DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
-DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
-}
-DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
-DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
-DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
-DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return _mm512_and_si512(a, b); }
-template <int n>
-DELTAIC_INLINE ivec i_shl(ivec a) {
-    return _mm512_slli_epi32(a, n);
-}
-template <int n>
-DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
-    return _mm512_srli_epi32(a, n);
-}
-DELTAIC_INLINE vec as_float(ivec a) { return _mm512_castsi512_ps(a); }
-DELTAIC_INLINE ivec as_int(vec a) { return _mm512_castps_si512(a); }
-DELTAIC_INLINE ivec v_round(vec a) { return _mm512_cvtps_epi32(a); }  // nearest even
-DELTAIC_INLINE vec i_to_float(ivec a) { return _mm512_cvtepi32_ps(a); }
-DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
-    const __m512i bits = as_int(a);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-// Transposes a kWidth x kWidth matrix held in kWidth registers.
-DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
-    vec t[16], u[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {  // 128-bit lane L of u[i + j]: column 4L + j of rows i..i+3
-        for (int j = 0; j < 2; ++j) {
-            const __m512d x = _mm512_castps_pd(t[i + j]), y = _mm512_castps_pd(t[i + j + 2]);
-            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-        }
-    }
-    for (int j = 0; j < 4; ++j) {
-        const vec even0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
-                  even1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
-        const vec odd0 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd),
-                  odd1 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
-        a[j] = _mm512_shuffle_f32x4(even0, even1, 0x88);
-        a[8 + j] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
-        a[4 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
-        a[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
-    }
-}
-DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-DELTAIC_INLINE void prefetch_far(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-}  // second level
-// ---------------------------------------------------------------------------------------------------------------------------
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-constexpr int kTileTokens = 2;
-using vec = __m256;
-using ivec = __m256i;
-DELTAIC_INLINE vec v_set1(float a) { return _mm256_set1_ps(a); }
-DELTAIC_INLINE vec v_load(const float* p) { return _mm256_loadu_ps(p); }
-DELTAIC_INLINE void v_store(float* p, vec a) { _mm256_storeu_ps(p, a); }
-DELTAIC_INLINE vec v_add(vec a, vec b) { return _mm256_add_ps(a, b); }
-DELTAIC_INLINE vec v_sub(vec a, vec b) { return _mm256_sub_ps(a, b); }
-DELTAIC_INLINE vec v_mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
-DELTAIC_INLINE vec v_div(vec a, vec b) { return _mm256_div_ps(a, b); }
-DELTAIC_INLINE vec v_max(vec a, vec b) { return _mm256_max_ps(a, b); }
-DELTAIC_INLINE vec v_min(vec a, vec b) { return _mm256_min_ps(a, b); }
-DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
-DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) {
-    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
-}
-DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm256_set1_epi32(a); }
-DELTAIC_INLINE ivec i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }
-DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return _mm256_and_si256(a, b); }
-template <int n>
-DELTAIC_INLINE ivec i_shl(ivec a) {
-    return _mm256_slli_epi32(a, n);
-}
-template <int n>
-DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
-    return _mm256_srli_epi32(a, n);
-}
-DELTAIC_INLINE vec as_float(ivec a) { return _mm256_castsi256_ps(a); }
-DELTAIC_INLINE ivec as_int(vec a) { return _mm256_castps_si256(a); }
-DELTAIC_INLINE ivec v_round(vec a) { return _mm256_cvtps_epi32(a); }
-DELTAIC_INLINE vec i_to_float(ivec a) { return _mm256_cvtepi32_ps(a); }
-DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
-    const __m256i bits = as_int(a);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i nan = as_int(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
-    rounded = _mm256_srli_epi32(rounded, 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-}
-DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
-    int64_t bytes;
-    memcpy(&bytes, p, 8);
-    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
-}
-DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
-    vec t[8], u[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        for (int j = 0; j < 2; ++j) {
-            const __m256d x = _mm256_castps_pd(t[i + j]), y = _mm256_castps_pd(t[i + j + 2]);
-            u[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
-            u[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
-        }
-    }
-    for (int j = 0; j < 4; ++j) {
-        a[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
-        a[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
-    }
-}
-DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-DELTAIC_INLINE void prefetch_far(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-}  // second level
-// ---------------------------------------------------------------------------------------------------------------------------
-#elif defined(__aarch64__) && !defined(DELTAIC_PORTABLE)
-constexpr int kWidth = 4;
-constexpr int kTileTokens = 2;
-using vec = float32x4_t;
-using ivec = int32x4_t;
-DELTAIC_INLINE vec v_set1(float a) { return vdupq_n_f32(a); }
-DELTAIC_INLINE vec v_load(const float* p) { return vld1q_f32(p); }
-DELTAIC_INLINE void v_store(float* p, vec a) { vst1q_f32(p, a); }
-DELTAIC_INLINE vec v_add(vec a, vec b) { return vaddq_f32(a, b); }
-DELTAIC_INLINE vec v_sub(vec a, vec b) { return vsubq_f32(a, b); }
-DELTAIC_INLINE vec v_mul(vec a, vec b) { return vmulq_f32(a, b); }
-DELTAIC_INLINE vec v_div(vec a, vec b) { return vdivq_f32(a, b); }
-DELTAIC_INLINE vec v_max(vec a, vec b) { return vmaxq_f32(a, b); }
-DELTAIC_INLINE vec v_min(vec a, vec b) { return vminq_f32(a, b); }
-DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
-DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
-DELTAIC_INLINE ivec i_set1(int32_t a) { return vdupq_n_s32(a); }
-DELTAIC_INLINE ivec i_load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
-DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return vaddq_s32(a, b); }
-DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return vandq_s32(a, b); }
-template <int n>
-DELTAIC_INLINE ivec i_shl(ivec a) {
-    return vshlq_n_s32(a, n);
-}
-template <int n>
-DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
-    return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a), n));
-}
-DELTAIC_INLINE vec as_float(ivec a) { return vreinterpretq_f32_s32(a); }
-DELTAIC_INLINE ivec as_int(vec a) { return vreinterpretq_s32_f32(a); }
-DELTAIC_INLINE ivec v_round(vec a) { return vcvtnq_s32_f32(a); }
-DELTAIC_INLINE vec i_to_float(ivec a) { return vcvtq_f32_s32(a); }
-DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
-    const uint32x4_t bits = vreinterpretq_u32_f32(a);
-    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-    rounded = vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000)));
-    vst1_u16(p, vshrn_n_u32(rounded, 16));
-}
-DELTAIC_INLINE vec v_load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) {
-    uint32_t bytes;
-    memcpy(&bytes, p, 4);
-    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes)))));
-}
-DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
-    const vec t0 = vtrn1q_f32(a[0], a[1]), t1 = vtrn2q_f32(a[0], a[1]);
-    const vec t2 = vtrn1q_f32(a[2], a[3]), t3 = vtrn2q_f32(a[2], a[3]);
-    a[0] = vcombine_f32(vget_low_f32(t0), vget_low_f32(t2));
-    a[1] = vcombine_f32(vget_low_f32(t1), vget_low_f32(t3));
-    a[2] = vcombine_f32(vget_high_f32(t0), vget_high_f32(t2));
-    a[3] = vcombine_f32(vget_high_f32(t1), vget_high_f32(t3));
-}
-DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
-// ---------------------------------------------------------------------------------------------------------------------------
-#else  // portable: compiler vectors of four, which every target has or imitates
-constexpr int kWidth = 4;
-constexpr int kTileTokens = 1;
-typedef float vec __attribute__((vector_size(16)));
-typedef int32_t ivec __attribute__((vector_size(16)));
-DELTAIC_INLINE vec v_set1(float a) { return vec{a, a, a, a}; }
-DELTAIC_INLINE vec v_load(const float* p) {
-    vec a;
-    memcpy(&a, p, sizeof a);
-    return a;
-}
-DELTAIC_INLINE void v_store(float* p, vec a) { memcpy(p, &a, sizeof a); }
-DELTAIC_INLINE vec v_add(vec a, vec b) { return a + b; }
-DELTAIC_INLINE vec v_sub(vec a, vec b) { return a - b; }
-DELTAIC_INLINE vec v_mul(vec a, vec b) { return a * b; }
-DELTAIC_INLINE vec v_div(vec a, vec b) { return a / b; }
-DELTAIC_INLINE vec v_max(vec a, vec b) { return a > b ? a : b; }
-DELTAIC_INLINE vec v_min(vec a, vec b) { return a < b ? a : b; }
-DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
-DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return a < b ? yes : no; }
-DELTAIC_INLINE ivec i_set1(int32_t a) { return ivec{a, a, a, a}; }
-DELTAIC_INLINE ivec i_load(const void* p) {
-    ivec a;
-    memcpy(&a, p, sizeof a);
-    return a;
-}
-DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return a + b; }
-DELTAIC_INLINE ivec i_and(ivec a, ivec b) { return a & b; }
-template <int n>
-DELTAIC_INLINE ivec i_shl(ivec a) {
-    return a << n;
-}
-template <int n>
-DELTAIC_INLINE ivec i_shr(ivec a) {  // logical
-    typedef uint32_t uvec __attribute__((vector_size(16)));
-    return reinterpret_cast<ivec>(reinterpret_cast<uvec>(a) >> n);
-}
-DELTAIC_INLINE vec as_float(ivec a) { return reinterpret_cast<vec>(a); }
-DELTAIC_INLINE ivec as_int(vec a) { return reinterpret_cast<ivec>(a); }
-DELTAIC_INLINE vec i_to_float(ivec a) { return __builtin_convertvector(a, vec); }
-DELTAIC_INLINE ivec v_round(vec a) {
-    return ivec{static_cast<int32_t>(rintf(a[0])), static_cast<int32_t>(rintf(a[1])), static_cast<int32_t>(rintf(a[2])),
-                static_cast<int32_t>(rintf(a[3]))};
-}
-DELTAIC_INLINE vec v_load_bf16(const uint16_t* p) {
-    return vec{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
-}
-DELTAIC_INLINE void v_store_bf16(uint16_t* p, vec a) {
-    for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(a[i]);
-}
-DELTAIC_INLINE vec v_load_f16(const uint16_t* p) {
-    return vec{f16_to_float(p[0]), f16_to_float(p[1]), f16_to_float(p[2]), f16_to_float(p[3])};
-}
-DELTAIC_INLINE ivec i_load_u8(const uint8_t* p) { return ivec{p[0], p[1], p[2], p[3]}; }
-DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
-    const vec b[4] = {a[0], a[1], a[2], a[3]};
-    for (int i = 0; i < 4; ++i) a[i] = vec{b[0][i], b[1][i], b[2][i], b[3][i]};
-}
-DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
-#endif
-// ---------------------------------------------------------------------------------------------------------------------------
-
-// acc + the two products of bfloat16 pairs in each lane, where there is such an instruction.
-#if defined(__AVX512BF16__)
-constexpr bool kBf16Dot = true;
-DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec a, ivec b) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
-#else
-constexpr bool kBf16Dot = false;
-DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
-#endif
-
-constexpr int kParts = 16 / kWidth;
 
 struct f32x16 {
     vec part[kParts];
@@ -468,39 +130,8 @@ DELTAIC_INLINE f32x16 reduce_add(const f32x16 (&a)[16]) {
 }
 
 // Sum and maximum of all lanes, in one fixed order for every instruction set: halves are added (compared) lane by lane.
-#if defined(__AVX2__)
-template <class F>
-DELTAIC_INLINE float fold(f32x16 a, const F& f) {
-#if defined(__AVX512F__)
-    const __m256 h = f(_mm512_castps512_ps256(a.part[0]), _mm512_extractf32x8_ps(a.part[0], 1));
-#else
-    const __m256 h = f(a.part[0], a.part[1]);
-#endif
-    const __m256 four = f(h, _mm256_permute2f128_ps(h, h, 1)), two = f(four, _mm256_permute_ps(four, 0x4e));
-    return _mm256_cvtss_f32(f(two, _mm256_permute_ps(two, 0xb1)));
-}
-DELTAIC_INLINE float reduce_add(f32x16 a) {
-    return fold(a, [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_add_ps(x, y); });
-}
-DELTAIC_INLINE float reduce_max(f32x16 a) {
-    return fold(a, [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_max_ps(x, y); });
-}
-#else
-DELTAIC_INLINE float reduce_add(f32x16 a) {
-    float t[16];
-    store(t, a);
-    for (int step = 8; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) t[i] += t[i + step];
-    return t[0];
-}
-DELTAIC_INLINE float reduce_max(f32x16 a) {
-    float t[16];
-    store(t, a);
-    for (int step = 8; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
-    return t[0];
-}
-#endif
+DELTAIC_INLINE float reduce_add(f32x16 a) { return v_reduce_add(a.part); }
+DELTAIC_INLINE float reduce_max(f32x16 a) { return v_reduce_max(a.part); }
 
 // e^x: x = n ln2 + r, |r| <= ln2/2, Taylor to r^7 (relative error below 2e-7). Clamped to the range of normal floats.
 DELTAIC_INLINE f32x16 exp(f32x16 x) {
@@ -542,32 +173,7 @@ DELTAIC_INLINE i32x16 load_u8(const uint8_t* p) {
     return r;
 }
 // Rounds to int8 (values must fit), stores 16 bytes and returns their sum.
-DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) {
-#if defined(__AVX2__)
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm512_cvtepi32_epi8(v_round(a.part[0]));
-#else
-    const __m256i words = _mm256_packs_epi32(v_round(a.part[0]), v_round(a.part[1]));  // 0-3 8-11 4-7 12-15
-    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-#endif
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-    // sums of eight unsigned bytes, after all were raised by 128
-    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
-#else
-    int32_t lanes[16], sum = 0;
-    for (int i = 0; i < kParts; ++i) {
-        const ivec rounded = v_round(a.part[i]);
-        memcpy(lanes + i * kWidth, &rounded, sizeof rounded);
-    }
-    for (int i = 0; i < 16; ++i) {
-        p[i] = static_cast<int8_t>(lanes[i]);
-        sum += lanes[i];
-    }
-    return sum;
-#endif
-}
+DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) { return v_store_int8(p, a.part); }
 DELTAIC_INLINE f32x16 to_float(i32x16 a) {
     f32x16 r;
     for (int i = 0; i < kParts; ++i) r.part[i] = i_to_float(a.part[i]);
@@ -620,39 +226,58 @@ DELTAIC_INLINE f32x16 exp2(f32x16 x) {
     return r;
 }
 
-// Products of bfloat16 pairs, where the instruction set has them: a register of 32 numbers, two neighbours a lane.
-#if defined(__AVX512BF16__)
+// 32 bfloat16 numbers, two neighbours a lane: operands of products of pairs, where the instruction set has them.
 struct bf16x32 {
-    __m512i bits;
+    ivec part[kParts];
 };
-DELTAIC_INLINE bf16x32 load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
-// The first n numbers only (n may be above 32); the others read as zero.
-DELTAIC_INLINE bf16x32 load_pairs_n(const uint16_t* p, int64_t n) {
-    return {n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p)};
+DELTAIC_INLINE bf16x32 load_pairs(const void* p) {
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_load(static_cast<const char*>(p) + i * kWidth * 4);
+    return r;
 }
-DELTAIC_INLINE void store_pairs(void* p, bf16x32 a) { _mm512_storeu_si512(p, a.bits); }
+DELTAIC_INLINE void store_pairs(void* p, bf16x32 a) {
+    for (int i = 0; i < kParts; ++i) v_store(static_cast<float*>(p) + i * kWidth, as_float(a.part[i]));
+}
 DELTAIC_INLINE bf16x32 set_pair(const uint16_t* p) {
     int32_t pair;
     memcpy(&pair, p, 4);
-    return {_mm512_set1_epi32(pair)};
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_set1(pair);
+    return r;
+}
+DELTAIC_INLINE bf16x32 no_pairs() {
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_set1(0);
+    return r;
+}
+#if defined(DELTAIC_BF16_PAIRS)
+// The first n numbers only (n may be above 32); the others read as zero.
+DELTAIC_INLINE bf16x32 load_pairs_n(const uint16_t* p, int64_t n) {
+    if (n >= 32) return load_pairs(p);
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = i_load_n(p + i * kWidth * 2, n - i * kWidth * 2);
+    return r;
 }
 DELTAIC_INLINE bf16x32 to_pairs(f32x16 low, f32x16 high) {  // numbers 0..15 and 16..31
-    return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.part[0], low.part[0]))};
+    vec all[2 * kParts];
+    for (int i = 0; i < kParts; ++i) all[i] = low.part[i], all[kParts + i] = high.part[i];
+    bf16x32 r;
+    for (int i = 0; i < kParts; ++i) r.part[i] = v_to_pairs(all[2 * i], all[2 * i + 1]);
+    return r;
 }
-DELTAIC_INLINE bf16x32 no_pairs() { return {_mm512_setzero_si512()}; }
-DELTAIC_INLINE void store_half(uint16_t* p, f32x16 a) {  // 16 numbers; subnormal ones become zero
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.part[0])));
+DELTAIC_INLINE void store_half(uint16_t* p, f32x16 a) {  // 16 numbers; subnormal ones may become zero
+    for (int i = 0; i < kParts; ++i) v_store_half(p + i * kWidth, a.part[i]);
 }
-// acc + the two products of each lane. Both are exact in float; subnormal numbers count as zero.
+// acc + the two products of each lane. Subnormal numbers count as zero.
 DELTAIC_INLINE f32x16 dot_pairs(bf16x32 a, bf16x32 b, f32x16 acc) {
-    return {{_mm512_dpbf16_ps(acc.part[0], reinterpret_cast<__m512bh>(a.bits), reinterpret_cast<__m512bh>(b.bits))}};
+    for (int i = 0; i < kParts; ++i) acc.part[i] = v_dot_bf16(acc.part[i], a.part[i], b.part[i]);
+    return acc;
 }
 // Numbers 0..15 and 16..31 of two registers, a number of `a` beside the number of `b`.
 DELTAIC_INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    low.bits = _mm512_permutex2var_epi16(a.bits, first, b.bits);
-    high.bits = _mm512_permutex2var_epi16(a.bits, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b.bits);
+    ivec all[2 * kParts];
+    for (int i = 0; i < kParts; ++i) i_interleave(a.part[i], b.part[i], &all[2 * i], &all[2 * i + 1]);
+    for (int i = 0; i < kParts; ++i) low.part[i] = all[i], high.part[i] = all[kParts + i];
 }
 #endif
 

@@ -53,6 +53,22 @@ def test_a_state_goes_on_on_the_other_device(load, tmp_path, dtype):
         assert isinstance(state.delta, np.ndarray) == (here == "cpu")  # the one it was forked from has stayed
 
 
+def test_int8_keys_and_values_are_refused(load, tmp_path):
+    """They are the CPU's alone: at load, and as a state that comes from there."""
+    with pytest.raises(DeviceError, match=r"kv_dtype: 'int8' is not available with device='cuda'; use 'bf16' or 'f32'"):
+        load("cuda", kv_dtype="int8")
+    on_cpu, model = load("cpu", kv_dtype="int8"), load("cuda")
+    state = on_cpu.new_state()
+    on_cpu.forward(PROMPT, state)
+    state.save(tmp_path / "state")
+    for refused in (state, State.load(tmp_path / "state", cpu)):
+        with pytest.raises(StateError, match=r"keys and values are 'int8', .* expected .* 'bf16' or 'f32'"):
+            model.forward(" and", refused)
+    assert on_cpu.forward(" and", state).shape[0] > 0  # it is as it was
+    with pytest.raises(StateError, match="int8"):
+        model.forward(" and", State.load(tmp_path / "state", cuda))
+
+
 def test_a_full_device_refuses_a_state_and_keeps_it(model_device, load):
     if not model_device.module.emulated:
         pytest.skip("needs a device whose memory can be set")

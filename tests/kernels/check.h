@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/isa.h"
 #include "core/pool.h"
 #include "ops.h"
 
@@ -130,6 +131,9 @@ class Suite {
   private:
     const char* name_;
 };
+
+// What `isa`, one of the list, computes of integer formats is what the others do.
+void check_agreement(const Isa* list, int isas, const Isa& isa, int* passed, int* failed);
 
 #define X(name, contract, arguments) void test_##name(Suite&);
 DELTAIC_OPS(X)

@@ -49,6 +49,7 @@ int main(int count, char** values) {
             continue;
         }
         for (const Test& test : kTests) run(list[i], test, &passed, &failed);
+        test::check_agreement(list, isas, list[i], &passed, &failed);
     }
     if (!found) {
         std::printf("no instruction set %s in this build\n", values[1]);

@@ -69,6 +69,15 @@ void test_probe_peak(Suite& t) {
     t.call([&] { t.ops.probe_peak(0, 2, few.view()); });
     t.call([&] { t.ops.probe_peak(0, 20, many.view()); });
     t.check(few[0] > 0 && many[0] == 10 * few[0], "operations grow with the rounds");
+    Integers whole({1});
+    bool has_int8 = true;
+    try {
+        t.call([&] { t.ops.probe_peak(1, 2, whole.view()); });
+    } catch (const Error&) {
+        has_int8 = false;
+    }
+    t.check(!has_int8 || (whole[0] >= 4 * few[0] && whole[0] % few[0] == 0),
+            "a lane of int8 does at least four times the operations");
     t.refuses("no rounds", [&] { t.call([&] { t.ops.probe_peak(0, 0, few.view()); }); });
 }
 

@@ -169,7 +169,8 @@ class State:
 
     def on(self, ops: ModuleType) -> State:
         """This state, with its arrays where the op set `ops` computes; they are copied only from device to device.
-        Raises StateError if the device has no memory for it; the state is then as it was."""
+        Raises StateError if the device has no memory for it, or no kernels for its kv_dtype (CUDA: int8); the state is
+        then as it was."""
         if type(self.kv) is ops.BlockTable:
             return self
         home = getattr(ops, "from_host", None)
@@ -178,7 +179,7 @@ class State:
             for blocks in (self.kv.blocks, self.mtp.blocks):
                 tables.append(ops.BlockTable())
                 for block in blocks:
-                    tables[-1].append(_moved(block, home))
+                    append_block(tables[-1], _moved(block, home), self.kv_dtype)
             conv, delta = _moved(self.conv, home), _moved(self.delta, home)
         except MemoryError:
             raise StateError(f"no memory on the device for a state of {self.nbytes / 2**20:.0f} MiB") from None
@@ -276,6 +277,17 @@ def host_array(array: Any) -> npt.NDArray[Any]:
     from ..ops.cuda_memory import to_host
 
     return to_host(array)
+
+
+def append_block(table: Any, block: Any, kv_dtype: str) -> None:
+    """Append a block of stored keys and values. Raises StateError where the table's op set has no kernels for them."""
+    try:
+        table.append(block)
+    except ArgumentError:
+        raise StateError(
+            f"state: its keys and values are {kv_dtype!r}, which this device does not read; expected a state of a "
+            "model loaded with kv_dtype 'bf16' or 'f32'"
+        ) from None
 
 
 def _moved(array: Any, home: Any) -> Any:

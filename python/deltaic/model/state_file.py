@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from ..errors import StateError
 from ..fileio import read_at
-from .state import BLOCK_TOKENS, KV_DTYPES, State, host_array
+from .state import BLOCK_TOKENS, KV_DTYPES, State, append_block, host_array
 
 FORMAT, VERSION = "deltaic-state", "1"
 CHECKSUM = "checksum"
@@ -129,7 +129,7 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         kv = arrays.pop(f"kv.{i}")
         if kv.shape != block or kv.dtype != KV_DTYPES[state.kv_dtype] or block[1:4:2] != (2, BLOCK_TOKENS):
             raise ValueError(f"kv.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {block}")
-        state.kv.append(move(kv))
+        append_block(state.kv, move(kv), state.kv_dtype)
     state.mtp_first, state.mtp_length = (int(n) for n in json.loads(metadata.get("mtp", "[0, 0]")))
     if not 0 <= state.mtp_first <= state.mtp_first + state.mtp_length <= length:
         raise ValueError(f"entries {state.mtp_first} + {state.mtp_length} of the MTP layer, {length} tokens")
@@ -138,7 +138,7 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
         kv = arrays.pop(f"mtp.{i}")
         if kv.shape != state._mtp_block or kv.dtype != KV_DTYPES[state.kv_dtype]:
             raise ValueError(f"mtp.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {state._mtp_block}")
-        state.mtp.append(move(kv))
+        append_block(state.mtp, move(kv), state.kv_dtype)
     state.conv, state.delta = move(state.conv), move(state.delta)
     state._shared_mtp = 0
     state._zeros = getattr(ops, "zeros", np.zeros)

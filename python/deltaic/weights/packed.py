@@ -168,9 +168,12 @@ class PackedFile:
             return
         first, last = tensors[0].begin, tensors[-1].begin + tensors[-1].nbytes
         try:
-            arena = mmap.mmap(-1, -(-(last - first) // _HUGE_PAGE) * _HUGE_PAGE)
-            if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+            size = -(-(last - first) // _HUGE_PAGE) * _HUGE_PAGE
+            if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux, which by default has huge pages for private memory only
+                arena = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 arena.madvise(mmap.MADV_HUGEPAGE)
+            else:
+                arena = mmap.mmap(-1, size)
             target, offset = memoryview(arena)[: last - first], self._file.data_start + first
             with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(_COPY_THREADS) as pool:
 
