@@ -4,6 +4,7 @@
     python bench/bench_batch.py /tmp/int4                       # both parts, about a minute
     python bench/bench_batch.py /tmp/int4 sizes --sizes 1 8 16 --context 2000 --json
 
+equal  tokens of many requests, with and without drafts, by how many run at a time, against those of each alone
 sizes  tokens per second of all sequences together, by how many are decoded in one step
 stall  gaps between two tokens of running sequences while a prompt of 4,096 tokens is read beside them, against their
        usual gap and the time that the same chunk of the prompt takes when nobody else is there
@@ -14,20 +15,17 @@ Prints figures (or one JSON object) and writes a plot of each part that was run 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import deltaic
 import numpy as np
+import parts
+from bench_speculate import forever
+from deltaic import _core
 from deltaic.generate.prefill import PromptReader
 from deltaic.generate.scheduler import PREFILL_TOKENS, Request, Scheduler
-
-PARTS = ("sizes", "stall")
-RESULTS = Path(__file__).parent / "results"
 
 
 def endless(model: deltaic.Model, **limits: Any) -> Scheduler:
@@ -102,9 +100,10 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         """Seconds from one token of every running sequence to the next."""
         for request in running:
             request.take()
-        began = time.perf_counter()
+        began, kernels = time.perf_counter(), _core.kernel_seconds()
         scheduler.step()
         seconds = time.perf_counter() - began
+        outside.append(seconds - (_core.kernel_seconds() - kernels))
         assert all(request.take() for request in running), "a step gave a running sequence no token"
         return seconds
 
@@ -113,7 +112,9 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         model._runner.read([(twin, min(twin.at + args.prefill_tokens, len(long)))])
         return time.perf_counter() - began
 
+    outside: list[float] = []
     usual = [gap() for _ in range(20)]
+    outside.clear()
     new = scheduler.submit(long, max_new_tokens=2000, temperature=0.0, speculate="off")
     beside: list[float] = []
     alone: list[float] = []
@@ -123,6 +124,7 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
     after = [gap() for _ in range(10)]
     scheduler.close()
     step = statistics.median(usual)
+    near = [statistics.median(alone[max(0, i - 4) : i + 5]) for i in range(len(alone))]
     return {
         "running": args.running,
         "context": args.context,
@@ -136,7 +138,50 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         "longest_gap_seconds": max(beside),
         "steps_beyond_the_chunk": sorted((g - c) / step for g, c in zip(beside, alone, strict=True)),
         "over_the_limit": sum(g > 2 * step + c for g, c in zip(beside, alone, strict=True)),
+        # what the machine does by itself: chunks that took a step longer alone than those around them
+        "alone_over": sum(c > n + step for c, n in zip(alone, near, strict=True)),
+        "outside_kernels_seconds": outside if args.device == "cpu" else None,
     }
+
+
+# ------------------------------------------------------------------------------- equal
+
+
+def bench_equal(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Requests of unlike lengths, more than run at a time, so that they join and leave in the middle of the others'
+    answers. Each token against that of the same request alone, without drafts."""
+    rng, vocabulary = np.random.default_rng(2), model._sampled_ids[0]
+    longest = min(args.longest, model.context_length // 2)
+    requests: list[dict[str, Any]] = []
+    while sum(request["max_new_tokens"] for request in requests) < args.tokens:
+        ids = rng.integers(0, vocabulary, int(rng.integers(2, 80))).tolist()
+        new = int(rng.integers(longest // 10 + 1, longest + 1))
+        requests.append({"prompt": ids, "max_new_tokens": new, "seed": len(requests)})
+    modes = ["off", "auto", "lookup", *(["mtp"] if model._runner.mtp is not None else [])]
+    found: dict[str, Any] = {}
+    for name, options in {
+        "greedy": {"temperature": 0.0},
+        "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "presence_penalty": 1.5},
+    }.items():
+        alone = [
+            forever(model, r["prompt"], r["max_new_tokens"], r["seed"], "off", options).token_ids for r in requests
+        ]
+        for mode in modes:
+            for size in args.equal_sizes:
+                scheduler = endless(model, max_sequences=size)
+                running = [scheduler.submit(**request, speculate=mode, **options) for request in requests]
+                steps = 1
+                while scheduler.step():
+                    steps += 1
+                results = [request.finish() for request in running]
+                same = [
+                    a == b for r, ids in zip(results, alone, strict=True) for a, b in zip(r.token_ids, ids, strict=True)
+                ]
+                found[f"{name}, {mode}, {size} at a time"] = {
+                    "requests": len(requests), "tokens": len(same), "equal": sum(same), "steps": steps,
+                    "drafted": sum(r.drafted for r in results), "accepted": sum(r.accepted for r in results),
+                }  # fmt: skip
+    return found
 
 
 # ------------------------------------------------------------------------------- what is shown
@@ -150,30 +195,34 @@ def describe(part: str, f: dict[str, Any]) -> str:
             for size in f["step_seconds"]
         ]
         return "\n".join([f"sizes  sequences of {f['context']} tokens and more", *lines])
-    more = f["steps_beyond_the_chunk"]
+    if part == "equal":
+        lines = [
+            f"  {name:30s} {c['equal']} of {c['tokens']} tokens equal, {c['requests']} requests in {c['steps']} steps, "
+            f"{c['accepted']} of {c['drafted']} drafts"
+            for name, c in f.items()
+        ]
+        return "\n".join(["equal", *lines])
+    more, outside = f["steps_beyond_the_chunk"], ""
+    if f["outside_kernels_seconds"]:
+        outside = f"; at most {1e3 * max(f['outside_kernels_seconds']):.1f} ms of a gap were outside of kernels"
     return (
         f"stall  {f['running']} sequences at {1e3 * f['usual_step_seconds']:.1f} ms a step; a prompt of "
         f"{f['prompt_tokens']} tokens is read beside them in {len(more)} chunks of {f['prefill_tokens']} "
         f"({1e3 * statistics.median(f['chunk_seconds']):.0f} ms alone): gaps of at most "
         f"{1e3 * f['longest_gap_seconds']:.0f} ms, the time of the chunk and {statistics.median(more):.1f} steps "
-        f"(median; highest {more[-1]:.1f}); {f['over_the_limit']} over a chunk and 2 steps"
+        f"(median; highest {more[-1]:.1f}); {f['over_the_limit']} over a chunk and 2 steps; of the chunks alone, "
+        f"{f['alone_over']} took a step longer than those around them" + outside
     )
 
 
-def plot(part: str, f: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
+def plot(part: str, f: dict[str, Any], figure: Any, axis: Any) -> None:
     if part == "sizes":
         sizes = list(f["tokens_per_second"])
         axis.plot(sizes, [f["tokens_per_second"][size] for size in sizes], "o-")
         axis.plot(sizes, [f["tokens_per_second"][sizes[0]] * size / sizes[0] for size in sizes], ":", color="grey")
         axis.set(xlabel="sequences in one step", ylabel="tokens per second, all together", ylim=(0, None))
         axis.set_ylim(0, 1.3 * max(f["tokens_per_second"].values()))
-    else:
+    elif part == "stall":
         gaps = [*f["gaps_before"], *f["gaps_beside"], *f["gaps_after"]]
         axis.plot(range(len(gaps)), [1e3 * gap for gap in gaps], ".-", label="gap between two tokens")
         limits = [1e3 * (c + 2 * f["usual_step_seconds"]) for c in f["chunk_seconds"]]
@@ -183,20 +232,15 @@ def plot(part: str, f: dict[str, Any]) -> None:
         )
         axis.set(xlabel="step", ylabel="ms", ylim=(0, None), title=f"A prompt of {f['prompt_tokens']} tokens comes")
         axis.legend()
-    figure.tight_layout()
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"batch_{part}.png", dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--dtype", help="how weights are stored; default: bf16, or what a packed folder holds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
+    benches: dict[str, parts.Bench] = {"sizes": bench_sizes, "stall": bench_stall, "equal": bench_equal}
+    parser = parts.parser(__doc__ or "", benches, dtype=None)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="sizes: sequences in one step")
+    parser.add_argument("--equal-sizes", type=int, nargs="+", default=list(range(1, 9)), help="equal: at a time")
+    parser.add_argument("--tokens", type=int, default=10_000, help="equal: of all requests together, for each size")
+    parser.add_argument("--longest", type=int, default=300, help="equal: new tokens of a request at most")
     parser.add_argument("--context", type=int, default=64, help="tokens of the prompts of running sequences")
     parser.add_argument("--temperature", type=float, default=0.0, help="of running sequences; 0: greedy")
     parser.add_argument("--rounds", type=int, default=6, help="sizes: how often each size has its turn")
@@ -204,25 +248,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=4, help="stall: sequences that are running")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="stall: tokens of the prompt that comes")
     parser.add_argument("--prefill-tokens", type=int, default=PREFILL_TOKENS, help="stall: rows of a chunk")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--no-plots", action="store_true")
-    args = parser.parse_args()
-    unknown = [part for part in args.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {unknown[0]}; there are {', '.join(PARTS)}")
-    model = deltaic.load(args.model, dtype=args.dtype, device=args.device, threads=args.threads, cache_bytes=0)
-    benches = {"sizes": bench_sizes, "stall": bench_stall}
-    figures: dict[str, Any] = {}
-    for part in args.parts or PARTS:
-        figures[part] = benches[part](model, args)
-        if not args.json:
-            print(describe(part, figures[part]), flush=True)
-        if not args.no_plots:
-            plot(part, figures[part])
-    if args.json:
-        facts = {"model": str(args.model), "isa": model.info()["isa"], "threads": model.threads, "dtype": model.dtype}
-        json.dump({**facts, **figures}, sys.stdout)
-        print()
+    parts.run(parser, benches, describe=describe, plot=plot, plots="batch", cache_bytes=0)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,12 @@ def fill(state: Any, tokens: int, rng: np.random.Generator) -> None:
 
 
 def feed(model: Any, state: Any, count: int, rng: np.random.Generator, *, prefill: bool) -> None:
-    text = model._runner.text
-    x = text.embed(rng.integers(0, 1000, count))
-    positions = np.repeat(np.arange(state.length, state.length + count)[:, None], 3, 1)
-    hidden = text.forward(x, positions, [state], np.array([0, count]), prefill=prefill)
+    text, ids = model._runner.text, rng.integers(0, 1000, count)
+    if prefill:
+        positions = np.repeat(np.arange(state.length, state.length + count)[:, None], 3, 1)
+        hidden = text.forward(text.embed(ids), positions, [state], np.array([0, count]), prefill=True)
+    else:
+        hidden = text.step([ids.tolist()], [state])
     text.logits(hidden[-1:])
 
 

@@ -23,7 +23,7 @@ rows = []
 def mark(name):
     rows.append((name, resident_bytes()))
 mark("interpreter")
-import deltaic.api, deltaic.ops.cpu
+import deltaic.loading, deltaic.ops.cpu
 mark("import deltaic")
 model = deltaic.load(folder, context=context, progress=False)
 mark("load weights")

@@ -139,6 +139,30 @@ def products_row(T: int, dtype: str, head: bool) -> Row:
     return Row("products", name, block_bytes(dtype, 1024) / 16384 * elements, 2 * T * elements, make)
 
 
+# the delta rule
+
+
+def gated_delta_net_row(T: int, Hk: int, Hv: int, D: int) -> Row:
+    """Operations: of the recurrence alone, where a product with the decay takes the place of a multiply-add."""
+
+    def make() -> Call:
+        C = 2 * Hk * D + Hv * D
+        proj, conv_weight = normal(T, C + Hv * D + 2 * Hv), normal(4, C)
+        arguments = {
+            "eps": 1e-6,
+            "num_k_heads": Hk,
+            "head_k_dim": D,
+            "head_v_dim": D,
+            "cu_seqlens": np.array([0, T]),
+            "conv_states": [np.zeros((3, C), np.float32)],
+            "states": [np.zeros((Hv, D, D), np.float32)],
+        }
+        rate, dt_bias, norm = np.zeros(Hv, np.float32), normal(Hv), normal(D)
+        return lambda: ops.gated_delta_net(proj, conv_weight, rate, dt_bias, norm, **arguments)
+
+    return Row("gated_delta_net", f"T={T} {Hk}:{Hv}x{D}", 8 * Hv * D * D, 8 * T * Hv * D * D, make)
+
+
 # attention
 
 
@@ -208,6 +232,9 @@ def rows() -> Iterator[Row]:
         yield linear_row(1, 1024, 248320, dtype)
         yield linear_row(1024, 768, 3072, dtype)  # the vision tower
         yield linear_row(1024, 3072, 768, dtype)
+    for T in (1, 4, 64, 512):
+        yield gated_delta_net_row(T, 16, 16, 128)
+    yield gated_delta_net_row(512, 16, 32, 128)
     for dtype in ("bf16", "f32"):
         for start in (100, 1000, 4095, 32767):
             yield gated_attention_row(1, start, 8, 2, 256, dtype)

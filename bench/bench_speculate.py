@@ -27,10 +27,10 @@ from typing import Any
 
 import deltaic
 import numpy as np
-from deltaic.generate.loop import Drafting
+import parts
+from deltaic.generate.runner import Drafting
 from deltaic.generate.speculate import Costs
 
-PARTS = ("costs", "losing", "copying", "gain", "equal")
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
 TASKS = [
     "Count from 3 to 12.",
@@ -289,36 +289,26 @@ def forever(model: deltaic.Model, prompt: Any, length: int, seed: int, mode: str
         model.__dict__["end_ids"] = ends
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "arguments", nargs="*", metavar="MODEL or PART", help=f"a folder, and any of {', '.join(PARTS)}"
-    )
-    parser.add_argument("--dtype")
-    parser.add_argument("--threads", type=int)
+def describe(part: str, f: dict[str, Any]) -> str:
+    return f"{part} {json.dumps(f, indent=2)}"
+
+
+def main() -> None:
+    benches: dict[str, parts.Bench] = {
+        "costs": bench_costs,
+        "losing": bench_losing,
+        "copying": bench_copying,
+        "gain": bench_gain,
+        "equal": bench_equal,
+    }
+    parser = parts.parser(__doc__ or "", benches, dtype=None, needs_model=False)
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--new", type=int, default=128, help="tokens per generation")
     parser.add_argument("--tokens", type=int, default=10_000, help="plain tokens that are compared with each mode")
     parser.add_argument("--model-tokens", type=int, default=200, help="the same for MODEL")
     parser.add_argument("--only-model", action="store_true", help="equal: not the miniature")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    parts = [a for a in args.arguments if a in PARTS] or list(PARTS)
-    folders = [a for a in args.arguments if a not in PARTS]
-    model = deltaic.load(folders[0], dtype=args.dtype, threads=args.threads) if folders else None
-    results: dict[str, Any] = {}
-    for part in parts:
-        if model is None and part in ("costs", "losing", "copying"):
-            if len(args.arguments):
-                parser.error(f"{part}: needs a MODEL")
-            continue
-        results[part] = globals()[f"bench_{part}"](model, args)
-        if not args.json:
-            print(part, json.dumps(results[part], indent=2), flush=True)
-    if args.json:
-        print(json.dumps(results))
-    return 0
+    parts.run(parser, benches, describe=describe, with_model=("costs", "losing", "copying"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -22,7 +22,7 @@ import json, sys, time
 marks = [("interpreter", time.time())]
 import numpy
 marks.append(("import numpy", time.time()))
-import deltaic.api, deltaic.ops.cpu
+import deltaic.loading, deltaic.ops.cpu
 marks.append(("import deltaic", time.time()))
 model = deltaic.load(sys.argv[1], progress=False, **json.loads(sys.argv[2]))
 marks.append(("load weights", time.time()))

@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import resource
 import secrets
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,10 +29,9 @@ from typing import Any
 
 import deltaic
 import numpy as np
+import parts
 from deltaic.model.state import State
 
-PARTS = ("turns", "prefixes", "file", "fork", "load")
-RESULTS = Path(__file__).parent / "results"
 MIB = 2.0**20
 WORDS = ("the", "cat", "dog", "mat", "sun", "sat", "ran", "on", "under", "over", "and", "or", "red", "is", "was")
 
@@ -299,13 +296,7 @@ def describe(part: str, f: dict[str, Any]) -> str:
     )
 
 
-def plot(part: str, f: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
+def plot(part: str, f: dict[str, Any], figure: Any, axis: Any) -> None:
     if part == "turns":
         turns = range(1, 11)
         axis.bar(turns, f["prompt_tokens"], color="lightgrey", label="tokens of the prompt")
@@ -340,19 +331,17 @@ def plot(part: str, f: dict[str, Any]) -> None:
         axis.axhline(f["budget"] / MIB, linestyle=":", color="grey", label="budget")
         axis.set(xlabel="seconds", ylabel="MiB", title="Random prompts", ylim=(0, None))
         axis.legend()
-    figure.tight_layout()
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"state_{part}.png", dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int)
+    benches: dict[str, parts.Bench] = {
+        "turns": bench_turns,
+        "prefixes": bench_prefixes,
+        "file": bench_file,
+        "fork": bench_fork,
+        "load": bench_load,
+    }
+    parser = parts.parser(__doc__ or "", benches, dtype="bf16")
     parser.add_argument("--tokens", type=int, default=8000, help="turns: tokens of the conversation")
     parser.add_argument("--answer-tokens", type=int, default=64, help="turns: tokens of an answer")
     parser.add_argument("--file-tokens", type=int, default=32768, help="file, fork: tokens of the state")
@@ -361,31 +350,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0, help="load: how long")
     parser.add_argument("--load-tokens", type=int, default=256, help="load: tokens of a prompt at most")
     parser.add_argument("--budget-checkpoints", type=int, default=8, help="load: the budget in checkpoints of a prompt")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--no-plots", action="store_true")
-    args = parser.parse_args()
-    unknown = [part for part in args.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"unknown part {unknown[0]}; there are {', '.join(PARTS)}")
-    model = deltaic.load(args.model, dtype=args.dtype, device=args.device, threads=args.threads)
-    benches = {
-        "turns": bench_turns,
-        "prefixes": bench_prefixes,
-        "file": bench_file,
-        "fork": bench_fork,
-        "load": bench_load,
-    }
-    figures: dict[str, Any] = {}
-    for part in args.parts or PARTS:
-        figures[part] = benches[part](model, args)
-        if not args.json:
-            print(describe(part, figures[part]), flush=True)
-        if not args.no_plots:
-            plot(part, figures[part])
-    if args.json:
-        facts = {"model": str(args.model), "isa": model.info()["isa"], "threads": model.threads, "dtype": args.dtype}
-        json.dump({**facts, **figures}, sys.stdout)
-        print()
+    parts.run(parser, benches, describe=describe, plot=plot, plots="state")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@
       (View source, int64_t format, int64_t first, int64_t step, View packed))                                         \
     X(embed, "ids i64[T]; table weight[V,H]; y f32![T,H]", (View ids, const Weight& table, View y))                    \
     X(rms_norm, "x f32[T,D]; weight f32[D]; eps float; y f32![T,D]", (View x, View weight, float eps, View y))         \
+    X(rms_norm_pair, "a f32[T,D]; a_weight f32[D]; b f32[T,D]; b_weight f32[D]; eps float; y f32![T,2*D]",             \
+      (View a, View a_weight, View b, View b_weight, float eps, View y))                                               \
     X(layer_norm, "x f32[T,D]; weight f32[D]; bias f32[D]; eps float; y f32![T,D]",                                    \
       (View x, View weight, View bias, float eps, View y))                                                             \
     X(linear,                                                                                                          \
@@ -63,6 +65,7 @@
       (View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,            \
        double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,      \
        int64_t limit, double uniform, View token))                                                                     \
+    X(argmax, "logits f32[T,V]; limit int; tokens i64![T]", (View logits, int64_t limit, View tokens))                 \
     X(log_softmax_top,                                                                                                 \
       "logits f32[V]; limit int; k int; token int; logprob f32![1]; top_ids i64![k]; top_logprobs f32![k]",            \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \

@@ -159,8 +159,14 @@ def norm(rng: Rng, T: int, D: int, scale: float, layer: bool) -> dict[str, Any]:
     return {"x": x, "weight": normal(rng, D)} | ({"bias": normal(rng, D)} if layer else {}) | {"eps": 1e-6}
 
 
+def norm_pair(rng: Rng, T: int, D: int, scale: float) -> dict[str, Any]:
+    a, b = (norm(rng, T, D, scale, layer=False) for _ in range(2))
+    return {"a": a["x"], "a_weight": a["weight"], "b": b["x"], "b_weight": b["weight"], "eps": a["eps"]}
+
+
 for _T, _D, _scale in [(0, 8, 1), (1, 24, 1), (2, 1, 1), (3, 17, 1e-4), (5, 1000, 1e8), (65, 128, 1)]:
     add("rms_norm", f"{_T}x{_D}-{_scale:g}", norm, T=_T, D=_D, scale=_scale, layer=False)
+    add("rms_norm_pair", f"{_T}x{_D}-{_scale:g}", norm_pair, T=_T, D=_D, scale=_scale)
     add("layer_norm", f"{_T}x{_D}-{_scale:g}", norm, T=_T, D=_D, scale=_scale, layer=True)
 
 
@@ -409,6 +415,16 @@ _SETTINGS = {
 for _V, _limit in [(20, 1), (37, 30), (5003, 4999), (100_000, 99_000)]:
     for _name, _changes in _SETTINGS.items():
         add("sample", f"{_V}-{_name}", sample, V=_V, limit=_limit, **_changes)
+
+
+def argmax(rng: Rng, T: int, V: int, limit: int, ties: bool) -> dict[str, Any]:
+    logits = normal(rng, T, V)
+    return {"logits": np.round(logits) if ties else logits, "limit": limit, "tokens": np.full(T, -1)}
+
+
+for _T, _V, _limit in [(0, 5, 5), (1, 1, 1), (1, 704, 688), (3, 5003, 4999)]:
+    add("argmax", f"{_T}x{_V}", argmax, T=_T, V=_V, limit=_limit, ties=False)
+    add("argmax", f"{_T}x{_V}-ties", argmax, T=_T, V=_V, limit=_limit, ties=True)
 
 
 def log_softmax_top(rng: Rng, V: int, limit: int, k: int) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_load_flags_reach_the_model(run, tiny_folder, monkeypatch):
         found.update(options)
         raise deltaic.ArgumentError("seen")
 
-    monkeypatch.setattr("deltaic.api.load", load)
+    monkeypatch.setattr("deltaic.loading.load", load)
     flags = ("--kv-dtype", "int8", "--context", 64, "--threads", 2, "--dtype", "int4", "--speculate", "off")
     assert run("run", tiny_folder, "hi", *flags)[0] == 2
     expected = {"kv_dtype": "int8", "context": 64, "threads": 2, "dtype": "int4", "speculate": "off"}

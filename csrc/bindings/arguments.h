@@ -29,24 +29,26 @@ struct PyBlockTable {
 };
 
 inline View view_of(const py::array& array, const char** dtype_name) {
+    using Numpy = py::detail::npy_api;
     View v;
-    const auto dtype = array.dtype();
-    const char kind = dtype.kind();
-    const auto size = dtype.itemsize();
-    if (kind == 'f' && size == 4) {
+    // The structs behind the handles: a py::dtype made for every array of every call would cost more than the rest.
+    const auto* a = py::detail::array_proxy(array.ptr());
+    const auto* descr = py::detail::array_descriptor_proxy(a->descr);
+    const int type = descr->byteorder == '=' || descr->byteorder == '|' ? descr->type_num : -1;
+    if (type == Numpy::NPY_FLOAT_) {
         v.dtype = Dtype::f32, *dtype_name = "f32";
-    } else if (kind == 'u' && size == 2) {
+    } else if (type == Numpy::NPY_USHORT_) {
         v.dtype = Dtype::u16, *dtype_name = "u16";
-    } else if (kind == 'u' && size == 1) {
+    } else if (type == Numpy::NPY_UBYTE_) {
         v.dtype = Dtype::u8, *dtype_name = "u8";
-    } else if (kind == 'i' && size == 8) {
+    } else if (type == Numpy::NPY_LONGLONG_ || (sizeof(long) == 8 && type == Numpy::NPY_LONG_)) {
         v.dtype = Dtype::i64, *dtype_name = "i64";
     } else {
         *dtype_name = "unsupported";
     }
-    v.data = const_cast<void*>(array.data());
-    v.ndim = static_cast<int32_t>(array.ndim());
-    for (int i = 0; i < v.ndim && i < 5; ++i) v.shape[i] = array.shape(i);
+    v.data = a->data;
+    v.ndim = a->nd;
+    for (int i = 0; i < v.ndim && i < 5; ++i) v.shape[i] = a->dimensions[i];
     return v;
 }
 

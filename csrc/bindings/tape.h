@@ -176,11 +176,12 @@ class Tape {
 
     static Input input_of(py::handle value) {
         Input input;
-        if (py::isinstance<PyBlockTable>(value)) {
+        if (!py::isinstance<py::array>(value)) {
+            if (!py::isinstance<PyBlockTable>(value))
+                throw Error("Tape: an input is neither a numpy array nor a BlockTable");
             input.table = &value.cast<const PyBlockTable&>().table;
             return input;
         }
-        if (!py::isinstance<py::array>(value)) throw Error("Tape: an input is neither a numpy array nor a BlockTable");
         const auto array = py::reinterpret_borrow<py::array>(value);
         input.view = view_of(array, &input.dtype);
         if (std::strcmp(input.dtype, "unsupported") == 0 || !(array.flags() & py::array::c_style))

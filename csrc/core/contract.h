@@ -9,16 +9,29 @@
 
 namespace deltaic {
 
+// A size of an array: sums of products of names and numbers, taken apart once.
+struct Dim {
+    struct Term {
+        int64_t number = 1;      // product of the numbers in it
+        std::vector<int> names;  // indices into Contract::names
+    };
+    std::string text;
+    bool any = false;  // `_`
+    int name = -1;     // of a size that is one name
+    std::vector<Term> terms;
+};
+
 enum class Kind { array, weight, table, integer, number };
 
 struct Argument {
     std::string name;
     Kind kind = Kind::array;
-    std::string type;               // f32, u8, u16, i64, kv, weight, table, int, float, double
-    bool optional = false;          // may be None
-    bool written = false;           // the operator writes to it
-    std::string list;               // size name of a list argument, or empty
-    std::vector<std::string> dims;  // size expressions
+    std::string type;       // f32, u8, u16, i64, kv, weight, table, int, float, double
+    bool optional = false;  // may be None
+    bool written = false;   // the operator writes to it
+    std::string list;       // size name of a list argument, or empty
+    int size = -1;          // index of that name, or of an integer's own
+    std::vector<Dim> dims;
 };
 
 struct Contract {
@@ -28,6 +41,10 @@ struct Contract {
 
     Contract(const char* op, const char* text);
     int name_index(const std::string& name) const;  // -1 where unknown
+
+  private:
+    int add_name(const std::string& name);
+    Dim parse_dim(const std::string& text);
 };
 
 // The sizes seen during one call.
@@ -44,12 +61,11 @@ class Sizes {
   private:
     struct Pending {
         const Argument* argument;
-        std::string expression;
+        const Dim* dim;
         int64_t found;
         std::string shown;
     };
-    int64_t evaluate(const std::string& expression) const;  // -1: not known yet
-    void check(const Argument& argument, const std::string& expression, int64_t found, const std::string& shown);
+    int64_t evaluate(const Dim& dim) const;  // -1: not known yet
     [[noreturn]] void mismatch(const Argument& argument, const std::string& shown) const;
 
     const Contract& contract_;

@@ -29,6 +29,12 @@ DELTAIC_INLINE void parallel_for(int64_t n, int64_t grain, const F& body) {
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// The grain for work that reads so many bytes: all of it where one thread is done before others would have met it.
+DELTAIC_INLINE int64_t grain_for(int64_t bytes, int64_t n, int64_t grain) {
+    constexpr int64_t kAlone = int64_t{1} << 18;
+    return bytes < kAlone && n > grain ? n : grain;
+}
+
 // 64-byte aligned memory that lives until the operator returns. Kept between operators, so a decoded token allocates
 // nothing.
 void* scratch(size_t bytes);

@@ -19,8 +19,8 @@ namespace deltaic {
 namespace DELTAIC_ISA {
 
 // Register tile: blocks of 16 lanes x query rows.
-constexpr int kFlashBlocks = kTileTokens >= 12 ? 2 : 1;
-constexpr int kFlashRows = kTileTokens >= 12 ? 12 : kTileTokens >= 2 ? 6 : 2;
+constexpr int kFlashBlocks = kTileTokens >= 12 ? 3 : 1;
+constexpr int kFlashRows = kTileTokens >= 12 ? 8 : kTileTokens >= 2 ? 6 : 2;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // How numbers lie in memory: rows of keys, values or queries.
@@ -230,26 +230,33 @@ struct FlashTile {
         Products::kKeys * Products::kNumbers;  // from one row of `scores` to the next
 };
 
-// Floats of memory that a tile of up to `rows` rows works in.
+// Floats of memory of a tile of up to `rows` rows: its scores, which are of no use after flash_keys, and its state.
 template <class Products>
-DELTAIC_INLINE int64_t flash_floats(int64_t rows, int64_t D) {
-    return round_up(rows, kFlashRows) * (Products::kKeys + round_up(D, 16) + 17);
+DELTAIC_INLINE int64_t flash_score_floats(int64_t rows) {
+    return round_up(rows, kFlashRows) * Products::kKeys;
+}
+DELTAIC_INLINE int64_t flash_state_floats(int64_t rows, int64_t D) {
+    return round_up(round_up(rows, kFlashRows) * (round_up(D, 16) + 17), 16);
 }
 
 template <class Products>
-DELTAIC_INLINE FlashTile<Products> flash_begin(const typename Products::Number* q, int64_t stride, int64_t rows,
-                                               int64_t D, float* memory) {
+DELTAIC_INLINE FlashTile<Products> flash_tile(const typename Products::Number* q, int64_t stride, int64_t rows,
+                                              int64_t D, float* scores, float* state) {
     FlashTile<Products> t;
     t.rows = rows, t.padded = round_up(rows, kFlashRows);
     t.D = D, t.dims = round_up(D, 16);
     t.q = q, t.stride = stride;
-    t.scores = memory;
-    t.out = t.scores + t.padded * Products::kKeys;
+    t.scores = scores;
+    t.out = state;
     t.total = t.out + t.padded * t.dims;
     t.highest = t.total + t.padded * 16;
+    return t;
+}
+// Before the first keys.
+template <class Products>
+DELTAIC_INLINE void flash_begin(const FlashTile<Products>& t) {
     for (int64_t i = 0; i < t.padded * (t.dims + 16); i += 16) store(t.out + i, zero());
     for (int64_t i = 0; i < t.padded; ++i) t.highest[i] = -INFINITY;
-    return t;
 }
 
 template <int NB, class Products>

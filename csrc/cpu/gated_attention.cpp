@@ -1,12 +1,13 @@
 // gated_attention: norm, rotary embedding, cache append, causal attention and output gate of a full-attention layer.
 //
-// A sequence of many new rows (prefill) goes through the tiles of cpu/flash.h. One of at most kDecodeRows rows splits
-// its keys into pieces (cpu/kv_cache.h), so that all threads work on one token, and adds the partial results in piece
-// order. On each path a row's arithmetic depends on its own place in the sequence alone; `prefill` sends all rows down
-// the first, so that what a prompt's rows get does not depend on where its reading was interrupted.
+// A sequence of many new rows (prefill) goes through the tiles of cpu/flash.h, panel after panel of packed keys and
+// values. One of at most kDecodeRows rows splits its keys into pieces (cpu/kv_cache.h), so that all threads work on one
+// token, and adds the partial results in piece order. On each path a row's arithmetic depends on its own place in the
+// sequence alone; `prefill` sends all rows down the first, so that what a prompt's rows get does not depend on where
+// its reading was interrupted.
 #include "core/error.h"
 #include "core/pool.h"
-#include "cpu/kv_cache.h"
+#include "cpu/kv_int8.h"
 
 namespace deltaic {
 namespace DELTAIC_ISA {
@@ -15,7 +16,8 @@ namespace {
 
 constexpr int64_t kDecodeRows = 32;  // new rows of a sequence up to which it takes the decode path, unless `prefill`
 constexpr int64_t kPartialFloats =
-    1 << 24;  // partial results in memory at a time, unless one sequence alone needs more
+    1 << 24;                                // partial results in memory at a time, unless one sequence alone needs more
+constexpr int64_t kPackedFloats = 1 << 20;  // of packed keys and values of a sequence in memory at a time
 
 struct Attention {
     View proj, q_norm, k_norm, cos, sin, y;
@@ -25,29 +27,28 @@ struct Attention {
     Tables tables;
     bool prefill;
     // [Hkv][T][G] rows of `q_bytes` bytes, as the products with a sequence's K/V want them: normed, rotated, scaled by
-    // log2(e) / sqrt(D), zero from D to `q_width`.
+    // log2(e) / sqrt(D).
     uint8_t* q;
-    int64_t q_width, q_bytes;
+    int64_t q_bytes;
 
     DELTAIC_INLINE int64_t columns() const { return proj.shape[1]; }
     DELTAIC_INLINE int64_t new_rows(int64_t b) const { return cut[b + 1] - cut[b]; }
     DELTAIC_INLINE bool decodes(int64_t b) const { return !prefill && new_rows(b) <= kDecodeRows; }
     DELTAIC_INLINE int64_t pieces(int64_t b) const { return piece_of(starts[b] + new_rows(b) - 1) + 1; }
-    template <class Products>
-    DELTAIC_INLINE typename Products::Number* queries(int64_t kv_head, int64_t token) const {
-        return reinterpret_cast<typename Products::Number*>(q + (kv_head * proj.shape[0] + token) * G * q_bytes);
+    template <class Rows>
+    DELTAIC_INLINE typename Rows::Number* queries(int64_t kv_head, int64_t token) const {
+        return reinterpret_cast<typename Rows::Number*>(q + (kv_head * proj.shape[0] + token) * G * q_bytes);
     }
-    template <class Products>
+    template <class Rows>
     DELTAIC_INLINE int64_t q_stride() const {
-        return q_bytes / static_cast<int64_t>(sizeof(typename Products::Number));
+        return q_bytes / static_cast<int64_t>(sizeof(typename Rows::Number));
     }
 };
 
-// One unit of parallel work: a query tile of a prefill, or a piece of the keys of a decode step.
+// One unit of parallel work of a decode step: a piece of the keys, and where its partial results go.
 struct Item {
     int32_t sequence, kv_head;
-    int64_t first,
-        count;  // prefill: first token of the tile and tokens; decode: piece, and where its partial results go
+    int64_t piece, partial;
 };
 
 DELTAIC_INLINE void store_cache(const BlockTable& table, uint8_t* row, const float* x, int64_t D) {
@@ -62,18 +63,32 @@ DELTAIC_INLINE void store_cache(const BlockTable& table, uint8_t* row, const flo
     }
 }
 
+// f(a value of the type that tells how the rows of sequence b are stored and multiplied)
+template <class F>
+DELTAIC_INLINE void with_rows(const Attention& a, int64_t b, const F& f) {
+    switch (a.tables[b].dtype) {
+        case Dtype::f32:
+            return f(StoredRows<FloatProducts, Stored::f32>{});
+        case Dtype::u16:
+            return f(StoredRows<HalfProducts, Stored::bf16>{});
+        default:
+            if (a.decodes(b)) return f(DecodedInt8{});
+            return f(StoredRows<HalfProducts, Stored::int8>{});
+    }
+}
+
 // q, k and v of one token and one key-value head: q into a.q, k and v into the cache. `row`: memory of D floats.
-template <class Products>
 void prepare(const Attention& a, int64_t b, int64_t t, int64_t kv_head, float* row) {
     const int64_t D = a.D, F = a.cos.shape[1];
     const float *x = a.proj.f32() + t * a.columns(), *cos = a.cos.f32() + t * F, *sin = a.sin.f32() + t * F;
-    const f32x16 scale = set1(kLog2E / sqrtf(static_cast<float>(D)));
+    const float factor = kLog2E / sqrtf(static_cast<float>(D));
     for (int64_t g = 0; g < a.G; ++g) {
         rms_norm_row(x + (kv_head * a.G + g) * 2 * D, a.q_norm.f32(), D, a.eps, row);
         rotate_row(row, cos, sin, F);
-        typename Products::Number* q = a.queries<Products>(kv_head, t) + g * a.q_stride<Products>();
-        for (int64_t d = 0; d < a.q_width; d += 16)
-            Products::store_number(q + d, d < D ? mul(load_n(row + d, D - d), scale) : zero(), 16);
+        with_rows(a, b, [&](auto rows) {
+            using Rows = decltype(rows);
+            Rows::store_query(a.queries<Rows>(kv_head, t) + g * a.q_stride<Rows>(), row, factor, D);
+        });
     }
     const int64_t place = a.starts[b] + t - a.cut[b];
     const BlockTable& table = a.tables[b];
@@ -94,37 +109,67 @@ DELTAIC_INLINE void finish(const Attention& a, int64_t t, int64_t head, const fl
     }
 }
 
-template <class Products>
-int64_t tile_memory(int64_t rows, int64_t D) {
-    return flash_floats<Products>(rows, D) + Products::kKeys * (D + round_up(D, 16));
-}
-
-template <class Products, Stored format>
-void prefill_tile(const Attention& a, const Item& item, float* memory) {
-    const int64_t b = item.sequence, D = a.D, rows = item.count * a.G;
+// One sequence whose rows are read: panels of keys and values are packed once for all of its rows.
+template <class Rows>
+void prefill_sequence(const Attention& a, int64_t b) {
+    using Products = typename Rows::Products;
+    constexpr int64_t kKeys = Products::kKeys, kNumbers = Products::kNumbers;
+    const int64_t D = a.D, G = a.G, Hkv = a.Hkv, new_rows = a.new_rows(b), start = a.starts[b], end = start + new_rows;
+    const int64_t threads = thread_count(), lanes = ceil_div(D, kNumbers), v_stride = kKeys / kNumbers * 16;
+    // A block of kKeys packed keys, then its values; blocks of all heads that are packed at a time.
+    const int64_t k_floats = kKeys * lanes, block_floats = k_floats + a.dims / 16 * v_stride,
+                  blocks = ceil_div(end, kKeys);
+    const int64_t together = min64(blocks, max64(1, kPackedFloats / (Hkv * block_floats)));
+    // Large tiles read packed keys less often; small ones keep all threads busy. A row's result is the same in either.
+    const bool large = new_rows * a.Hq / 192 >= 4 * threads;
+    const int64_t tile_tokens = max64(1, (large ? 192 : 96) / G), tiles = ceil_div(new_rows, tile_tokens);
+    const int64_t score_floats = flash_score_floats<Products>(tile_tokens * G),
+                  state_floats = flash_state_floats(tile_tokens * G, D);
+    float* packed = scratch_f32(Hkv * together * block_floats);
+    float* scores = scratch_f32(threads * score_floats);
+    float* states = scratch_f32(tiles * Hkv * state_floats);
     const BlockTable& table = a.tables[b];
-    const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
-    float* packed_keys = memory;
-    float* packed_values = packed_keys + Products::kKeys * D;
-    const auto t = flash_begin<Products>(a.queries<Products>(item.kv_head, item.first), a.q_stride<Products>(), rows, D,
-                                         packed_values + Products::kKeys * a.dims);
-    const int64_t place = a.starts[b] + item.first - a.cut[b], end = place + item.count;
-    for (int64_t key = 0; key < end; key += Products::kKeys) {
-        const int64_t n = min64(Products::kKeys, end - key);
-        for (int64_t i = 0; i < n; i += 16) {
-            const int64_t count = min64(16, n - i);
-            const uint8_t* at[16];
-            keys.rows(key + i, count, at);
-            Products::template pack_keys<format>(at, D, packed_keys + i * ceil_div(D, Products::kNumbers));
-            values.rows(key + i, count, at);
-            Products::template pack_values<format>(at, count, D, Products::kKeys * 16,
-                                                   packed_values + i / Products::kNumbers * 16);
-        }
-        flash_keys(t, packed_keys, packed_values, Products::kKeys * 16, n,
-                   [&](int64_t r) { return max64(0, min64(n, place + r / a.G + 1 - key)); });
+
+    for (int64_t first = 0; first < blocks; first += together) {
+        const int64_t count = min64(together, blocks - first), panel_end = min64(end, (first + count) * kKeys);
+        const int64_t groups = ceil_div(panel_end - first * kKeys, 16);
+        parallel_for(Hkv * groups, 4, [&](int64_t begin, int64_t stop, int) {
+            for (int64_t i = begin; i < stop; ++i) {
+                const int64_t h = i / groups, key = i % groups * 16, within = key % kKeys;
+                const int64_t n = min64(16, panel_end - first * kKeys - key);
+                float* to = packed + (h * together + key / kKeys) * block_floats;
+                const uint8_t* at[16];
+                CacheRows(table, a.layer, 0, h).rows(first * kKeys + key, n, at);
+                Products::template pack_keys<Rows::kFormat>(at, D, to + within * lanes);
+                CacheRows(table, a.layer, 1, h).rows(first * kKeys + key, n, at);
+                Products::template pack_values<Rows::kFormat>(at, n, D, v_stride,
+                                                              to + k_floats + within / kNumbers * 16);
+            }
+        });
+        // The last tiles, which see the most keys, come first.
+        parallel_for(tiles * Hkv, 1, [&](int64_t begin, int64_t stop, int thread) {
+            for (int64_t i = begin; i < stop; ++i) {
+                const int64_t tile = tiles - 1 - i / Hkv, h = i % Hkv, token = tile * tile_tokens;
+                const int64_t tokens = min64(tile_tokens, new_rows - token), place = start + token;
+                const int64_t seen = place + tokens;  // keys of its last row
+                if (seen <= first * kKeys) continue;
+                const auto t =
+                    flash_tile<Products>(a.queries<Rows>(h, a.cut[b] + token), a.q_stride<Rows>(), tokens * G, D,
+                                         scores + thread * score_floats, states + (tile * Hkv + h) * state_floats);
+                if (first == 0) flash_begin(t);
+                for (int64_t block = 0; block < count; ++block) {
+                    const int64_t key = (first + block) * kKeys, n = min64(kKeys, seen - key);
+                    if (n <= 0) break;
+                    const float* from = packed + (h * together + block) * block_floats;
+                    flash_keys(t, from, from + k_floats, v_stride, n,
+                               [&](int64_t r) { return max64(0, min64(n, place + r / G + 1 - key)); });
+                }
+                if (seen > panel_end) continue;
+                for (int64_t r = 0; r < t.rows; ++r)
+                    finish(a, a.cut[b] + token + r / G, h * G + r % G, t.out + r * t.dims, flash_total(t, r));
+            }
+        });
     }
-    for (int64_t r = 0; r < rows; ++r)
-        finish(a, item.first + r / a.G, item.kv_head * a.G + r % a.G, t.out + r * t.dims, flash_total(t, r));
 }
 
 // Partial results of one piece: rows x dims sums, then the highest score and the total of each row.
@@ -132,27 +177,18 @@ DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) {
     return round_up(a.new_rows(b) * a.G * (a.dims + 2), 16);
 }
 
-template <class Products, Stored format>
-void decode_piece(const Attention& a, const Item& item, float* partial, float* scores) {
+template <class Rows>
+void decode_piece(const Attention& a, const Item& item, float* partial, float* memory) {
     const int64_t b = item.sequence, rows = a.new_rows(b) * a.G;
     const BlockTable& table = a.tables[b];
     const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
-    const int64_t begin = piece_begin(item.first),
-                  end = min64(piece_begin(item.first + 1), a.starts[b] + a.new_rows(b));
+    const int64_t begin = piece_begin(item.piece),
+                  end = min64(piece_begin(item.piece + 1), a.starts[b] + a.new_rows(b));
     const Piece piece{begin, end - begin, a.starts[b] + 1 - begin, a.G};
-    float* out = partial + item.count;
+    float* out = partial + item.partial;
     float* highest = out + rows * a.dims;
-    attend_piece<Products, format>(keys, values, piece, a.queries<Products>(item.kv_head, a.cut[b]),
-                                   a.q_stride<Products>(), rows, a.D, scores, out, highest, highest + rows);
-}
-
-template <class Products, Stored format>
-DELTAIC_INLINE void work_on(const Attention& a, const Item& item, float* partial, float* memory) {
-    if (a.decodes(item.sequence)) {
-        decode_piece<Products, format>(a, item, partial, memory);
-    } else {
-        prefill_tile<Products, format>(a, item, memory);
-    }
+    attend_piece<Rows>(keys, values, piece, a.queries<Rows>(item.kv_head, a.cut[b]), a.q_stride<Rows>(), rows, a.D,
+                       memory, out, highest, highest + rows);
 }
 
 // Adds up the pieces that one row sees, in order. partial: of this sequence and key-value head, [pieces][piece_floats].
@@ -180,45 +216,24 @@ int64_t sequence_of(const Attention& a, int64_t b, int64_t t) {
     return b;
 }
 
-// Sequences first..last - 1.
-void attend(const Attention& a, int64_t first, int64_t last) {
-    const int64_t threads = thread_count();
-    int64_t new_rows = 0, items = 0, partials = 0;
-    for (int64_t b = first; b < last; ++b)
-        if (!a.decodes(b)) new_rows += a.new_rows(b);
-    // Large tiles repack the keys less often; small ones keep all threads busy. A row's result is the same in either.
-    const bool large = new_rows * a.Hq / 192 >= 4 * threads;
-    const int64_t tile_tokens = max64(1, (large ? 192 : 96) / a.G);
-
+// The sequences that decode among first..last - 1.
+void decode_sequences(const Attention& a, int64_t first, int64_t last) {
+    int64_t items = 0, partials = 0;
     int64_t* offsets = static_cast<int64_t*>(scratch(static_cast<size_t>(last - first) * sizeof(int64_t)));
     for (int64_t b = first; b < last; ++b) {
         offsets[b - first] = partials;
-        if (a.decodes(b)) {
-            if (a.new_rows(b) == 0) continue;
-            items += a.pieces(b) * a.Hkv;
-            partials += a.pieces(b) * a.Hkv * piece_floats(a, b);
-        } else {
-            items += ceil_div(a.new_rows(b), tile_tokens) * a.Hkv;
-        }
+        if (!a.decodes(b) || a.new_rows(b) == 0) continue;
+        items += a.pieces(b) * a.Hkv;
+        partials += a.pieces(b) * a.Hkv * piece_floats(a, b);
     }
+    if (items == 0) return;
     Item* item = static_cast<Item*>(scratch(static_cast<size_t>(items) * sizeof(Item)));
     float* partial = scratch_f32(partials);
-    const int64_t memory =
-        round_up(max64(kPieceRows * kLongPiece, new_rows ? max64(tile_memory<FloatProducts>(tile_tokens * a.G, a.D),
-                                                                 tile_memory<HalfProducts>(tile_tokens * a.G, a.D))
-                                                         : 0),
-                 16);
-    float* work = scratch_f32(threads * memory);
+    const int64_t memory = round_up(kPieceRows * kLongPiece + DecodedInt8::floats(a.D), 16);
+    float* work = scratch_f32(thread_count() * memory);
 
-    // Long work first: the last tiles of a prefill see the most keys, the last pieces of a decode step are the longest.
+    // The last pieces of a sequence, which may be the longest, come first.
     items = 0;
-    for (int64_t b = first; b < last; ++b) {
-        if (a.decodes(b)) continue;
-        for (int64_t tile = ceil_div(a.new_rows(b), tile_tokens) - 1; tile >= 0; --tile)
-            for (int64_t h = 0; h < a.Hkv; ++h)
-                item[items++] = {static_cast<int32_t>(b), static_cast<int32_t>(h), a.cut[b] + tile * tile_tokens,
-                                 min64(tile_tokens, a.new_rows(b) - tile * tile_tokens)};
-    }
     for (int64_t b = first; b < last; ++b) {
         if (!a.decodes(b) || a.new_rows(b) == 0) continue;
         for (int64_t p = a.pieces(b) - 1; p >= 0; --p)
@@ -226,21 +241,13 @@ void attend(const Attention& a, int64_t first, int64_t last) {
                 item[items++] = {static_cast<int32_t>(b), static_cast<int32_t>(h), p,
                                  offsets[b - first] + (h * a.pieces(b) + p) * piece_floats(a, b)};
     }
-
-    parallel_for(items, 1, [&](int64_t begin, int64_t end, int thread) {
-        float* mine = work + thread * memory;
-        for (int64_t i = begin; i < end; ++i) {
-            const Dtype dtype = a.tables[item[i].sequence].dtype;
-            if (dtype == Dtype::f32) {
-                work_on<FloatProducts, Stored::f32>(a, item[i], partial, mine);
-            } else if (dtype == Dtype::u16) {
-                work_on<HalfProducts, Stored::bf16>(a, item[i], partial, mine);
-            } else {
-                work_on<HalfProducts, Stored::int8>(a, item[i], partial, mine);
-            }
-        }
+    int64_t products = 0;  // of a row and a key
+    for (int64_t b = first; b < last; ++b) products += a.new_rows(b) * (a.starts[b] + a.new_rows(b));
+    parallel_for(items, grain_for(products * a.Hkv * a.D * 4, items, 1), [&](int64_t begin, int64_t end, int thread) {
+        for (int64_t i = begin; i < end; ++i)
+            with_rows(a, item[i].sequence,
+                      [&](auto rows) { decode_piece<decltype(rows)>(a, item[i], partial, work + thread * memory); });
     });
-    if (partials == 0) return;
     const int64_t t0 = a.cut[first];
     parallel_for((a.cut[last] - t0) * a.Hq, 16, [&](int64_t begin, int64_t end, int thread) {
         int64_t b = first;
@@ -280,15 +287,14 @@ void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, fl
     const int64_t T = proj.shape[0], B = tables.size;
     Attention a{proj,         q_norm,       k_norm,          cos,     sin, y,     eps,
                 num_heads,    num_kv_heads, q_norm.shape[0], 0,       0,   layer, cu_seqlens.i64(),
-                starts.i64(), tables,       prefill != 0,    nullptr, 0,   0};
+                starts.i64(), tables,       prefill != 0,    nullptr, 0};
     check(a, cu_seqlens, T);
     if (T == 0) return;
     a.G = a.Hq / a.Hkv, a.dims = round_up(a.D, 16);
 
     // The last tile reads whole groups of kFlashRows rows.
-    a.q_width = round_up(a.D, 32), a.q_bytes = a.q_width * static_cast<int64_t>(sizeof(HalfProducts::Number));
     for (int64_t b = 0; b < B; ++b)
-        if (tables[b].dtype == Dtype::f32) a.q_bytes = a.q_width * 4;
+        with_rows(a, b, [&](auto rows) { a.q_bytes = max64(a.q_bytes, decltype(rows)::query_bytes(a.D)); });
     a.q = static_cast<uint8_t*>(scratch(static_cast<size_t>((T * a.Hq + kFlashRows) * a.q_bytes)));
     memset(a.q + T * a.Hq * a.q_bytes, 0, static_cast<size_t>(kFlashRows * a.q_bytes));
     float* rows = scratch_f32(thread_count() * a.dims);
@@ -297,11 +303,7 @@ void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, fl
         int64_t b = 0;
         for (int64_t i = begin; i < end; ++i) {
             b = sequence_of(a, b, i / a.Hkv);
-            if (tables[b].dtype == Dtype::f32) {
-                prepare<FloatProducts>(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
-            } else {
-                prepare<HalfProducts>(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
-            }
+            prepare(a, b, i / a.Hkv, i % a.Hkv, rows + thread * a.dims);
         }
     });
 
@@ -309,12 +311,17 @@ void gated_attention(View proj, View q_norm, View k_norm, View cos, View sin, fl
     for (int64_t b = 0; b < B; ++b) {
         const int64_t more = a.decodes(b) && a.new_rows(b) ? a.pieces(b) * a.Hkv * piece_floats(a, b) : 0;
         if (b > first && floats + more > kPartialFloats) {
-            attend(a, first, b);
+            decode_sequences(a, first, b);
             first = b, floats = 0;
         }
         floats += more;
     }
-    attend(a, first, B);
+    decode_sequences(a, first, B);
+    for (int64_t b = 0; b < B; ++b)
+        if (!a.decodes(b) && a.new_rows(b) > 0)
+            with_rows(a, b, [&](auto rows) {
+                if constexpr (decltype(rows)::kPrefills) prefill_sequence<decltype(rows)>(a, b);
+            });
 }
 
 }  // namespace DELTAIC_ISA

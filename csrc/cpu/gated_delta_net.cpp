@@ -47,19 +47,21 @@ struct Window {
 DELTAIC_INLINE int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }
 
 // out[i] = silu(sum_j weight[j] * u[t0 + i - 3 + j]) for channels [c, c + n) and `count` tokens; lanes up to padded(n)
-// get 0.
+// get 0. Weights and the last rows stay in registers while the tokens pass.
 void convolve(const Window& window, const float* weight, int64_t c, int64_t n, int64_t t0, int64_t count, float* out) {
     const int64_t width = padded(n);
-    for (int64_t i = 0; i < count; ++i) {
-        const float* rows[kTaps];
-        for (int64_t j = 0; j < kTaps; ++j) rows[j] = window.row(t0 + i - (kTaps - 1) + j) + c;
-        for (int64_t d = 0; d < n; d += 16) {
+    for (int64_t d = 0; d < n; d += 16) {
+        f32x16 w[kTaps], u[kTaps];
+        for (int64_t j = 0; j < kTaps; ++j) {
+            w[j] = load_n(weight + j * window.channels + c + d, n - d);
+            u[j] = load_n(window.row(t0 + j - (kTaps - 1)) + c + d, n - d);
+        }
+        for (int64_t i = 0; i < count; ++i) {
             f32x16 sum = zero();
-            prefetch(rows[kTaps - 1] + d + kAhead * window.stride);
-            for (int64_t j = 0; j < kTaps; ++j) {
-                sum = fma(load_n(weight + j * window.channels + c + d, n - d), load_n(rows[j] + d, n - d), sum);
-            }
+            for (int64_t j = 0; j < kTaps; ++j) sum = fma(w[j], u[j], sum);
             store(out + i * width + d, silu(sum));
+            for (int64_t j = 0; j + 1 < kTaps; ++j) u[j] = u[j + 1];
+            if (i + 1 < count) u[kTaps - 1] = load_n(window.u + (t0 + i + 1) * window.stride + c + d, n - d);
         }
     }
 }
@@ -92,13 +94,29 @@ struct Errors {
     int64_t stride, columns;
 };
 
+// Rows that are called from memory while S is worked on, which needs none: those that come next, a row with each token.
+struct Ahead {
+    struct Rows {
+        const float* first;
+        int64_t stride;
+    } rows[5];
+    int count = 0;
+    DELTAIC_INLINE void add(const float* first, int64_t stride) { rows[count++] = {first, stride}; }
+    DELTAIC_INLINE Ahead columns(int64_t c) const {
+        Ahead a = *this;
+        for (int r = 0; r < count; ++r) a.rows[r].first += c;
+        return a;
+    }
+};
+
 // The delta rule for n tokens on VB * 16 columns of S (row stride `stride`); v [n, width] becomes o.
 // Products with the next token's k and q are taken while S is in registers anyway. Every sum runs over d = 0..Dk-1 in
 // order, whatever n and VB are, so that the bits do not depend on how tokens come. With `errors`, dv is stored and the
 // last token does not change S.
 template <int VB>
 DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float* q, const float* k, int64_t k_width,
-                               const Gates* gates, float* v, int64_t v_width, int64_t n, const Errors& errors) {
+                               const Gates* gates, float* v, int64_t v_width, int64_t n, const Errors& errors,
+                               const Ahead& ahead) {
     f32x16 sk[VB], sq[VB], dv[VB];
     DELTAIC_UNROLL for (int b = 0; b < VB; ++b) sk[b] = sq[b] = zero();
     for (int64_t d = 0; d < Dk; ++d) {
@@ -112,6 +130,8 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
     }
     for (int64_t i = 0; i < n; ++i) {
         const f32x16 decay = set1(gates[i].decay);
+        for (int r = 0; r < ahead.count; ++r)
+            for (int b = 0; b < VB; ++b) prefetch_far(ahead.rows[r].first + i * ahead.rows[r].stride + b * 16);
         DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
             float* value = v + i * v_width + b * 16;
             dv[b] = mul(set1(gates[i].beta), sub(load(value), mul(decay, sk[b])));
@@ -149,7 +169,7 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
 // few pass over it or if the columns have to be padded. `dv` (rows `dv_stride` apart), where given: takes the errors,
 // and S stays as it is.
 void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const float* k, const Gates* gates, float* v,
-                     int64_t n, float* dense, float* dv, int64_t dv_stride) {
+                     int64_t n, float* dense, float* dv, int64_t dv_stride, const Ahead& ahead) {
     const int64_t k_width = padded(Dk), v_width = padded(Dv);
     const bool in_place = n <= (dv ? 1 : kInPlace) && Dv % 16 == 0;
     for (int64_t c = 0; c < v_width;) {
@@ -165,11 +185,11 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
         }
         const Errors errors{dv ? dv + c : nullptr, dv_stride, Dv - c};
         if (wide) {
-            delta_rule<kWide>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
+            delta_rule<kWide>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         } else if (full) {
-            delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
+            delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         } else {
-            delta_rule<1>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors);
+            delta_rule<1>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         }
         if (!in_place && !dv) {
             for (int64_t d = 0; d < Dk; ++d)
@@ -211,7 +231,7 @@ void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View
     const int64_t per_thread = kChunk * (2 * k_width + v_width) + Dk * kColumns * 16;
     float* buffers = scratch_f32(thread_count() * per_thread);
 
-    parallel_for(B * Hk, 1, [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(B * Hk, grain_for(T * Hv * Dk * Dv * 4, B * Hk, 1), [&](int64_t begin, int64_t end, int thread) {
         float* q = buffers + thread * per_thread;
         float* k = q + kChunk * k_width;
         float* v = k + kChunk * k_width;
@@ -243,13 +263,21 @@ void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View
                     float* row =
                         trace ? trace.f32() + starts[b] * W + C + Hk * Dk : nullptr;  // dv (Hv*Dv) | decay (Hv)
                     for (int64_t i = 0; trace && i < n; ++i) row[i * W + Hv * Dv + j] = gates[i].decay;
-                    delta_rule_head(states[b].f32() + j * Dk * Dv, Dk, Dv, q, k, gates, v, n, dense,
-                                    trace ? row + j * Dv : nullptr, W);
-                    for (int64_t i = 0; i < n; ++i) {
-                        const int64_t t = starts[b] + t0 + i;
-                        gated_norm(v + i * v_width, norm.f32(), first + (t0 + i) * P + C + j * Dv, Dv, eps,
-                                   y.f32() + (t * Hv + j) * Dv);
+                    const float* z = first + t0 * P + C + j * Dv;
+                    float* out = y.f32() + ((starts[b] + t0) * Hv + j) * Dv;
+                    const bool last = j + 1 == (kh + 1) * group;
+                    Ahead ahead;  // a few rows are in the caches: the projection has just written them
+                    if (n > kInPlace) ahead.add(z, P), ahead.add(out, Hv * Dv);
+                    if (n > kInPlace && !last) {
+                        ahead.add(first + t0 * P + 2 * Hk * Dk + (j + 1) * Dv, P);
+                    } else if (t0 + kChunk < rows) {
+                        const float* next = first + (t0 + kChunk) * P;
+                        ahead.add(next + q_channel, P), ahead.add(next + k_channel, P), ahead.add(next + v_channel, P);
                     }
+                    delta_rule_head(states[b].f32() + j * Dk * Dv, Dk, Dv, q, k, gates, v, n, dense,
+                                    trace ? row + j * Dv : nullptr, W, ahead);
+                    for (int64_t i = 0; i < n; ++i)
+                        gated_norm(v + i * v_width, norm.f32(), z + i * P, Dv, eps, out + i * Hv * Dv);
                 }
             }
             if (trace) {

@@ -22,7 +22,7 @@ void gated_delta_net_commit(View trace, int64_t Hk, View cu_seqlens, View counts
     if (Hk < 1 || Hv % Hk != 0) fail(op, "value heads must be a multiple of key heads");
     const int64_t C = 2 * Hk * Dk + Hv * Dv, taps = conv_states[0].shape[1];
 
-    parallel_for(L * B * Hv, 1, [&](int64_t begin, int64_t end, int) {
+    parallel_for(L * B * Hv, grain_for(L * B * Hv * Dk * Dv * 4, L * B * Hv, 1), [&](int64_t begin, int64_t end, int) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t layer = task / (B * Hv), b = task / Hv % B, j = task % Hv;
             const float* row =

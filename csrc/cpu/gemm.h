@@ -152,11 +152,12 @@ DELTAIC_INLINE int64_t count_pairs(const Weight& w) {
     return pairs;
 }
 
-// Pairs that a thread takes at a time: about 128 KiB of weights, but at least four portions for each thread.
-DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int threads) {
+// Pairs that a thread takes at a time: about 128 KiB of weights, but at least four portions for each thread. A few
+// tokens share what is read.
+DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int64_t T, int threads) {
     const int64_t bytes = 2 * block_bytes(w.segment[0].format, w.columns);
     const int64_t grain = max64(1, min64((int64_t{1} << 17) / max64(bytes, 1), pairs / (4 * threads)));
-    return grain > 1 ? grain / 2 * 2 : 1;
+    return grain_for(bytes * pairs * ceil_div(T, 4), pairs, grain > 1 ? grain / 2 * 2 : 1);
 }
 
 // multiply_pairs over a whole matrix, on all threads. Many tokens are cut into slices, so that a thread multiplies rows
@@ -168,7 +169,7 @@ DELTAIC_INLINE void multiply_all(const Weight& w, const Activations& a, const Em
     const int64_t slices = max64(1, min64(threads, T / 96));
     const int64_t slice = slices > 1 ? round_up(ceil_div(T, slices), 12) : T, room = work_bytes(w, slice);
     uint8_t* const work = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * threads)));
-    const int64_t grain = T > 8 ? min64(2, pairs) : pair_grain(w, pairs, threads);
+    const int64_t grain = T > 8 ? min64(2, pairs) : pair_grain(w, pairs, T, threads);
     parallel_for(ceil_div(T, max64(slice, 1)) * pairs, grain, [&](int64_t begin, int64_t end, int thread) {
         while (begin < end) {
             const int64_t t = begin / pairs * slice, first = begin % pairs, last = min64(pairs, first + end - begin);

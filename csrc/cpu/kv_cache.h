@@ -50,6 +50,14 @@ template <int N>
 struct Constant {
     static constexpr int value = N;
 };
+// f(Constant<rows>, first row) for register tiles of 4, 2 and 1 of n query rows.
+template <class F>
+DELTAIC_INLINE void row_tiles(int64_t n, const F& f) {
+    int64_t r = 0;
+    for (; r + 4 <= n; r += 4) f(Constant<4>{}, r);
+    for (; r + 2 <= n; r += 2) f(Constant<2>{}, r);
+    for (; r < n; ++r) f(Constant<1>{}, r);
+}
 
 // Register tiles of the decode path: keys x query rows of a dot product; query rows x groups of 16 dimensions of the
 // sum.
@@ -57,8 +65,7 @@ constexpr int kDotKeys = kTileTokens >= 2 ? 2 : 1;
 constexpr int kDotRows = kTileTokens >= 12 ? 4 : 2;
 constexpr int kSumGroups = kTileTokens >= 12 ? 4 : 1;
 constexpr int64_t kPieceRows = 16;  // query rows that share one pass over the keys
-constexpr int64_t kAhead = 16;  // keys or values between what is worked on and what is called from memory  // keys or
-                                // values between the one that is worked on and the one that is called from memory
+constexpr int64_t kAhead = 16;      // keys or values between what is worked on and what is called from memory
 
 // sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys; q [rows][q_stride], zero past D.
 // `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware
@@ -161,45 +168,94 @@ struct Piece {
     DELTAIC_INLINE int64_t visible(int64_t row) const { return max64(0, min64(keys, seen + row / group)); }
 };
 
+// The two products of a piece by `Products` on rows stored as `format`; what else may stand in its place is in
+// cpu/kv_int8.h. `memory`: what attend_piece was given beside the scores.
+template <class P, Stored format>
+struct StoredRows {
+    using Products = P;
+    using Number = typename Products::Number;  // of a query row
+    using Probabilities = Products;            // how they are stored
+    static constexpr Stored kFormat = format;
+    static constexpr bool kPrefills = true;
+
+    static DELTAIC_INLINE int64_t query_bytes(int64_t D) {
+        return round_up(D, 32) * static_cast<int64_t>(sizeof(Number));
+    }
+    // A query row of x [D] * factor, zero from D on.
+    static DELTAIC_INLINE void store_query(Number* q, const float* x, float factor, int64_t D) {
+        for (int64_t d = 0; d < round_up(D, 32); d += 16)
+            Products::store_number(q + d, d < D ? mul(load_n(x + d, D - d), set1(factor)) : zero(), 16);
+    }
+    static DELTAIC_INLINE int64_t floats(int64_t) { return 0; }  // of memory beside the scores
+
+    // scores[r * kLongPiece + k] = q[r] . key k, for n query rows and the first `count` keys of a piece.
+    static DELTAIC_INLINE void scores(const CacheRows& keys, const CacheRows& values, const Piece& piece, int64_t count,
+                                      const Number* q, int64_t q_stride, int64_t n, int64_t D, float* scores, float*) {
+        for (int64_t k = 0; k < min64(kAhead, piece.keys); ++k)
+            for (int64_t byte = 0; byte < keys.row_bytes; byte += 64) prefetch_far(keys.row(piece.first + k) + byte);
+        for (int64_t k = 0; k < count; k += 16) {
+            const int64_t some = min64(16, count - k);
+            const uint8_t* at[16];
+            keys.rows(piece.first + k, some, at);
+            const int64_t beyond = k + kAhead - round_up(count, 16);  // after the last keys come the first values
+            const uint8_t* ahead = beyond < 0 ? keys.row(piece.first + min64(k + kAhead, count - 1))
+                                              : values.row(piece.first + min64(beyond, count - 1));
+            for (int64_t i = 0; i < some; i += 4)
+                row_tiles(n, [&](auto constant, int64_t r) {
+                    score_rows<Products, format, decltype(constant)::value>(
+                        at + i, min64(4, some - i), q + r * q_stride, q_stride, D,
+                        r ? nullptr : ahead + i * keys.row_bytes, scores + r * kLongPiece + k + i, kLongPiece);
+                });
+        }
+    }
+
+    // out[r] += sum over the keys that row row0 + r sees of its probabilities * value; the last row sees `count`.
+    static DELTAIC_INLINE void values(const CacheRows& values, const Piece& piece, int64_t count, int64_t row0,
+                                      int64_t n, int64_t D, const float* scores, float*, float* out) {
+        constexpr int64_t stride = kLongPiece * Products::kNumbers;
+        const int64_t dims = round_up(D, 16);
+        for (int64_t k = 0; k < count; k += 16) {
+            const uint8_t* at[16];
+            values.rows(piece.first + k, min64(16, count - k), at);
+            const uint8_t* next = k + kAhead < count ? values.row(piece.first + k + kAhead) : nullptr;
+            row_tiles(n, [&](auto constant, int64_t r) {
+                constexpr int ROWS = decltype(constant)::value;
+                float* o = out + r * dims;
+                const Number* p = reinterpret_cast<const Number*>(scores) + r * stride + k;
+                // The rows see different numbers of keys only at the end of the sequence: there each adds the rest
+                // alone. Whole lanes only are common, since nobody may touch a later row's value.
+                const int64_t fewest = max64(0, min64(16, piece.visible(row0 + r) - k));
+                const int64_t common = ROWS == 1 ? fewest : fewest / Products::kNumbers * Products::kNumbers;
+                if (common) sum_rows<Products, format, ROWS>(at, common, p, stride, D, r ? nullptr : next, o, dims);
+                for (int i = 0; ROWS > 1 && i < ROWS; ++i) {
+                    const int64_t own = min64(16, piece.visible(row0 + r + i) - k);
+                    if (own > common)
+                        sum_rows<Products, format, 1>(at + common, own - common, p + i * stride + common, stride, D,
+                                                      nullptr, o + i * dims, dims);
+                }
+            });
+        }
+    }
+};
+
 // Partial attention of the rows q [rows][q_stride] over one piece: out [rows][dims] = sum of 2^(score - highest) *
 // value, and per row the highest score (rounded up) and the sum of the exponentials. Every row adds its keys in order,
-// so it gets the same bits in any company. scores: memory of kPieceRows * kLongPiece floats.
-template <class Products, Stored format>
+// so it gets the same bits in any company. memory: kPieceRows * kLongPiece floats, and what `Rows` wants beside them.
+template <class Rows>
 DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values, const Piece& piece,
-                                 const typename Products::Number* q, int64_t q_stride, int64_t rows, int64_t D,
-                                 float* scores, float* out, float* highest, float* total) {
-    const int64_t dims = round_up(D, 16), stride = kLongPiece, p_stride = stride * Products::kNumbers;
-    using Number = typename Products::Number;
-    for (int64_t k = 0; k < min64(kAhead, piece.keys); ++k)
-        for (int64_t byte = 0; byte < keys.row_bytes; byte += 64) prefetch_far(keys.row(piece.first + k) + byte);
+                                 const typename Rows::Number* q, int64_t q_stride, int64_t rows, int64_t D,
+                                 float* memory, float* out, float* highest, float* total) {
+    using Probabilities = typename Rows::Probabilities;
+    using Number = typename Probabilities::Number;
+    const int64_t dims = round_up(D, 16);
+    float *scores = memory, *more = memory + kPieceRows * kLongPiece;
     for (int64_t row0 = 0; row0 < rows; row0 += kPieceRows) {
         const int64_t n = min64(kPieceRows, rows - row0), last = piece.visible(row0 + n - 1);
         if (last == 0) continue;
-        for (int64_t k = 0; k < last; k += 16) {
-            const int64_t count = min64(16, last - k);
-            const uint8_t* at[16];
-            keys.rows(piece.first + k, count, at);
-            const int64_t beyond = k + kAhead - round_up(last, 16);  // after the last keys come the first values
-            const uint8_t* ahead = beyond < 0 ? keys.row(piece.first + min64(k + kAhead, last - 1))
-                                              : values.row(piece.first + min64(beyond, last - 1));
-            for (int64_t i = 0; i < count; i += 4) {
-                const int64_t c = min64(4, count - i);
-                int64_t r = 0;
-                const auto score = [&](auto constant) {
-                    constexpr int ROWS = decltype(constant)::value;
-                    score_rows<Products, format, ROWS>(at + i, c, q + (row0 + r) * q_stride, q_stride, D,
-                                                       r ? nullptr : ahead + i * keys.row_bytes,
-                                                       scores + r * stride + k + i, stride);
-                    r += ROWS;
-                };
-                while (r + 4 <= n) score(Constant<4>{});
-                while (r + 2 <= n) score(Constant<2>{});
-                while (r < n) score(Constant<1>{});
-            }
-        }
+        Rows::scores(keys, values, piece, last, q + row0 * q_stride, q_stride, n, D, scores, more);
         for (int64_t r = 0; r < n; ++r) {
             const int64_t visible = piece.visible(row0 + r);
-            float* s = scores + r * stride;
+            float* s = scores + r * kLongPiece;
             float* o = out + (row0 + r) * dims;
             for (int64_t d = 0; d < dims; ++d) o[d] = 0.0f;
             if (visible == 0) continue;  // nobody reads this row's partial result
@@ -219,36 +275,11 @@ DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values,
                     e = load(lanes);
                 }
                 sum = add(sum, e);
-                Products::store_number(p + i, e, 16);
+                Probabilities::store_number(p + i, e, 16);
             }
             total[row0 + r] = reduce_add(sum);
         }
-        for (int64_t k = 0; k < last; k += 16) {
-            const uint8_t* at[16];
-            values.rows(piece.first + k, min64(16, last - k), at);
-            const uint8_t* next = k + kAhead < last ? values.row(piece.first + k + kAhead) : nullptr;
-            int64_t r = 0;
-            const auto add_rows = [&](auto constant) {
-                constexpr int ROWS = decltype(constant)::value;
-                float* o = out + (row0 + r) * dims;
-                const Number* p = reinterpret_cast<const Number*>(scores) + r * p_stride + k;
-                // The rows see different numbers of keys only at the end of the sequence: there each adds the rest
-                // alone. Whole lanes only are common, since nobody may touch a later row's value.
-                const int64_t fewest = max64(0, min64(16, piece.visible(row0 + r) - k));
-                const int64_t common = ROWS == 1 ? fewest : fewest / Products::kNumbers * Products::kNumbers;
-                if (common) sum_rows<Products, format, ROWS>(at, common, p, p_stride, D, r ? nullptr : next, o, dims);
-                for (int i = 0; ROWS > 1 && i < ROWS; ++i) {
-                    const int64_t own = min64(16, piece.visible(row0 + r + i) - k);
-                    if (own > common)
-                        sum_rows<Products, format, 1>(at + common, own - common, p + i * p_stride + common, p_stride, D,
-                                                      nullptr, o + i * dims, dims);
-                }
-                r += ROWS;
-            };
-            while (r + 4 <= n) add_rows(Constant<4>{});
-            while (r + 2 <= n) add_rows(Constant<2>{});
-            while (r < n) add_rows(Constant<1>{});
-        }
+        Rows::values(values, piece, last, row0, n, D, scores, more, out + row0 * dims);
     }
 }
 

@@ -122,21 +122,22 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     float* logits = scratch_f32(T * E);
     float* shared_coefficient = scratch_f32(T);
     const int64_t router_pairs = count_pairs(router);
-    parallel_for(
-        router_pairs + 1, pair_grain(router, router_pairs + 1, threads), [&](int64_t begin, int64_t end, int thread) {
-            uint8_t* const mine = work + thread * room;
-            multiply_pairs(router, 0, begin, min64(end, router_pairs), h, mine,
-                           [&](int, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
-                               const int64_t n = pair * 32;
-                               store_n(logits + t * E + n, even, E - n);
-                               if (n + 16 < E) store_n(logits + t * E + n + 16, odd, E - n - 16);
-                           });
-            if (end > router_pairs) {
-                multiply_pairs(shared_gate, 0, 0, 1, h, mine, [&](int, int64_t, int64_t t, f32x16 sums, f32x16) {
-                    store_n(shared_coefficient + t, sigmoid(sums), 1);
-                });
-            }
-        });
+    parallel_for(router_pairs + 1, pair_grain(router, router_pairs + 1, T, threads),
+                 [&](int64_t begin, int64_t end, int thread) {
+                     uint8_t* const mine = work + thread * room;
+                     multiply_pairs(router, 0, begin, min64(end, router_pairs), h, mine,
+                                    [&](int, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
+                                        const int64_t n = pair * 32;
+                                        store_n(logits + t * E + n, even, E - n);
+                                        if (n + 16 < E) store_n(logits + t * E + n + 16, odd, E - n - 16);
+                                    });
+                     if (end > router_pairs) {
+                         multiply_pairs(shared_gate, 0, 0, 1, h, mine,
+                                        [&](int, int64_t, int64_t t, f32x16 sums, f32x16) {
+                                            store_n(shared_coefficient + t, sigmoid(sums), 1);
+                                        });
+                     }
+                 });
 
     int64_t* experts = static_cast<int64_t*>(scratch(static_cast<size_t>(T * top_k) * sizeof(int64_t)));
     float* coefficients = scratch_f32(T * top_k);
@@ -157,7 +158,9 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
                   shared_pairs = count_pairs(shared_gate_up);
     // One expert at a time if there are enough of them and their rows are many, so that those are gathered once.
     const bool whole = routing.size >= 8 * threads && T * top_k > 4 * routing.size;
-    const int64_t grain = whole ? pairs : pair_grain(gate_up, routed, threads);
+    const int64_t grain =
+        grain_for(2 * block_bytes(gate_up.segment[0].format, H) * (routed + shared_pairs) * ceil_div(T, 4),
+                  routed + shared_pairs, whole ? pairs : pair_grain(gate_up, routed, T, threads));
     parallel_for(routed + shared_pairs, grain, [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;
         while (begin < min64(end, routed)) {
@@ -183,7 +186,11 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const Activations expert_in = prepare(hidden, T * top_k, I, View{}, 0.0f, wanted_forms(down));
     const Activations shared_in = prepare(shared_hidden, T, Is, View{}, 0.0f, wanted_forms(shared_down));
     const int64_t out_pairs = count_pairs(down);
-    parallel_for(out_pairs, max64(1, out_pairs / (4 * threads)), [&](int64_t begin, int64_t end, int thread) {
+    const int64_t out_bytes =
+        2 * (routing.size * block_bytes(down.segment[0].format, I) + block_bytes(shared_down.segment[0].format, Is));
+    const int64_t out_grain =
+        grain_for(out_bytes * out_pairs * ceil_div(T, 4), out_pairs, max64(1, out_pairs / (4 * threads)));
+    parallel_for(out_pairs, out_grain, [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;
         const int64_t n = begin * 32, width = min64(end * 32, H) - n;
         for (int64_t t = 0; t < T; ++t) {

@@ -1,4 +1,4 @@
-// embed, rms_norm, layer_norm: one row per token.
+// embed, rms_norm, rms_norm_pair, layer_norm: one row per token.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/gemm.h"
@@ -47,6 +47,16 @@ void rms_norm(View x, View weight, float eps, View y) {
     const int64_t T = x.shape[0], D = x.shape[1];
     parallel_for(T, row_grain(D), [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) rms_norm_row(x.f32() + t * D, weight.f32(), D, eps, y.f32() + t * D);
+    });
+}
+
+void rms_norm_pair(View a, View a_weight, View b, View b_weight, float eps, View y) {
+    const int64_t T = a.shape[0], D = a.shape[1];
+    parallel_for(T, row_grain(2 * D), [&](int64_t begin, int64_t end, int) {
+        for (int64_t t = begin; t < end; ++t) {
+            rms_norm_row(a.f32() + t * D, a_weight.f32(), D, eps, y.f32() + t * 2 * D);
+            rms_norm_row(b.f32() + t * D, b_weight.f32(), D, eps, y.f32() + t * 2 * D + D);
+        }
     });
 }
 

@@ -1,4 +1,4 @@
-// sample and log_softmax_top: what is done with the 248,320 logits of one token.
+// sample, argmax and log_softmax_top: what is done with the 248,320 logits of one token.
 //
 // Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes
 // the maxima of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits
@@ -203,7 +203,7 @@ double sum_exp(const Logits& l, double temperature) {
 }
 
 // Lowest id among the largest logits.
-int64_t argmax(const Logits& l) {
+int64_t largest(const Logits& l) {
     int64_t best = l.limit;
     for (int64_t i = 0; i < l.changes; ++i)
         if (l.changed[i].value == l.top) best = min64(best, l.changed[i].id);
@@ -398,7 +398,7 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
 
     take_maxima(op, l);
     if (temperature == 0.0) {
-        token.i64()[0] = argmax(l);
+        token.i64()[0] = largest(l);
         return;
     }
     const Filter filter{temperature, top_p, min_p};
@@ -431,6 +431,15 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
             token.i64()[0] = Ranges(l, temperature).draw(top_p, uniform);
             return;
         }
+    }
+}
+
+void argmax(View logits, int64_t limit, View tokens) {
+    if (limit < 1 || limit > logits.shape[1]) fail("argmax", "limit must be between 1 and the number of logits");
+    for (int64_t t = 0; t < logits.shape[0]; ++t) {
+        Logits l{logits.f32() + t * logits.shape[1], limit};
+        take_maxima("argmax", l);
+        tokens.i64()[t] = largest(l);
     }
 }
 

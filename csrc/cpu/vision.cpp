@@ -142,7 +142,9 @@ void attend(View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, Vi
     float* queries = scratch_f32(together * q_floats);
     float* keys = scratch_f32(together * k_floats);
     float* values = scratch_f32(together * v_floats);
-    const int64_t tile_floats = flash_floats<Products>(min64(kQueryRows, P), D), row_floats = 17 * round_up(D, 16);
+    const int64_t score_floats = flash_score_floats<Products>(min64(kQueryRows, P));
+    const int64_t tile_floats = score_floats + flash_state_floats(min64(kQueryRows, P), D);
+    const int64_t row_floats = 17 * round_up(D, 16);
     float* work = scratch_f32(thread_count() * (tile_floats + row_floats));
     const float scale = kLog2E / sqrtf(static_cast<float>(D));
     const auto head_queries = [&](int64_t h) { return reinterpret_cast<Number*>(queries + h * q_floats); };
@@ -188,8 +190,10 @@ void attend(View qkv, View cos, View sin, int64_t num_heads, View cu_seqlens, Vi
                 const int64_t length = cut[at.segment + 1] - cut[at.segment], base = first_group[at.segment];
                 const float* k = keys + h * k_floats + base * lanes * 16;
                 const float* v = values + h * v_floats + base * dims / Products::kNumbers * 16;
-                const auto t = flash_begin<Products>(head_queries(h) + at.first * q_stride, q_stride, at.rows, D,
-                                                     work + thread * (tile_floats + row_floats));
+                float* memory = work + thread * (tile_floats + row_floats);
+                const auto t = flash_tile<Products>(head_queries(h) + at.first * q_stride, q_stride, at.rows, D, memory,
+                                                    memory + score_floats);
+                flash_begin(t);
                 for (int64_t key = 0; key < length; key += Products::kKeys) {
                     const int64_t n = min64(Products::kKeys, length - key);
                     flash_keys(t, k + key * lanes, v + key / Products::kNumbers * 16,

@@ -25,10 +25,11 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .api import Model, load
+    from .api import Model
     from .chat.prompt import Prompt
-    from .generate.loop import Stream
     from .generate.result import GenerationResult, StreamPiece, TokenLogprobs
+    from .generate.stream import Stream
+    from .loading import load
     from .model.state import State
     from .session import Session
     from .weights.quantize import quantize
@@ -64,10 +65,10 @@ _LAZY = {
     "Prompt": "deltaic.chat.prompt",
     "Session": "deltaic.session",
     "State": "deltaic.model.state",
-    "Stream": "deltaic.generate.loop",
+    "Stream": "deltaic.generate.stream",
     "StreamPiece": "deltaic.generate.result",
     "TokenLogprobs": "deltaic.generate.result",
-    "load": "deltaic.api",
+    "load": "deltaic.loading",
     "quantize": "deltaic.weights.quantize",
 }
 

@@ -19,8 +19,8 @@ from .errors import ArgumentError, DeltaicError, ImageError, PromptError, StateE
 
 if TYPE_CHECKING:
     from .api import Model
-    from .generate.loop import Stream
     from .generate.result import GenerationResult
+    from .generate.stream import Stream
     from .session import Session
 
 MINIATURE = Path(__file__).parent / "miniature"
@@ -271,7 +271,7 @@ def _dim(text: str) -> str:
 
 
 def _load(path_or_id: str, args: argparse.Namespace) -> Model:
-    from .api import load
+    from .loading import load
 
     return load(
         path_or_id,

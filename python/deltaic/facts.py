@@ -14,9 +14,9 @@ def installation_facts() -> dict[str, Any]:
 
     import deltaic
 
-    from .api import op_set
     from .machine import default_threads, memory_bytes
     from .ops.cuda_device import facts as cuda_facts
+    from .ops.devices import op_set
 
     try:
         isa = op_set("cpu").isa()

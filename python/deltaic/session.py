@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .api import Model
     from .chat.image import ImageInput
     from .generate.cache import Checkpoint, Reading
-    from .generate.loop import Stream
     from .generate.result import GenerationResult
+    from .generate.stream import Stream
 
 _SETTINGS = ("thinking", "tools")
 _GOES_ON = {"role": "user", "content": "."}  # stands for whatever is said next

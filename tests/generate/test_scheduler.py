@@ -79,7 +79,8 @@ def alone(model, prompt, **options):
     """(result, logits) of a prompt that nobody else shares a step with, decoded token by token."""
     job = model._job(prompt, None, options.pop("thinking", None), None, options)
     sampler = job.sampler = Recorded(job.sampler)
-    from deltaic.generate.loop import Stream, generate_ids
+    from deltaic.generate.loop import generate_ids
+    from deltaic.generate.stream import Stream
 
     stream = Stream(
         lambda: generate_ids(
@@ -264,14 +265,19 @@ def test_whoever_waits_for_a_beginning_goes_on_when_its_reader_leaves(model):
 
 def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
     """While others decode, a step reads at most prefill_tokens rows, and everybody decodes in it."""
-    sizes = []
-    forward = model._runner.text.forward
+    sizes, text = [], model._runner.text
+    forward, step = text.forward, text.step
 
-    def spy(x, positions, states, cuts, *, prefill=False):
+    def read(x, positions, states, cuts, *, prefill=False):
         sizes.append((len(x), prefill))
         return forward(x, positions, states, cuts, prefill=prefill)
 
-    monkeypatch.setattr(model._runner.text, "forward", spy)
+    def decode(tokens, states, trace=None):
+        sizes.append((sum(map(len, tokens)), False))
+        return step(tokens, states, trace)
+
+    monkeypatch.setattr(text, "forward", read)
+    monkeypatch.setattr(text, "step", decode)
     scheduler = model.scheduler(prefill_tokens=40)
     running = [scheduler.submit([i, 2, 3], max_new_tokens=60, **GREEDY) for i in range(3)]
     while scheduler.load.decoding < 3:

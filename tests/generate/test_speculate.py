@@ -279,7 +279,8 @@ def test_the_command_line_has_it(capsys):
 @given(ids=st.lists(st.integers(0, 3), max_size=40), count=st.integers(1, LOOKUP_DEPTH))
 def test_lookup_finds_what_followed_last(ids, count):
     lookup = Lookup(ids[: len(ids) // 2])
-    lookup.extend(ids[len(ids) // 2 :])
+    lookup.find()
+    lookup.ids += ids[len(ids) // 2 :]
     expected = None
     for i, n in enumerate(MATCHES):
         places = [p for p in range(n, len(ids)) if ids[p - n : p] == ids[len(ids) - n :]]
@@ -301,7 +302,7 @@ class Simulated:
     """A machine whose steps take known times, and drafts that are right with known probabilities."""
 
     def __init__(self, mode, *, row=0.1, draft=0.05, right=0.0, seed=0):
-        self.mtp, self.costs, self.fixed_depth = object(), Costs(), None
+        self.mtp, self.costs, self.acceptances, self.fixed_depth = object(), Costs(), [], None
         self.row, self.cost_of_draft, self.right = row, draft, right
         self.speculator = Speculator(self, None, [], mode)
         self.rng = np.random.default_rng(seed)
@@ -378,9 +379,9 @@ def test_a_mode_that_was_asked_for_always_drafts():
 
 def test_acceptance_counts_only_what_was_tried():
     acceptance = Acceptance(4)
-    for _ in range(200):
-        acceptance.record(4, 2)  # the third is always wrong, the fourth never tried
-    one, two, three, four = np.diff([1.0, *acceptance.expected()])
+    for step in range(200):
+        acceptance.record(4, 2, step + 1)  # the third is always wrong, the fourth never tried
+    one, two, three, four = np.diff([1.0, *acceptance.expected(200)])
     assert one > 0.95
     assert two / one > 0.95
     assert three / two < 0.15

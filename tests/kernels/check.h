@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -98,12 +99,18 @@ Packed pack_glu(Suite& t, Random& random, int64_t rows, int64_t K, Format format
 // One operator of one instruction set: counts its checks.
 class Suite {
   public:
-    Suite(const Ops& operators, const char* name, bool rounds) : ops(operators), rounds_to_bf16(rounds), name_(name) {}
+    Suite(const Isa& isa, const char* name)
+        : ops(*isa.ops),
+          rounds_to_bf16(isa.rounds_to_bf16),
+          byte_pairs(std::strcmp(isa.name, "avx512") == 0),
+          name_(name) {}
 
     const Ops& ops;
     // Whether it multiplies bfloat16 pairs where an operator is free to: what meets bf16 matrices without
     // float_activations, and in attention.
     const bool rounds_to_bf16;
+    // Whether int8 keys and values meet numbers of two bytes, although nothing is rounded to bfloat16.
+    const bool byte_pairs;
     int passed = 0, failed = 0;
     uint64_t hash = 1469598103934665603ull;  // of every output compared
 

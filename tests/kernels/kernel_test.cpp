@@ -21,8 +21,8 @@ const Test kTests[] = {DELTAIC_OPS(X)};
 
 // Runs one test with one and with three threads; the bits must not depend on that.
 void run(const Isa& isa, const Test& test, int* passed, int* failed) {
-    test::Suite alone(*isa.ops, test.op, isa.rounds_to_bf16);
-    test::Suite shared(*isa.ops, test.op, isa.rounds_to_bf16);
+    test::Suite alone(isa, test.op);
+    test::Suite shared(isa, test.op);
     set_thread_count(1);
     test.run(alone);
     set_thread_count(3);

@@ -32,13 +32,13 @@ void check_agreement(const Isa* list, int isas, const Isa& isa, int* passed, int
         if (list[i].usable && &list[i] != &isa) other = &list[i];
     const Isa *baseline = &list[isas - 1], *fused = other == baseline ? nullptr : other;
     if (&isa == baseline) return;
-    Suite mine(*isa.ops, "agreement", isa.rounds_to_bf16);
+    Suite mine(isa, "agreement");
     for (const Format format : {Format::int8, Format::int4})
         for (const int64_t T : {1, 2, 3, 4, 5, 6, 7, 8, 9, 14, 31})
             for (const int64_t K : {1, 100, 128, 300}) {
                 const Isa* with = K <= 128 ? baseline : fused;
                 if (!with) continue;
-                Suite theirs(*with->ops, "agreement", with->rounds_to_bf16);
+                Suite theirs(*with, "agreement");
                 mine.same_bits(products(mine, {format, T, K}), products(theirs, {format, T, K}),
                                std::string("beside ") + with->name + ", format " +
                                    std::to_string(static_cast<int>(format)) + " T=" + std::to_string(T) +

@@ -144,6 +144,23 @@ void test_rms_norm(Suite& t) {
         }
 }
 
+void test_rms_norm_pair(Suite& t) {
+    Random random(8);
+    for (const int64_t T : {0, 1, 5})
+        for (const int64_t D : {1, 16, 33}) {
+            Floats a = normal(random, {T, D}), b = normal(random, {T, D}), y = poisoned({T, 2 * D});
+            Floats a_weight = normal(random, {D}), b_weight = normal(random, {D});
+            Numbers expected;
+            for (int64_t i = 0; i < T; ++i)
+                for (const auto& [x, weight] : {std::pair(&a, &a_weight), std::pair(&b, &b_weight)}) {
+                    const Numbers values = wide(*x), row = rms_norm(values.data() + i * D, *weight, 1e-6);
+                    expected.insert(expected.end(), row.begin(), row.end());
+                }
+            t.call([&] { t.ops.rms_norm_pair(a.view(), a_weight.view(), b.view(), b_weight.view(), 1e-6f, y.view()); });
+            t.close(y, expected, 1e-6, "D=" + std::to_string(D));
+        }
+}
+
 void test_layer_norm(Suite& t) {
     Random random(4);
     for (const int64_t T : {0, 1, 5})

@@ -1,4 +1,4 @@
-// sample, log_softmax_top
+// sample, argmax, log_softmax_top
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -176,6 +176,29 @@ void test_sample(Suite& t) {
     refuses("uniform 1", [](Floats&, Request& r) { r.uniform = 1.0; });
     refuses("repetition 0", [](Floats&, Request& r) { r.repetition = 0.0; });
     refuses("a negative id", [](Floats&, Request& r) { r.repetition = 2.0, r.prompt = {-1}; });
+}
+
+void test_argmax(Suite& t) {
+    Random random(14);
+    for (const int64_t T : {0, 1, 3})
+        for (const int64_t V : {1, 16, 100, 1025, 5000}) {
+            Floats logits = normal(random, {T, V}, 2.0);
+            for (float& x : logits.data) x = std::round(x);  // so that there are ties
+            const int64_t limit = 1 + random.below(V);
+            Integers tokens({T});
+            t.call([&] { t.ops.argmax(logits.view(), limit, tokens.view()); });
+            bool right = true;
+            for (int64_t i = 0; i < T; ++i) {
+                const float* row = logits.data.data() + i * V;
+                right = right && tokens[i] == std::max_element(row, row + limit) - row;
+            }
+            t.check(right, "V=" + std::to_string(V) + " limit=" + std::to_string(limit));
+        }
+    Floats logits = normal(random, {2, 10});
+    Integers tokens({2});
+    logits[14] = std::numeric_limits<float>::quiet_NaN();
+    t.refuses("NaN", [&] { t.call([&] { t.ops.argmax(logits.view(), 5, tokens.view()); }); });
+    t.refuses("no logits", [&] { t.call([&] { t.ops.argmax(logits.view(), 0, tokens.view()); }); });
 }
 
 void test_log_softmax_top(Suite& t) {

@@ -137,23 +137,26 @@ def hidden_rows(model, prompt):
         rows += runner.hidden(prompt, state, [len(prompt)])
     finally:
         del runner.text.embed
-    return runner.mtp.final_norm(np.concatenate(rows)), np.concatenate(embeddings)
+    return runner.mtp._final_norm(np.concatenate(rows)), np.concatenate(embeddings)
 
 
 def test_the_layer_is_that_of_the_specification(model, expected, rng):
-    mtp, T = model._runner.mtp, BLOCK_TOKENS + 9
-    h = rng.normal(size=(T, 64)).astype(np.float32)
-    x = rng.normal(size=(T, 64)).astype(np.float32)
+    """Read at once, and the last rows few at a time."""
+    mtp, T, read = model._runner.mtp, BLOCK_TOKENS + 9, 100
+    hidden = rng.normal(size=(T, 64)).astype(np.float32)
+    ids = rng.integers(0, len(expected.embed), T)
     positions = rng.integers(0, 500, (T, 3))
-    m, keys, values = expected(h, x, positions)
+    positions[read:] = np.arange(read, T)[:, None]
+    m, keys, values = expected(mtp._final_norm(hidden), expected.embed[ids], positions)
     logits = m @ expected.embed.T
-    for cuts in ([0, T], [0, 1, 5, 40, 41, T]):
-        state, parts = model.new_state(), []
+    embed = model._runner.text.embed
+    for cuts in ([read, T], [read, read + 1, read + 5, T]):
+        state = model.new_state()
+        mtp.read(hidden[: cuts[0]], embed(ids[: cuts[0]]), positions[: cuts[0]], state, 0)
         for a, b in pairwise(cuts):
-            parts.append(mtp.forward(h[a:b], x[a:b], positions[a:b], [state], np.array([0, b - a]), prefill=a == 0))
-        found = np.concatenate(parts)
-        assert error(found, m) < TOLERANCE
-        assert error(mtp.logits(found), logits) < TOLERANCE
+            found = mtp.extend(hidden[a:b], [ids[a:b].tolist()], [state], [a])
+            assert error(found, m[a:b]) < TOLERANCE
+            assert error(mtp.logits(found), logits[a:b]) < TOLERANCE
         assert error(entries(state)[0], keys) < TOLERANCE
         assert error(entries(state)[1], values) < TOLERANCE
 
@@ -162,14 +165,14 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
     mtp, lengths = model._runner.mtp, (3, 1, 6)
     states = [model.new_state() for _ in lengths]
     cuts = np.cumsum([0, *lengths])
-    h, x = (rng.normal(size=(cuts[-1], 64)).astype(np.float32) for _ in range(2))
-    positions = np.repeat(np.concatenate([np.arange(n) for n in lengths])[:, None], 3, axis=1)
-    m = mtp.forward(h, x, positions, states, cuts)
-    more = rng.normal(size=(3, 64)).astype(np.float32)
+    hidden = rng.normal(size=(cuts[-1], 64)).astype(np.float32)
+    ids = rng.integers(0, len(expected.embed), cuts[-1])
+    m = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
+    more = rng.integers(0, len(expected.embed), 3)
     for _ in range(2):  # drafts are overwritten by the same ones, as they would be by others
-        places = np.repeat(np.array(lengths)[:, None], 3, axis=1)
-        drafted = mtp.forward(m[cuts[1:] - 1], more, places, states, np.arange(4), ahead=0)
-        further = mtp.forward(drafted, more, places + 1, states, np.arange(4), ahead=1)
+        drafted = mtp.draft(m[cuts[1:] - 1], more.tolist(), states, 0)
+        further = mtp.draft(drafted, more.tolist(), states, 1)
+    h, x, more = mtp._final_norm(hidden), expected.embed[ids], expected.embed[more]
     for b, n in enumerate(lengths):
         rows = slice(cuts[b], cuts[b + 1])
         whole = expected(
@@ -179,6 +182,23 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
         )[0]
         assert error(np.concatenate([m[rows], drafted[b : b + 1], further[b : b + 1]]), whole) < TOLERANCE
         assert (states[b].mtp_first, states[b].mtp_length) == (0, n)
+
+
+def test_greedy_drafts_are_those_made_one_by_one(model, rng):
+    mtp, limit = model._runner.mtp, 200
+    one, other = model.new_state(), model.new_state()
+    for n, depth in ((3, 1), (1, 4), (2, 3), (40, 2), (1, 4)):
+        hidden = rng.normal(size=(n, 64)).astype(np.float32)
+        ids, first = rng.integers(0, 250, n).tolist(), one.mtp_length
+        drafts = mtp.draft_greedily(hidden, ids, one, first, depth, limit)
+        m, expected = mtp.extend(hidden, [ids], [other], [first])[-1:], []
+        for ahead in range(depth):
+            if ahead:
+                m = mtp.draft(m, expected[-1:], [other], ahead - 1)
+            expected.append(int(mtp.logits(m)[0, :limit].argmax()))
+        assert drafts == expected
+        assert one.mtp_length == other.mtp_length == first + n
+        np.testing.assert_array_equal(entries(one), entries(other))
 
 
 def picture():
@@ -216,10 +236,9 @@ def test_forks_share_entries_until_one_is_written(model, rng):
     mtp = model._runner.mtp
 
     def feed(state, n, seed):
-        rows = np.random.default_rng(seed).normal(size=(2, n, 64)).astype(np.float32)
-        start = state.mtp_length
-        positions = np.repeat(np.arange(start, start + n)[:, None], 3, axis=1)
-        return mtp.forward(rows[0], rows[1], positions, [state], np.array([0, n]))
+        rng = np.random.default_rng(seed)
+        hidden, ids = rng.normal(size=(n, 64)).astype(np.float32), rng.integers(0, 250, n).tolist()
+        mtp.extend(hidden, [ids], [state], [state.mtp_length])
 
     state, lone = model.new_state(), model.new_state()
     feed(state, 150, 1), feed(lone, 150, 1)

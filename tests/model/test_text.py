@@ -221,8 +221,7 @@ def test_replayed_steps_are_the_calls_themselves(rng, name):
         rows = []
         for m in (model, plain):
             chosen = [states[m][i] for i in members]
-            positions = np.array([[state.length] * 3 for state in chosen])
-            rows.append(m.forward(m.embed(ids), positions, chosen, np.arange(len(members) + 1)))
+            rows.append(m.step(ids[:, None].tolist(), chosen))
         assert np.array_equal(*rows)
     for a, b in zip(states[model], states[plain], strict=True):
         assert_same_state(a, b, 1e-30)
@@ -232,6 +231,8 @@ def test_replayed_steps_are_the_calls_themselves(rng, name):
 def test_angles_of_one_text_token_are_those_of_many():
     rope = TextRope(model_of("yarn", reference).config.rope)
     together = rope(np.repeat(np.arange(1000)[:, None], 3, axis=1))
-    for i in (0, 1, 255, 256, 999, 3):
-        for alone, row in zip(rope(np.full((1, 3), i)), together, strict=True):
-            assert np.array_equal(alone[0], row[i])
+    for first, n in ((0, 1), (1, 1), (255, 1), (256, 1), (999, 1), (3, 4), (254, 3), (250, 600)):
+        for few, rows in zip(rope.text([(first, n)]), together, strict=True):
+            assert np.array_equal(few, rows[first : first + n])
+    for found, rows in zip(rope.text([(254, 3), (7, 1)]), together, strict=True):
+        assert np.array_equal(found, rows[[254, 255, 256, 7]])

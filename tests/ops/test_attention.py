@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deltaic.ops import cpu as ops
+from deltaic.ops.reference import kv_encode
 
 HQ, HKV, D, R, BLOCK, LAYERS = 6, 2, 24, 12, 16, 2
 
@@ -31,7 +32,9 @@ class Sequence:
         flat = values.transpose(0, 4, 1, 2, 3, 5).reshape(count * BLOCK, LAYERS, 2, HKV, D).copy()
         flat[start:] = np.nan
         values = np.ascontiguousarray(flat.reshape(count, BLOCK, LAYERS, 2, HKV, D).transpose(0, 2, 3, 4, 1, 5))
-        self.blocks = values if dtype == "f32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+        stored = {"f32": np.float32, "bf16": np.uint16, "int8": np.uint8}[dtype]
+        with np.errstate(invalid="ignore"):
+            self.blocks = kv_encode(values, stored)
 
     def table(self) -> ops.BlockTable:
         table = ops.BlockTable()
@@ -55,7 +58,7 @@ def attend(parts: list[tuple[Sequence, int, int]], tables: list[ops.BlockTable])
     return np.split(y, cut[1:-1])
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("start", [0, 5, 250, 8185])
 def test_decoded_rows_have_the_same_bits_in_any_company(rng, dtype, start):
     one, other = Sequence(rng, start, 32, dtype), Sequence(rng, 40, 70, dtype)
@@ -70,7 +73,7 @@ def test_decoded_rows_have_the_same_bits_in_any_company(rng, dtype, start):
     np.testing.assert_array_equal(beside, together)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("cut", [33, 64, 100, 217])
 def test_a_prompt_in_two_long_parts_has_the_same_bits(rng, dtype, cut):
     prompt = Sequence(rng, 3, 250, dtype)
@@ -105,8 +108,9 @@ def test_threads_do_not_change_a_bit(rng):
     np.testing.assert_equal(found[2], found[0])
 
 
-def test_a_later_token_that_is_not_a_number_leaves_earlier_ones_alone(rng):
-    step = Sequence(rng, 20, 4, "f32")
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+def test_a_later_token_that_is_not_a_number_leaves_earlier_ones_alone(rng, dtype):
+    step = Sequence(rng, 20, 4, dtype)
     y = attend([(step, 0, 4)], [step.table()])[0]
     step.proj[3] = np.nan
     broken = attend([(step, 0, 4)], [step.table()])[0]

@@ -22,7 +22,9 @@ EPS = 2.0**-24
 CONDITION = 32  # operators add hundreds of terms, each rounded; the factor covers their square root with room
 BF16_ULP = 2.0**-7  # distance of two neighbouring bfloat16 numbers, at most, relative to their size
 ROUNDING_ISAS = ("avx512bf16",)  # of the compiled op set: they multiply bfloat16 pairs
-UPDATED = ("conv_states", "states", "tables")
+BYTE_PAIR_ISAS = ("avx512",)  # they multiply int8 keys and values with numbers of two bytes
+BYTE_PAIR_ULP = 2.0**-13
+UPDATED = ("conv_states", "states", "tables", "tokens")
 
 
 def cpu_isa() -> str:
@@ -116,6 +118,11 @@ def check_rms_norm(case, inputs, arguments, found):
     assert_close(found, expected, 16 * EPS * np.abs(expected))
 
 
+def check_rms_norm_pair(case, inputs, arguments, found):
+    expected = reference.rms_norm_pair(**arguments_for(reference, inputs, np.float64))
+    assert_close(found, expected, 16 * EPS * np.abs(expected))
+
+
 def check_layer_norm(case, inputs, arguments, found):
     a = arguments_for(reference, inputs, np.float64)
     scale = np.abs(a["x"]).max(axis=1, keepdims=True) / np.sqrt(a["x"].var(axis=1, keepdims=True) + a["eps"])
@@ -198,29 +205,34 @@ def check_gated_attention(case, inputs, arguments, found):
     # A key on the border between two bfloat16 numbers may be stored as either: go on from what was stored.
     tables = arguments["tables"]
     (expected,), (tolerance,) = conditioned(lambda a: [attend(a, tables)], inputs | {"tables": []}, generator(case))
-    if rounds_queries(tables):
-        tolerance = tolerance + rounded_queries(inputs | {"tables": []}, tables, expected, generator(case))
+    ulp = query_ulp(tables)
+    if ulp:
+        tolerance = tolerance + rounded_queries(inputs | {"tables": []}, tables, expected, generator(case), ulp)
     assert_close(found, expected, tolerance)
 
 
-def rounds_queries(tables: list[Any]) -> bool:
-    """Whether the op set rounds queries and probabilities to bfloat16 where they meet these caches."""
-    compiled = [t for t in tables if type(t).__module__ == "deltaic._core" and len(t)]
-    return any(t.blocks[0].dtype != np.float32 for t in compiled) and cpu_isa() in ROUNDING_ISAS
+def query_ulp(tables: list[Any]) -> float:
+    """How the op set rounds queries and probabilities where they meet these caches; 0: not at all."""
+    compiled = [t.blocks[0].dtype for t in tables if type(t).__module__ == "deltaic._core" and len(t)]
+    if cpu_isa() in ROUNDING_ISAS and any(dtype != np.float32 for dtype in compiled):
+        return BF16_ULP
+    return BYTE_PAIR_ULP if cpu_isa() in BYTE_PAIR_ISAS and np.uint8 in compiled else 0.0
 
 
-def rounded_queries(inputs: dict[str, Any], tables: list[Any], expected: np.ndarray, rng: np.random.Generator) -> Any:
+def rounded_queries(
+    inputs: dict[str, Any], tables: list[Any], expected: np.ndarray, rng: np.random.Generator, ulp: float
+) -> Any:
     """What that may change: 4 times the largest move under queries * (1 +- half an ulp), and half an ulp of each
     probability, whatever its sign."""
     D, heads, move = inputs["q_norm"].shape[0], inputs["num_heads"], 0.0
     for _ in range(8):
         a = arguments_for(reference, inputs, np.float64)
         queries = a["proj"][:, : 2 * heads * D].reshape(-1, heads, 2, D)[:, :, 0]
-        queries *= 1 + BF16_ULP / 4 * rng.choice([-1.0, 1.0], queries.shape)
+        queries *= 1 + ulp / 4 * rng.choice([-1.0, 1.0], queries.shape)
         move = max(move, np.abs(attend(a, tables) - expected).max(initial=0))
     sizes = attend(arguments_for(reference, inputs, np.float64), tables, np.abs)
     both = 2 if any(t.blocks[0].dtype == np.uint8 for t in tables if len(t)) else 1  # then keys and values round too
-    return both * (4 * move + BF16_ULP / 2 * np.abs(sizes))
+    return both * (4 * move + ulp / 2 * np.abs(sizes))
 
 
 def check_caches(inputs: dict[str, Any], tables: list[Any]) -> None:
@@ -275,6 +287,15 @@ def check_sample(case, inputs, arguments, found):
     assert found in allowed
 
 
+def check_argmax(case, inputs, arguments, found):
+    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "uniform": 0.0, "repetition_penalty": 1.0}
+    greedy |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    none = np.empty(0, np.int64)
+    for token, row in zip(arguments["tokens"], inputs["logits"], strict=True):
+        seen = {"output_ids": none, "output_counts": none, "prompt_ids": none}
+        assert token == reference.sample(row, **greedy, **seen, limit=inputs["limit"])
+
+
 def check_log_softmax_top(case, inputs, arguments, found):
     logprob, ids, logprobs = found
     e_logprob, e_ids, e_logprobs = reference.log_softmax_top(**arguments_for(reference, inputs, np.float64))
@@ -290,6 +311,7 @@ CHECKS = {
     "linear": check_linear,
     "swiglu": check_swiglu,
     "rms_norm": check_rms_norm,
+    "rms_norm_pair": check_rms_norm_pair,
     "layer_norm": check_layer_norm,
     "embed": check_embed,
     "gated_delta_net": check_gated_delta_net,
@@ -297,6 +319,7 @@ CHECKS = {
     "moe": check_moe,
     "patch_embed": check_patch_embed,
     "sample": check_sample,
+    "argmax": check_argmax,
     "log_softmax_top": check_log_softmax_top,
 }
 
@@ -338,6 +361,10 @@ def test_sampling_refuses_logits_that_are_not_numbers(ops, bad):
     arguments["logits"][29] = bad
     with pytest.raises(ValueError, match="logits"):
         ops.sample(**arguments)
+    arguments = drawn(ops, "argmax-3x5003")
+    arguments["logits"][2, 4998] = bad
+    with pytest.raises(ValueError, match="logits"):
+        ops.argmax(**arguments)
     arguments = drawn(ops, "log_softmax_top-37-5")
     arguments["logits"][0] = bad
     with pytest.raises(ValueError, match="logits"):

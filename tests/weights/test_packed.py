@@ -163,7 +163,7 @@ def test_memory_auto_settles_where_there_is_room(
     folder: Path, cpu: ModuleType, monkeypatch, memory: str, free: int | None, settles: bool
 ) -> None:
     monkeypatch.setattr("deltaic.memory.available_bytes", lambda: free)
-    monkeypatch.setattr("deltaic.api.huge_pages", lambda: True)
+    monkeypatch.setattr("deltaic.loading.huge_pages", lambda: True)
     ranges = []
     more = [False, True]
     settling = SimpleNamespace(step=more.pop)
@@ -472,7 +472,7 @@ import sys
 import tqdm
 from deltaic.weights import quantize
 from deltaic.machine import resident_bytes
-from deltaic.api import op_set
+from deltaic.ops.devices import op_set
 op_set("cpu").set_num_threads(1)
 before = resident_bytes()["peak"]
 quantize.quantize(sys.argv[1], sys.argv[2], dtype="int4", threads=1)

@@ -132,13 +132,21 @@ def test_a_file_that_was_shortened_is_left_as_it_is(mapped, cpu: ModuleType) -> 
 
 
 def test_ends_where_the_system_gives_nothing(mapped, cpu: ModuleType, monkeypatch) -> None:
-    _, mapping, file, contents = mapped
+    path, mapping, file, contents = mapped
     monkeypatch.setattr(cpu, "huge_bytes", lambda data: 0)
     monkeypatch.setattr(cpu, "move_to_huge_pages", lambda *arguments: False)
+
+    def descriptors() -> int:
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return sum(os.path.exists(link) and os.path.samefile(link, path) for link in links)
+
+    files = descriptors()
     settling = Settling(mapping, file, 0, SIZE, cpu)
-    assert settling._close.alive
+    assert descriptors() == files + 1
     assert not settling.step()
-    assert not settling._close.alive  # the duplicate of the descriptor is closed
-    close = Settling(mapping, file, 0, SIZE, cpu)._close  # nobody holds it
-    assert not close.alive
+    assert descriptors() == files  # the duplicate of the descriptor is closed
+    del settling
+    settling = Settling(mapping, file, 0, SIZE, cpu)
+    del settling
+    assert descriptors() == files
     assert zlib.crc32(np.frombuffer(mapping, np.uint8)) == zlib.crc32(contents)

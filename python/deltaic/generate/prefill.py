@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..model.state import State
     from .cache import Reading
-    from .loop import Runner
+    from .runner import Runner
 
 Ints = npt.NDArray[np.int64]
 

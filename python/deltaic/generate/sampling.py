@@ -239,6 +239,11 @@ class Sampler:
         nothing is counted and nothing is used up."""
         return self._choose(logits, min(self._limit, logits.shape[0]), self._uniform(ahead))
 
+    @property
+    def greedy_limit(self) -> int | None:
+        """How many of the first logits `draft` takes the largest of; None where it does something else."""
+        return self._limit if self.params.greedy and not self.params.penalised else None
+
     def _uniform(self, ahead: int) -> float:
         if self.params.greedy:
             return 0.0

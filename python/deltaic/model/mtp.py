@@ -4,10 +4,12 @@ are the decoder's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..ops.layout import row_bounds
 from .replay import MAX_ROWS, Replay
 from .state import State
 from .text import Array, Batch, Ints, TextModel
@@ -33,56 +35,120 @@ class MtpModel:
         self.text, self.weights = text, weights
         self.head = text.ops.first_rows(text.weights.head, vocabulary)
         self._replay = Replay(text.ops) if hasattr(text.ops, "Tape") else None
-        self._concatenate = getattr(text.ops, "concatenate", np.concatenate)
 
-    def final_norm(self, hidden: Array) -> Array:
-        """Hidden rows [n, H] as `TextModel.forward` returns them -> h [n, H], which `forward` takes."""
-        return self.text.ops.rms_norm(hidden, self.text.weights.norm, self.text.config.rms_norm_eps)
+    def read(self, hidden: Array, x: Array, positions: Ints, state: State, first: int) -> None:
+        """The entries of tokens first .. first + T - 1 of a prompt. Where these do not continue those of the state,
+        these are dropped. Raises StateError if memory runs out.
 
-    def forward(
-        self,
-        h: Array,
-        x: Array,
-        positions: Ints,
-        states: list[State],
-        cu_seqlens: Ints,
-        *,
-        first: Ints | None = None,
-        ahead: int | None = None,
-        prefill: bool = False,
-    ) -> Array:
-        """One row per entry, for B sequences one after another; row i of sequence b is entry t = first[b] + i.
-
-        h [T, H]: vectors of tokens t, after the final norm, or m where token t itself is a draft; x [T, H]: embeddings
-        of tokens t + 1 (what the vision tower saw, for placeholders); positions int64 [T, 3] of tokens t.
-        first int64 [B]: where it does not continue a state's entries, they are dropped; None: it does.
-        ahead: None for entries that last; for entries of drafts, which will be overwritten, how many others of these
-        lie before.
-        Returns m [T, H]: what follows token t + 1, as a vector for `logits` and as h of the next draft.
+        hidden [T, H]: rows of these tokens before the final norm; x [T, H]: embeddings of the tokens after each (what
+        the vision tower saw, for placeholders); positions int64 [T, 3] of the tokens.
         """
-        ops, w, eps = self.text.ops, self.weights, self.text.config.rms_norm_eps
-        counts = np.diff(cu_seqlens)
-        for b, state in enumerate(states):
-            token = state.mtp_first + state.mtp_length if first is None else int(first[b])
-            state.reserve_mtp(token, (ahead or 0) + int(counts[b]))
-        starts = np.array([state.mtp_length + (ahead or 0) for state in states], np.int64)
-        cos, sin = self.text.rope(positions)
-        batch = _MtpBatch(states, cu_seqlens, counts.tolist(), starts, cos, sin, prefill)
-        e = ops.rms_norm(x, w.embedding_norm, eps)
-        r = ops.rms_norm(h, w.hidden_norm, eps)
-        pairs = self._concatenate([e, r], axis=1)
-        if self._replay is None or prefill or not len(states) <= len(x) <= MAX_ROWS:
-            m = self._layer(pairs, batch)
-        else:
-            inputs = [pairs, cos, sin, cu_seqlens, starts, *batch.tables]
-            m = self._replay((len(x), len(states)), inputs, lambda: self._layer(pairs, batch))
-        if ahead is None:
-            for state, n in zip(states, batch.counts, strict=True):
-                state.mtp_length += n
+        counts = [len(x)]
+        state.reserve_mtp(first, len(x))
+        batch = self._batch([state], counts, self.text.rope(positions), prefill=True)
+        self._layer(self._final_norm(hidden), x, batch)
+        state.mtp_length += len(x)
+
+    def extend(
+        self, hidden: Array, tokens: Sequence[Sequence[int]], states: Sequence[State], first: Sequence[int]
+    ) -> Array:
+        """The same for B sequences of text one after another, a few rows each: hidden [T, H]; tokens: per sequence the
+        ids after its rows; first: per sequence which token its first row is.
+
+        Returns m [T, H]: what follows each of these ids, as a vector for `logits` and for `draft`.
+        """
+        counts = [len(ids) for ids in tokens]
+        spans = []
+        for state, token, n in zip(states, first, counts, strict=True):
+            state.reserve_mtp(token, n)
+            spans.append((token + state.rope_delta, n))
+        ids = [token for sequence in tokens for token in sequence]
+        batch = self._batch(list(states), counts, self.text.rope.text(spans))
+        m = self._replayed(hidden, ids, batch, drafts=False)
+        for state, n in zip(states, counts, strict=True):
+            state.mtp_length += n
         return m
 
-    def _layer(self, pairs: Array, batch: Batch) -> Array:
+    def draft(self, m: Array, tokens: Sequence[int], states: Sequence[State], ahead: int) -> Array:
+        """One draft further for each of B sequences: the entries of drafts, which do not last.
+
+        m [B, H]: what the last entry of each became; tokens: what was drafted from it; ahead: how many entries of
+        drafts lie before.
+        Returns m [B, H] of these entries.
+        """
+        spans = []
+        for state in states:
+            token = state.mtp_first + state.mtp_length
+            state.reserve_mtp(token, ahead + 1)
+            spans.append((token + ahead + state.rope_delta, 1))
+        batch = self._batch(list(states), [1] * len(states), self.text.rope.text(spans), ahead=ahead)
+        return self._replayed(m, tokens, batch, drafts=True)
+
+    def draft_greedily(
+        self, hidden: Array, tokens: Sequence[int], state: State, first: int, depth: int, limit: int
+    ) -> list[int]:
+        """`extend` for one sequence, and `depth` drafts, each the most probable of the first `limit` ids: what
+        `extend`, `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can."""
+        n, limit = len(tokens), min(limit, self.head.shape[0])
+        state.reserve_mtp(first, n + depth - 1)
+        cos, sin = self.text.rope.text([(first + state.rope_delta, n + depth - 1)])
+        starts = np.arange(state.mtp_length + n - 1, state.mtp_length + n - 1 + depth)
+        starts[0] = state.mtp_length
+        ids, bounds, one = np.array(tokens, np.int64), row_bounds(n), row_bounds(1)
+
+        def run() -> Ints:
+            chosen = np.empty(depth, np.int64)
+            batch = _MtpBatch([state], bounds, [n], starts[:1], cos[:n], sin[:n], False)
+            m = self._layer(self._final_norm(hidden), self.text.embed(ids), batch)[n - 1 :]
+            for i in range(depth):
+                if i:
+                    row = slice(n + i - 1, n + i)
+                    batch = _MtpBatch([state], one, [1], starts[i : i + 1], cos[row], sin[row], False)
+                    m = self._layer(m, self.text.embed(chosen[i - 1 : i]), batch)
+                self.text.ops.argmax(self.logits(m), limit=limit, tokens=chosen[i : i + 1])
+            return chosen
+
+        if self._replay is None or n > MAX_ROWS:
+            chosen = run()
+        else:
+            key = ("greedily", n, depth, limit)
+            chosen = self._replay(key, [hidden, ids, cos, sin, starts, state.mtp], run)
+        state.mtp_length += n
+        return chosen.tolist()
+
+    def _batch(
+        self,
+        states: list[State],
+        counts: list[int],
+        angles: tuple[Array, Array],
+        *,
+        ahead: int = 0,
+        prefill: bool = False,
+    ) -> Batch:
+        starts = np.array([state.mtp_length + ahead for state in states], np.int64)
+        return _MtpBatch(states, row_bounds(*counts), counts, starts, *angles, prefill)
+
+    def _replayed(self, rows: Array, tokens: Sequence[int], batch: Batch, *, drafts: bool) -> Array:
+        """The layer on rows [T, H] and the ids after them; drafts: the rows are m, not hidden rows."""
+        ids = np.array(tokens, np.int64)
+
+        def run() -> Array:
+            h = rows if drafts else self._final_norm(rows)
+            return self._layer(h, self.text.embed(ids), batch)
+
+        if self._replay is None or len(ids) > MAX_ROWS:
+            return run()
+        inputs = [rows, ids, batch.cos, batch.sin, batch.cu_seqlens, batch.starts, *batch.tables]
+        return self._replay((len(ids), len(batch.states), drafts), inputs, run)
+
+    def _final_norm(self, hidden: Array) -> Array:
+        return self.text.ops.rms_norm(hidden, self.text.weights.norm, self.text.config.rms_norm_eps)
+
+    def _layer(self, h: Array, x: Array, batch: Batch) -> Array:
+        """h [T, H]: vectors of tokens t after the final norm, or m where token t is a draft; x [T, H]: embeddings of
+        tokens t + 1."""
         text, w = self.text, self.weights
+        pairs = text.ops.rms_norm_pair(x, w.embedding_norm, h, w.hidden_norm, text.config.rms_norm_eps)
         y = text.ops.linear(pairs, w.fc)
         y = text.attention(y, w.layer.mixer, w.layer.input_norm, 0, batch)  # type: ignore[arg-type]
         y = text.feed_forward(y, w.layer.ffn, w.layer.post_norm)

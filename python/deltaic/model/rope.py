@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,28 +30,36 @@ class TextRope:
         self._chunks: OrderedDict[int, tuple[Floats, Floats]] = OrderedDict()
 
     def __call__(self, positions: Ints) -> tuple[Floats, Floats]:
-        """positions int64 [T, 3] (temporal, height, width) -> cos, sin float32 [T, R/2], not to be written.
+        """positions int64 [T, 3] (temporal, height, width) -> cos, sin float32 [T, R/2].
 
         The angle is a float32 product as in Qwen3.5; its cosine is taken in double precision, as it may be 262144 rad.
         """
-        if len(positions) == 1:
-            temporal, height, width = positions[0].tolist()
-            if temporal == height == width:
-                return self._text(temporal)
         angles = (positions[:, self.axes].astype(np.float32) * self.inverse_frequencies).astype(np.float64)
         return _scaled(np.cos(angles), self.scale), _scaled(np.sin(angles), self.scale)
 
-    def _text(self, position: int) -> tuple[Floats, Floats]:
-        """One text token, from angles computed for many at once: a decoded token costs a look-up."""
-        index, row = divmod(position, _CHUNK)
+    def text(self, spans: Iterable[tuple[int, int]]) -> tuple[Floats, Floats]:
+        """The same for text tokens, whose three positions are equal: for each (first, n) those from `first` on, not to
+        be written. They come from angles computed for many at once: a decoded token costs a look-up."""
+        parts = []
+        for first, n in spans:
+            while n:
+                index, row = divmod(first, _CHUNK)
+                cos, sin = self._chunk(index)
+                taken = min(n, _CHUNK - row)
+                parts.append((cos[row : row + taken], sin[row : row + taken]))
+                first, n = first + taken, n - taken
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([cos for cos, _ in parts]), np.concatenate([sin for _, sin in parts])
+
+    def _chunk(self, index: int) -> tuple[Floats, Floats]:
         chunk = self._chunks.get(index)
         if chunk is None:
             chunk = self(np.repeat(np.arange(index * _CHUNK, (index + 1) * _CHUNK)[:, None], 3, axis=1))
             self._chunks[index] = chunk
             if len(self._chunks) > _CHUNKS:
                 self._chunks.popitem(last=False)
-        cos, sin = chunk
-        return cos[row : row + 1], sin[row : row + 1]
+        return chunk
 
 
 def _scaled(x: npt.NDArray[np.float64], scale: float) -> Floats:

@@ -3,6 +3,7 @@ on a residual stream. All arithmetic is in the op set; a layer takes four or fiv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
+from ..ops.layout import row_bounds
 from .config import TextConfig
 from .replay import MAX_ROWS, Replay
 from .rope import TextRope
@@ -65,25 +67,34 @@ class TextModel:
         Raises ArgumentError or StateError if these do not fit together, ContextLengthError if a sequence outgrows the
         context; the states are then as they were.
         """
-        batch = self._batch(x, positions, states, cu_seqlens, prefill)
-        for state in states:
-            state.intact = False
-        x = self._run(x, batch)
-        for state, n in zip(states, batch.counts, strict=True):
-            state.length += n
-            state.intact = True
-        return x
+        T, bounds = x.shape[0], cu_seqlens.tolist()
+        counts: list[int] = [end - begin for begin, end in pairwise(bounds)]
+        if x.shape != (T, self.config.hidden_size) or positions.shape != (T, 3):
+            raise ArgumentError(
+                f"forward: x is {x.shape} and positions are {positions.shape}, "
+                f"expected [T, {self.config.hidden_size}] and [T, 3]"
+            )
+        if len(bounds) != len(states) + 1 or bounds[0] != 0 or bounds[-1] != T or min(counts, default=0) < 0:
+            raise ArgumentError(
+                f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
+            )
+        batch = self._batch(states, counts, cu_seqlens, self.rope(positions), prefill)
+        return self._advance(x, batch)
 
-    def verify(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, trace: Array) -> Array:
-        """As `forward`, but the states stay where they are until `commit` tells how many rows count; on an op set that
-        is SPLIT_INVARIANT each row gets the bits of decoding.
+    def step(self, tokens: Sequence[Sequence[int]], states: Sequence[State], trace: Array | None = None) -> Array:
+        """Feed B sequences the text tokens that come next, one or a few ids each: `forward` of rows that are decoded,
+        replayed where the op set can. On an op set that is SPLIT_INVARIANT a row gets the same bits in any company.
 
-        trace [L_delta, T, config.delta_trace_width] is filled. Dropping it instead of committing leaves the states as
-        they were: of their K/V only what lies beyond `length` is written.
+        trace [L_delta, T, config.delta_trace_width]: where given it is filled, and the states stay where they are until
+        `commit` tells how many rows count. Dropping it instead of committing leaves the states as they were: of their
+        K/V only what lies beyond `length` is written.
+        Returns and raises what `forward` does.
         """
-        batch = self._batch(x, positions, states, cu_seqlens, False)
-        batch.trace = trace
-        return self._run(x, batch)
+        counts = [len(ids) for ids in tokens]
+        angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
+        batch = self._batch(list(states), counts, row_bounds(*counts), angles, False, trace)
+        ids = np.array([token for sequence in tokens for token in sequence], np.int64)
+        return self._advance(ids, batch) if trace is None else self._run(ids, batch)
 
     def commit(self, states: list[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
         """Advance each of the states that `verify` has seen by its first counts[b] rows, int64 [B]."""
@@ -102,17 +113,33 @@ class TextModel:
             state.length += n
             state.intact = True
 
-    def _run(self, x: Array, batch: Batch) -> Array:
-        """`run_layers`, replayed where the rows are few and decoded."""
+    def _run(self, rows: Array | Ints, batch: Batch) -> Array:
+        """Vectors [T, H] through all layers, or ids [T]: these are embedded, and few of them replayed."""
+        if rows.ndim == 2:
+            return self.run_layers(rows, batch)  # type: ignore[arg-type]
+
+        def run() -> Array:
+            return self.run_layers(self.embed(rows), batch)  # type: ignore[arg-type]
+
+        if self._replay is None or len(rows) > MAX_ROWS:
+            return run()
         states, trace = batch.states, batch.trace
-        if self._replay is None or batch.prefill or not len(states) <= len(x) <= MAX_ROWS:
-            return self.run_layers(x, batch)
-        inputs = [x, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
+        inputs = [rows, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
         for state in states:
             inputs += (state.conv, state.delta, state.kv)
         if trace is not None:
             inputs.append(trace)
-        return self._replay((len(x), len(states), trace is None), inputs, lambda: self.run_layers(x, batch))
+        return self._replay((len(rows), len(states), trace is None), inputs, run)
+
+    def _advance(self, rows: Array | Ints, batch: Batch) -> Array:
+        """`_run`, and the states have all rows."""
+        for state in batch.states:
+            state.intact = False
+        x = self._run(rows, batch)
+        for state, n in zip(batch.states, batch.counts, strict=True):
+            state.length += n
+            state.intact = True
+        return x
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
@@ -190,28 +217,24 @@ class TextModel:
             residual=x,
         )
 
-    def _batch(self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, prefill: bool) -> Batch:
-        """Check that the arguments of `forward` fit together, and make room in the states."""
-        T, bounds = x.shape[0], cu_seqlens.tolist()
-        counts: list[int] = [end - begin for begin, end in pairwise(bounds)]
-        if x.shape != (T, self.config.hidden_size) or positions.shape != (T, 3):
-            raise ArgumentError(
-                f"forward: x is {x.shape} and positions are {positions.shape}, "
-                f"expected [T, {self.config.hidden_size}] and [T, 3]"
-            )
-        if len(bounds) != len(states) + 1 or bounds[0] != 0 or bounds[-1] != T or min(counts, default=0) < 0:
-            raise ArgumentError(
-                f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
-            )
+    def _batch(
+        self,
+        states: list[State],
+        counts: list[int],
+        cu_seqlens: Ints,
+        angles: tuple[Array, Array],
+        prefill: bool,
+        trace: Array | None = None,
+    ) -> Batch:
+        """The batch of so many rows of each state, with room made in the states. angles: cos and sin of the rows."""
         if len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
         for state, n in zip(states, counts, strict=True):
             if not state.intact:
                 raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
             state.reserve(state.length + n)
-        cos, sin = self.rope(positions)
         starts = np.array([state.length for state in states], np.int64)
-        return Batch(states, cu_seqlens, counts, starts, cos, sin, prefill)
+        return Batch(states, cu_seqlens, counts, starts, *angles, prefill, trace)
 
 
 def _short(values: Any) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "BlockTable",
     "Tape",
     "Weight",
+    "argmax",
     "bpe_merge",
     "checksum",
     "embed",
@@ -42,6 +43,7 @@ __all__ = [
     "probe_peak",
     "probe_read",
     "rms_norm",
+    "rms_norm_pair",
     "sample",
     "set_num_threads",
     "swiglu",
@@ -182,6 +184,12 @@ def embed(ids: Array, table: Weight) -> Array:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     y = _core.empty(x.shape)
     _core.rms_norm(x, weight, eps, y)
+    return y
+
+
+def rms_norm_pair(a: Array, a_weight: Array, b: Array, b_weight: Array, eps: float) -> Array:
+    y = _core.empty((a.shape[0], 2 * a.shape[1]))
+    _core.rms_norm_pair(a, a_weight, b, b_weight, eps, y)
     return y
 
 
@@ -340,6 +348,10 @@ def sample(
         output_ids, output_counts, prompt_ids, limit, uniform, token,
     )  # fmt: skip
     return int(token[0])
+
+
+def argmax(logits: Array, *, limit: int, tokens: Array) -> None:
+    _core.argmax(logits, limit, tokens)
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:

@@ -38,7 +38,7 @@ from .cuda_memory import (
     vector,
     zeros,
 )  # fmt: skip
-from .cuda_sampling import log_softmax_top, sample, sample_on_device
+from .cuda_sampling import argmax, log_softmax_top, sample, sample_on_device
 from .cuda_weights import (
     BlockTable,
     Part,
@@ -62,6 +62,7 @@ __all__ = [
     "TableBatch",
     "Weight",
     "activations",
+    "argmax",
     "checksum",
     "concatenate",
     "copy_from_host",
@@ -86,6 +87,7 @@ __all__ = [
     "place",
     "require_memory",
     "rms_norm",
+    "rms_norm_pair",
     "rope_table",
     "sample",
     "sample_on_device",
@@ -132,6 +134,10 @@ def rms_norm(x: Tensor, weight: Any, eps: float) -> Tensor:
     y, dev = new(x.shape, x.dtype), device()
     dev.module.rms_norm(address(x), address(weight), address(y), *x.shape, eps, type_of(x), dev.stream())
     return y
+
+
+def rms_norm_pair(a: Tensor, a_weight: Any, b: Tensor, b_weight: Any, eps: float) -> Tensor:
+    return concatenate([rms_norm(a, a_weight, eps), rms_norm(b, b_weight, eps)], axis=1)
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:

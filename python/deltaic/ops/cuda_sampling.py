@@ -72,6 +72,16 @@ def sample_on_device(
     return token
 
 
+def argmax(logits: Tensor, *, limit: int, tokens: np.ndarray) -> None:
+    check("argmax", "logits", logits, [None, None], ["float32"])
+    if not 0 < limit <= logits.shape[1]:
+        raise ArgumentError(f"argmax: limit is {limit}, expected 1..{logits.shape[1]}")
+    top, ids = logits[:, :limit].max(dim=1)
+    if not top.isfinite().all():
+        raise ArgumentError("argmax: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+    tokens[:] = ids.cpu().numpy()
+
+
 def log_softmax_top(logits: Tensor, *, limit: int, k: int, token: int) -> tuple[float, np.ndarray, np.ndarray]:
     import torch
 

@@ -1,7 +1,9 @@
 """How do things lie that several op sets share? The patches of a picture: one order for pixels, positions and angles. A
-row of keys or values in a K/V block."""
+row of keys or values in a K/V block. The rows of several sequences."""
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,14 @@ def kv_width(dtype: npt.DTypeLike, head_dim: int) -> int:
 def kv_head_dim(dtype: npt.DTypeLike, width: int) -> int:
     """The inverse of `kv_width`."""
     return width - 2 * -(-width // (KV_GROUP + 2)) if np.dtype(dtype) == np.uint8 else width
+
+
+@lru_cache(256)
+def row_bounds(*counts: int) -> Ints:
+    """cu_seqlens of sequences of so many rows each, not to be written."""
+    bounds = np.cumsum((0, *counts), dtype=np.int64)
+    bounds.flags.writeable = False
+    return bounds
 
 
 def merge_order(grid_h: int, grid_w: int, merge_size: int) -> tuple[Ints, Ints]:

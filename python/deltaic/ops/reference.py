@@ -296,6 +296,14 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return (1 + weight.astype(x.dtype)) * _unit_rms(x, eps)
 
 
+def rms_norm_pair(a: Array, a_weight: Array, b: Array, b_weight: Array, eps: float) -> Array:
+    """Two rows as one: rms_norm(a, a_weight) and, behind it, rms_norm(b, b_weight). a, b [T, D] -> [T, 2 * D].
+
+    Source: Qwen3.5, the input of the multi-token-prediction layer.
+    """
+    return np.concatenate([rms_norm(a, a_weight, eps), rms_norm(b, b_weight, eps)], axis=-1)
+
+
 def _unit_rms(x: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
 
@@ -766,6 +774,16 @@ def sample(
     cumulative = np.cumsum(p)
     place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     return int(order[min(place, len(p) - 1)])
+
+
+def argmax(logits: Array, *, limit: int, tokens: Ints) -> None:
+    """Fill tokens [T] with what `sample` at temperature 0 chooses from each row of logits [T, V]. Raises as it does."""
+    if not 0 < limit <= logits.shape[1]:
+        raise ArgumentError(f"argmax: limit is {limit}, expected 1..{logits.shape[1]}")
+    considered = logits[:, :limit]
+    if not (considered < np.inf).all() or (considered == -np.inf).all(axis=1).any():
+        raise ArgumentError("argmax: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+    tokens[:] = considered.argmax(axis=1)
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Ints, npt.NDArray[np.float32]]:

@@ -53,8 +53,8 @@ def quantize(
     bit for bit, as what `deltaic.load` packs in memory. Raises ArgumentError, ConfigError, CheckpointError,
     DeviceError.
     """
-    from ..api import op_set, use_threads
     from ..chat.prepared import write_prepared
+    from ..ops.devices import op_set, use_threads
     from .hub import find_model
 
     precision = Precision.parse(dtype, vision_dtype)

@@ -1,0 +1,302 @@
+"""One model on one op set, and what it computes for sequences: chunks of prompts, tokens, drafts and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import PromptError
+from ..ops.devices import ops_lock
+from ..ops.layout import row_bounds
+from .cache import FeatureCache, image_places
+from .prefill import PromptReader
+from .speculate import Costs
+
+if TYPE_CHECKING:
+    from ..chat.image import ImageInput
+    from ..chat.prompt import Prompt
+    from ..model.graph import DecodeGraph
+    from ..model.mtp import MtpModel
+    from ..model.state import State
+    from ..model.text import TextModel
+    from ..model.vision import VisionModel
+    from .speculate import Acceptance
+
+
+@dataclass(slots=True)
+class Verification:
+    """Drafted rows of B sequences that the model has seen and their states have not, until `Runner.commit`.
+
+    tokens  per sequence the token that comes next and the drafts after it
+    hidden  [T, H] (before the final norm): of sequence b rows cu_seqlens[b] .. cu_seqlens[b + 1], one per token
+    """
+
+    states: list[State]
+    tokens: list[list[int]]
+    cu_seqlens: np.ndarray
+    hidden: np.ndarray
+    trace: np.ndarray
+    buffer: np.ndarray  # that the trace lies on
+
+
+@dataclass(slots=True)
+class Drafting:
+    """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
+    first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
+    up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
+    draft; greedy: where it is the largest of so many first logits."""
+
+    state: State
+    first: int
+    hidden: np.ndarray
+    tokens: list[int]
+    depth: int
+    choose: Callable[[np.ndarray, int], int]
+    greedy: int | None = None
+
+
+class Runner:
+    """Feeds sequences to one model on one op set, from any thread.
+
+    The op set's lock is held for one chunk or one token at a time and never while a caller has the turn: several
+    streams may be open at once and interleave, in one thread or in many, and one that is abandoned blocks nobody.
+    """
+
+    def __init__(
+        self,
+        text: TextModel,
+        vision: VisionModel | None,
+        ops: Any,
+        *,
+        threads: int,
+        image_token_id: int | None,
+        feature_bytes: int = 0,
+        mtp: MtpModel | None = None,
+        after_step: Callable[[], bool] | None = None,
+    ) -> None:
+        """feature_bytes: how much memory the features of pictures seen before may take. mtp: makes drafts.
+        after_step: called with the lock after each step that reads generated tokens, until it returns False."""
+        self.text = text
+        self.mtp = mtp
+        self.vision = vision
+        self.ops = ops
+        self.features = FeatureCache(feature_bytes)
+        self._threads = threads
+        self._image_token_id = image_token_id
+        self._graph: DecodeGraph | None = None
+        if getattr(ops, "device_resident", False):
+            from ..model.graph import DecodeGraph
+
+            self._graph = DecodeGraph(text, ops)
+        self._concatenate = getattr(ops, "concatenate", np.concatenate)
+        self._zeros = getattr(ops, "zeros", np.zeros)
+        self._traces: list[np.ndarray] = []  # buffers that no verification uses
+        self.costs = Costs()
+        self.acceptances: list[Acceptance] = []  # of the sources of drafts, in the sequence that ended last
+        self.fixed_depth: int | None = None  # see Speculator.depth
+        self._lock = ops_lock(ops)
+        self._after_step = after_step
+
+    def _end_step(self) -> None:
+        """Called with the lock held."""
+        if self._after_step is not None and not self._after_step():
+            self._after_step = None
+
+    def _set_threads(self) -> None:
+        """Called with the lock held: another model may have used the op set with another number."""
+        if self.ops.num_threads() != self._threads:
+            self.ops.set_num_threads(self._threads)
+
+    def places(self, prompt: Prompt, offset: int = 0) -> list[tuple[int, int, str]]:
+        """(index of the first placeholder + offset, tokens, digest) of each picture. Raises PromptError if the model
+        cannot see, or if placeholders and pictures do not match."""
+        if not prompt.images:
+            return []
+        if self.vision is None:
+            raise PromptError(
+                "the prompt holds a picture, but this checkpoint has no vision tower; ask without pictures"
+            )
+        placeholders = int(np.count_nonzero(prompt.token_ids == self._image_token_id))
+        needed = sum(image.num_tokens for image in prompt.images)
+        if placeholders != needed:
+            raise PromptError(
+                f"the prompt has {placeholders} image placeholder tokens, its {len(prompt.images)} pictures need "
+                f"{needed}; build prompts with Model.prepare"
+            )
+        return image_places(prompt, self._image_token_id, offset)
+
+    def see(self, image: ImageInput) -> np.ndarray:
+        """What the vision tower sees in a picture: float32 [tokens, H]. Each picture is encoded by itself, so that its
+        features do not depend on which others are in the prompt or in the cache."""
+        assert self.vision is not None  # places() has refused pictures
+        features = self.features.get(image.digest)
+        if features is None:
+            with self._lock:
+                self._set_threads()
+                features = self.vision.forward([image])
+            self.features.put(image.digest, features)
+        return features
+
+    def hidden(
+        self,
+        prompt: Prompt,
+        state: State,
+        pauses: Sequence[int],
+        *,
+        skip: int = 0,
+        prefill: bool = True,
+        mtp: bool = False,
+        before: np.ndarray | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Feed the prompt to `state` and yield the hidden rows [t, H] (before the final norm) up to each of `pauses`:
+        rising numbers of tokens of the prompt, the last one its length.
+
+        skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
+        it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
+        mtp: make the entries of the MTP layer too; before: the hidden row [1, H] of the token before, where known.
+        """
+        reader = PromptReader(self, prompt, state, skip, mtp=mtp, last=before)
+        for end in pauses:
+            reader.look(end)
+            yield self.read([(reader, end)], prefill=prefill)[0]
+
+    def read(self, chunks: Sequence[tuple[PromptReader, int]], *, prefill: bool = True) -> list[np.ndarray]:
+        """Read on in several prompts at once, each up to its number of tokens; the pictures up to there have been
+        looked at. Hidden rows [t, H] (before the final norm) of each. prefill: see TextModel.forward."""
+        parts = [reader.chunk(end) for reader, end in chunks]
+        cuts = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
+        with self._lock:
+            self._set_threads()
+            x = self.text.embed(np.concatenate([part.ids for part in parts]))
+            for part, first in zip(parts, cuts.tolist(), strict=False):
+                for row, features in part.features:
+                    x[first + row : first + row + len(features)] = features
+            positions = np.concatenate([part.positions for part in parts])
+            hidden = self.text.forward(x, positions, [reader.state for reader, _ in chunks], cuts, prefill=prefill)
+            rows = []
+            for (reader, end), a, b in zip(chunks, cuts.tolist(), cuts[1:].tolist(), strict=False):
+                rows.append(hidden[a:b])
+                if reader.mtp:
+                    self._read_mtp(reader, end, x[a:b], rows[-1])
+                reader.advance(end, rows[-1])
+        return rows
+
+    def step(self, token: int, state: State) -> np.ndarray:
+        """Feed one token; hidden row [1, H] (before the final norm)."""
+        return self.decode([token], [state])
+
+    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> np.ndarray:
+        """Feed one token to each of B states; hidden rows [B, H] (before the final norm)."""
+        with self._lock:
+            self._set_threads()
+            if self._graph is not None and self._graph.takes([[token] for token in tokens]):
+                return self._graph.decode(tokens, states)
+            hidden = self.text.step([[token] for token in tokens], states)
+            for token, state in zip(tokens, states, strict=True):
+                state.token_ids.append(token)
+            self._end_step()
+        return hidden
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits [n, vocab] of hidden rows [n, H]."""
+        with self._lock:
+            self._set_threads()
+            return self.text.logits(hidden)
+
+    def wait(self) -> None:
+        """Let a device finish what it was given, before time is taken."""
+        if self._graph is not None:
+            self.ops.wait()
+
+    def rows(self, hidden: np.ndarray) -> np.ndarray:
+        """Hidden rows [n, H] of a file, float32, as this op set has them."""
+        if self._graph is None or not isinstance(hidden, np.ndarray):
+            return hidden
+        return self.ops.activations(hidden, self.text.weights.embed)
+
+    # ------------------------------------------------------------------------------- drafts
+
+    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]]) -> Verification:
+        """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
+        it. tokens: per sequence 1 to 64 ids. `commit` the result, or drop it."""
+        cu_seqlens = row_bounds(*map(len, tokens))
+        with self._lock:
+            self._set_threads()
+            buffer, trace = self._take_trace(sum(map(len, tokens)))
+            if self._graph is not None and self._graph.takes(tokens):
+                hidden = self._graph.verify(tokens, states, trace)
+            else:
+                hidden = self.text.step(tokens, states, trace)
+            self._end_step()
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace, buffer)
+
+    def commit(self, verification: Verification, counts: Sequence[int]) -> None:
+        """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
+        verification, and only while the states are where they were when it was made."""
+        v = verification
+        with self._lock:
+            self._set_threads()
+            self.text.commit(v.states, v.cu_seqlens, np.array(counts, np.int64), v.trace)
+            self._traces.append(v.buffer)
+        for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
+            state.token_ids.extend(ids[:n])
+
+    def _take_trace(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """A buffer, one that was used before if that is large enough, and a trace of `rows` rows on it."""
+        c = self.text.config
+        size = c.num_delta_layers * rows * c.delta_trace_width
+        buffer = self._traces.pop() if self._traces else None
+        if buffer is None or buffer.shape[0] < size:
+            buffer = self._zeros((size,), np.float32)
+        return buffer, buffer[:size].reshape(c.num_delta_layers, rows, c.delta_trace_width)
+
+    def draft(self, wanted: Sequence[Drafting]) -> list[list[int]]:
+        """Drafts of the MTP layer for several sequences at once, each as many as it wants."""
+        assert self.mtp is not None
+        with self._lock:
+            self._set_threads()
+            if len(wanted) == 1 and wanted[0].depth and (limit := wanted[0].greedy) is not None:
+                w = wanted[0]
+                return [self.mtp.draft_greedily(w.hidden, w.tokens, w.state, w.first, w.depth, limit)]
+            m = self.mtp.extend(
+                wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted),
+                [w.tokens for w in wanted],
+                [w.state for w in wanted],
+                [w.first for w in wanted],
+            )
+            drafts: list[list[int]] = [[] for _ in wanted]
+            rows = (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
+            active = list(range(len(wanted)))
+            for depth in range(max((w.depth for w in wanted), default=0)):
+                kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
+                active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
+                if depth:
+                    last = [drafts[b][-1] for b in active]
+                    m = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
+                for b, logits in zip(active, self.mtp.logits(m), strict=True):
+                    drafts[b].append(wanted[b].choose(logits, depth))
+                rows = list(range(len(active)))
+            return drafts
+
+    def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:
+        """Rows [n, H] one after another, where the op set has its arrays."""
+        return self._concatenate(list(rows), axis=0)
+
+    def _read_mtp(self, reader: PromptReader, end: int, x: np.ndarray, hidden: np.ndarray) -> None:
+        """The MTP layer's entries for tokens at - 1 .. end - 2 of a prompt that has been read up to `at`, whose rows
+        at .. end - 1 were x and became `hidden`; where the hidden row before these is not known, one less."""
+        assert self.mtp is not None
+        start = reader.at
+        if reader.last is None:
+            start, x, rows = start + 1, x[1:], hidden[:-1]
+        else:
+            rows = self.joined([reader.last, hidden[:-1]])
+        if not len(rows):
+            return
+        first = reader.state.length - len(x) - 1
+        positions = reader.positions
+        places = np.concatenate([positions[:1] - 1, positions])[start:end]  # before the prompt there was some text
+        self.mtp.read(rows, x, places, reader.state, first)
