@@ -42,6 +42,11 @@ print(json.dumps({"marks": marks, "tokens": len(prompt), "resident": (resident_b
 """
 
 
+def environment() -> dict[str, str]:
+    """This process's, but Python may keep its bytecode, as that of an installed package is kept."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -59,7 +64,7 @@ def main() -> None:
     runs = []
     for _ in range(args.repeat + 1):  # the first one warms the file cache
         start = time.time()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as child:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as child:
             assert child.stdout is not None
             line = child.stdout.readline()
         if child.returncode:

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench_start import environment
+
 WORKER = Path(__file__).with_name("peer_worker.py")
 PACKAGES = ("llama-cpp-python", "torch", "transformers")
 # ours -> what it is compared with
@@ -72,7 +74,9 @@ def seconds_to_first_token(name: str, model: Path, python: str, args: argparse.N
     """From starting a process to its first token after a prompt of START_PROMPT ids, as the parent sees it."""
     start = time.perf_counter()
     command = worker(name, model, python, args.threads, START_PROMPT, 0)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    ) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
         seconds = time.perf_counter() - start
