@@ -150,11 +150,12 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
 def bench_equal(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
     """Requests of unlike lengths, more than run at a time, so that they join and leave in the middle of the others'
     answers. Each token against that of the same request alone, without drafts."""
-    rng, vocabulary = np.random.default_rng(2), model._sampled_ids[0]
+    rng, (limit, unused) = np.random.default_rng(2), model._sampled_ids
+    words = np.setdiff1d(np.arange(limit), unused)
     longest = min(args.longest, model.context_length // 2)
     requests: list[dict[str, Any]] = []
     while sum(request["max_new_tokens"] for request in requests) < args.tokens:
-        ids = rng.integers(0, vocabulary, int(rng.integers(2, 80))).tolist()
+        ids = rng.choice(words, int(rng.integers(2, 80))).tolist()
         new = int(rng.integers(longest // 10 + 1, longest + 1))
         requests.append({"prompt": ids, "max_new_tokens": new, "seed": len(requests)})
     modes = ["off", "auto", "lookup", *(["mtp"] if model._runner.mtp is not None else [])]
