@@ -19,7 +19,20 @@ from PIL import Image
 
 SOURCE = Path(deltaic.__file__).parents[1]
 REFERENCE = ["--device", "reference", "--dtype", "f32"]
-RAMBLING = ["--temperature", "9", "--top-k", "0", "--top-p", "1", "--seed", "1", *REFERENCE]  # long random answers
+# answers that repeat themselves and do not end
+RAMBLING = [
+    "--frequency-penalty",
+    "-2",
+    "--temperature",
+    "1",
+    "--top-k",
+    "0",
+    "--top-p",
+    "1",
+    "--seed",
+    "10",
+    *REFERENCE,
+]
 
 
 def deltaic_process(*arguments, **kwargs):
