@@ -19,20 +19,8 @@ from PIL import Image
 
 SOURCE = Path(deltaic.__file__).parents[1]
 REFERENCE = ["--device", "reference", "--dtype", "f32"]
-# answers that repeat themselves and do not end
-RAMBLING = [
-    "--frequency-penalty",
-    "-2",
-    "--temperature",
-    "1",
-    "--top-k",
-    "0",
-    "--top-p",
-    "1",
-    "--seed",
-    "10",
-    *REFERENCE,
-]
+REPEATING = ["--frequency-penalty", "-2", "--temperature", "1", "--top-k", "0", "--top-p", "1", "--seed", "10"]
+RAMBLING = [*REPEATING, *REFERENCE]  # answers that do not end by themselves
 
 
 def deltaic_process(*arguments, **kwargs):
