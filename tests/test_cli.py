@@ -23,11 +23,18 @@ REPEATING = ["--frequency-penalty", "-2", "--temperature", "1", "--top-k", "0", 
 RAMBLING = [*REPEATING, *REFERENCE]  # answers that do not end by themselves
 
 
+def heed_ctrl_c():
+    """A shell's background jobs, and what they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def deltaic_process(*arguments, **kwargs):
     """`python -m deltaic` as a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-m", "deltaic", *arguments], env=environment, **{**pipes, **kwargs})
+    return subprocess.Popen(
+        [sys.executable, "-m", "deltaic", *arguments], env=environment, preexec_fn=heed_ctrl_c, **{**pipes, **kwargs}
+    )
 
 
 @pytest.fixture
