@@ -11,7 +11,6 @@
 #include "bindings/arguments.h"
 #include "bindings/tape.h"
 #include "core/isa.h"
-#include "core/pages.h"
 #include "core/pool.h"
 #include "ops.h"
 
@@ -162,23 +161,6 @@ PYBIND11_MODULE(_core, m) {
         "block_bytes",
         [](const std::string& format, int64_t columns) { return block_bytes(format_of(format), columns); },
         "Bytes of one packed block of 16 rows.");
-
-    m.attr("huge_page") = kHugePage;
-    m.def(
-        "huge_bytes", [](const py::array& data) { return huge_bytes(data.data(), static_cast<size_t>(data.nbytes())); },
-        "How many bytes of whole pages are in huge pages; -1 where the system does not tell.");
-    m.def(
-        "move_to_huge_pages",
-        [](const py::array& data, int file, int64_t offset) {
-            void* const begin = const_cast<void*>(data.data());
-            const size_t bytes = static_cast<size_t>(data.nbytes());
-            if (reinterpret_cast<uintptr_t>(begin) % kHugePage || bytes % kHugePage || data.owndata())
-                throw Error("move_to_huge_pages: takes whole huge pages of a mapping");
-            const py::gil_scoped_release released;
-            return move_to_huge_pages(begin, bytes, file, offset);
-        },
-        py::arg("data"), py::arg("file"), py::arg("offset"),
-        "Replaces whole huge pages of a mapped file by a copy at the same addresses; whether that was possible.");
 
     py::class_<PyWeight>(m, "Weight")
         .def(py::init(&make_weight), py::arg("parts"), py::arg("count"), py::arg("columns"), py::arg("glu"))

@@ -13,8 +13,6 @@
 #include <thread>
 #include <vector>
 
-#include "core/pages.h"
-
 namespace deltaic {
 namespace {
 
@@ -155,6 +153,7 @@ class Arena {
         void* data;
         size_t size;
     };
+    static constexpr size_t kHugePage = size_t{2} << 20;
     static constexpr size_t kKeep = size_t{256} << 20;  // a larger scratch (a huge picture) is given back to the system
     std::vector<Block> blocks_;
     size_t used_ = 0;

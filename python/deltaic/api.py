@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from .model.vision import VisionModel
     from .session import Session
     from .weights.precision import Precision
-    from .weights.settle import Settling
 
 NO_MTP = "no multi-token-prediction layer (mtp.* tensors); use speculate='lookup' or 'auto', or a checkpoint with them"
 FEATURE_SHARE = 8  # what the vision tower saw may take an eighth of the prefix cache's bytes
@@ -82,10 +81,8 @@ class Model:
         spill: SpillFolder | None,
         mtp: MtpModel | None,
         speculate: str,
-        settling: Settling | None = None,
     ) -> None:
-        """blank: a state that is never fed, which says what states of this model look like. settling: of its weights,
-        between steps."""
+        """blank: a state that is never fed, which says what states of this model look like."""
         self.folder = folder
         self.config = config
         self.device = device
@@ -99,7 +96,6 @@ class Model:
         self._ops = ops
         self._runner = Runner(
             text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp,
-            after_step=None if settling is None else settling.step,
         )  # fmt: skip
         self._generation_config = read_generation_config(folder)
         self._files_lock = threading.Lock()

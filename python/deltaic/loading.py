@@ -13,7 +13,6 @@ from .api import NO_MTP, Model
 from .arguments import choice, describe, integer
 from .errors import ArgumentError, CheckpointError, DeviceError
 from .generate.speculate import MODES
-from .machine import huge_pages
 from .memory import check_context, checkpoint_bytes, default_cache_bytes, room_for_copy
 from .ops.devices import op_set, use_threads
 from .ops.layout import KV_DTYPES
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from .model.text import TextModel
     from .model.vision import VisionModel
     from .weights.precision import Precision
-    from .weights.settle import Settling
     from .weights.source import Source
 
 MEMORY = ("auto", "map", "copy")
@@ -66,9 +64,8 @@ def load(
                   half the memory of bf16, somewhat less exact; CPU only); None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
-                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" maps it, so
-                  that the first token is there soonest, and on the CPU moves the decoder into huge pages in 4% of
-                  the time of further tokens, if that leaves half of the free memory free (Linux)
+                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" copies on the
+                  CPU if that leaves half of the free memory free, and maps otherwise
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
                   sequence is there is checked before anything is loaded. None: the model's own limit, not checked
@@ -124,7 +121,7 @@ def load(
         parts = _map(folder, config, ops, explicit, activations, memory, verify, progress, blank_state)
     else:
         parts = _pack(folder, config, ops, wanted, progress, blank_state)
-    text, vision, mtp, precision, blank, settling = parts
+    text, vision, mtp, precision, blank = parts
     cache_bytes = default_cache_bytes(ops, blank, context) if cache_bytes is None else cache_bytes
     spill = None
     if cache_folder is not None:
@@ -133,13 +130,13 @@ def load(
         spill = SpillFolder(cache_folder, blank, ops, cache_folder_bytes)
     return Model(
         folder, config, text, vision, ops, blank, device=device, precision=precision, threads=threads,
-        cache_bytes=cache_bytes, spill=spill, mtp=mtp, speculate=speculate, settling=settling,
+        cache_bytes=cache_bytes, spill=spill, mtp=mtp, speculate=speculate,
     )  # fmt: skip
 
 
 # How the parts of a model reach `load`: what states look like is made, and memory checked, before weights are read.
 BlankState = Callable[[str, int, "Precision", bool], "State"]
-Parts = tuple["TextModel", "VisionModel | None", "MtpModel | None", "Precision", "State", "Settling | None"]
+Parts = tuple["TextModel", "VisionModel | None", "MtpModel | None", "Precision", "State"]
 
 
 def _pack(
@@ -168,7 +165,7 @@ def _pack(
         if config.vision is not None:
             vision_parts = _placed(ops, vision_weights(source, config, progress), precision)
             vision = VisionModel(config.vision, vision_parts, ops)
-    return text, vision, mtp, precision, blank, None
+    return text, vision, mtp, precision, blank
 
 
 def _map(
@@ -196,7 +193,8 @@ def _map(
                 f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
             )
         blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision, packed.has_mtp)
-        if memory == "copy":
+        copies = getattr(ops, "COPIES_PACKED", False)
+        if memory == "copy" or (memory == "auto" and copies and room_for_copy(packed.nbytes)):
             packed.copy(None)
 
         def check() -> None:
@@ -221,11 +219,7 @@ def _map(
 
                 vision_parts = _placed(ops, vision_weights(source, config), precision)
                 vision = VisionModel(config.vision, vision_parts, ops, check_vision if verify else None)
-        movable = hasattr(ops, "move_to_huge_pages") and huge_pages()
-        settling = None
-        if memory == "auto" and movable and room_for_copy(packed.nbytes):
-            settling = packed.settle(None, ops)
-    return text, vision, mtp, precision, blank, settling
+    return text, vision, mtp, precision, blank
 
 
 @contextmanager

@@ -88,11 +88,6 @@ def resident_bytes(status: Path = _STATUS) -> dict[str, int] | None:
     return {"now": found["VmRSS"], "private": found["RssAnon"], "peak": found["VmHWM"]}
 
 
-def huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> bool:
-    """Whether the system gives huge pages to who asks for them."""
-    return "[never]" not in (_read(setting) or "[never]")
-
-
 def preemptions() -> int:
     """How often other processes took a processor from this one so far; 0 where the system does not tell (Windows)."""
     try:

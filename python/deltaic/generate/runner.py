@@ -75,10 +75,8 @@ class Runner:
         image_token_id: int | None,
         feature_bytes: int = 0,
         mtp: MtpModel | None = None,
-        after_step: Callable[[], bool] | None = None,
     ) -> None:
-        """feature_bytes: how much memory the features of pictures seen before may take. mtp: makes drafts.
-        after_step: called with the lock after each step that reads generated tokens, until it returns False."""
+        """feature_bytes: how much memory the features of pictures seen before may take. mtp: makes drafts."""
         self.text = text
         self.mtp = mtp
         self.vision = vision
@@ -98,12 +96,6 @@ class Runner:
         self.acceptances: list[Acceptance] = []  # of the sources of drafts, in the sequence that ended last
         self.fixed_depth: int | None = None  # see Speculator.depth
         self._lock = ops_lock(ops)
-        self._after_step = after_step
-
-    def _end_step(self) -> None:
-        """Called with the lock held."""
-        if self._after_step is not None and not self._after_step():
-            self._after_step = None
 
     def _set_threads(self) -> None:
         """Called with the lock held: another model may have used the op set with another number."""
@@ -197,7 +189,6 @@ class Runner:
             hidden = self.text.step([[token] for token in tokens], states)
             for token, state in zip(tokens, states, strict=True):
                 state.token_ids.append(token)
-            self._end_step()
         return hidden
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
@@ -230,7 +221,6 @@ class Runner:
                 hidden = self._graph.verify(tokens, states, trace)
             else:
                 hidden = self.text.step(tokens, states, trace)
-            self._end_step()
         return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace, buffer)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:

@@ -28,13 +28,11 @@ __all__ = [
     "gated_attention",
     "gated_delta_net",
     "gated_delta_net_commit",
-    "huge_bytes",
     "isa",
     "layer_norm",
     "linear",
     "log_softmax_top",
     "moe",
-    "move_to_huge_pages",
     "num_threads",
     "pack",
     "pack_glu",
@@ -54,7 +52,7 @@ Array = np.ndarray
 FORMATS: tuple[str, ...] = _core.formats
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
 BLOCK_ROWS = 16
-HUGE_PAGE: int = _core.huge_page
+COPIES_PACKED = True  # memory="auto" copies packed weights: memory in huge pages is read faster than a mapped file
 SPLIT_INVARIANT = True  # the rows of a prompt get the same bits wherever its reading is interrupted (with prefill=True)
 
 
@@ -144,19 +142,6 @@ def checksum(data: Array, first: int = 0) -> int:
     result = np.empty(1, np.int64)
     _core.checksum(data, first, result)
     return int(result.view(np.uint64)[0])
-
-
-def huge_bytes(data: Array) -> int:
-    """How many bytes of a mapping [n], n a multiple of HUGE_PAGE, are in huge pages; -1 where the system does not
-    tell."""
-    return _core.huge_bytes(data)
-
-
-def move_to_huge_pages(data: Array, file: int, offset: int) -> bool:
-    """Puts a copy in huge pages in the place of a part [n] of a file's read-only mapping, n and the address multiples
-    of HUGE_PAGE: same addresses, same bytes, also for who reads them meanwhile. file: the descriptor; offset: of the
-    part in it. Whether that was possible; else nothing has changed."""
-    return _core.move_to_huge_pages(data, file, offset)
 
 
 def probe_read(data: Array) -> None:

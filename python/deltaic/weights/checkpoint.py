@@ -97,10 +97,6 @@ class CheckpointFile:
             page = start - start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, start + nbytes - page)
 
-    def mapping(self) -> tuple[mmap.mmap, int]:
-        """The map of the whole file, and the file's descriptor."""
-        return self._map, self._handle.fileno()
-
     def release(self) -> None:
         """Give all mapped pages back to the system; a later read finds them again in the file.
 

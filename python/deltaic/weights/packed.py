@@ -28,7 +28,6 @@ from .checkpoint import CheckpointFile, Tensor
 from .names import PATCH, TensorSpec, expected_tensors
 from .packer import in_part
 from .precision import FORMATS, ROUNDED, Precision
-from .settle import Settling
 from .source import Transform, progress_bar
 
 PACKED_FILE = "deltaic.safetensors"
@@ -187,15 +186,6 @@ class PackedFile:
         except (OSError, ValueError) as error:  # ValueError: mmap beyond the address space
             raise CheckpointError(f"{self.path} cannot be copied into memory: {error}") from error
         self._copy = first, np.frombuffer(arena, np.uint8, last - first)
-
-    def settle(self, prefixes: tuple[str, ...] | None, ops: Any) -> Settling | None:
-        """What moves a part (None: the decoder) into huge pages while it is used; None if there is no such part."""
-        tensors = self._part(prefixes)
-        if not tensors:
-            return None
-        begin, end = tensors[0].begin, tensors[-1].begin + tensors[-1].nbytes
-        start = self._file.data_start
-        return Settling(*self._file.mapping(), start + begin, start + end, ops)
 
     def _part(self, prefixes: tuple[str, ...] | None) -> list[Tensor]:
         chosen = [tensor for name, tensor in self._file.tensors.items() if in_part(name, prefixes)]
