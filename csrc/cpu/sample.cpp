@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kRows = 64;           // logits of one group: one lane of 64 vectors
 constexpr int64_t kStrip = kRows * 16;  // 16 groups, logits [strip * 1024 + row * 16 + lane]
 constexpr int64_t kFirstGroups = 64;    // groups gathered at first where top_k does not say how many
+constexpr int64_t kInserted = 64;       // candidates up to which an insertion sort is faster than counting digits
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = 3.40282347e38f;
 
@@ -128,6 +129,16 @@ float threshold(const float* x, int64_t n, int64_t k) {
     return number(low);
 }
 
+// A value that at least k logits reach (or all, if there are fewer), and not many more: seen from the maxima, or from
+// the logits themselves where there are not so many maxima.
+float reached_by(const Logits& l, int64_t k) {
+    if (k <= l.groups) return threshold(l.maxima, l.groups, k);
+    const int64_t n = round_up(l.limit, 16);
+    float* values = scratch_f32(n);
+    for (int64_t i = 0; i < n; i += 16) store(values + i, l.lanes(i));
+    return threshold(values, n, k);
+}
+
 // One step of a stable radix sort; false if all digits are equal and nothing was moved.
 template <class Digit>
 bool distribute(const Candidate* from, Candidate* to, int64_t n, const Digit& digit) {
@@ -152,7 +163,19 @@ struct Ordered {
 
 // Sorts the `n` candidates in a; b is room for as many.
 Ordered in_order(Candidate* a, Candidate* b, int64_t n, int64_t limit) {
-    if (n == 0) return {a, 0};
+    if (n <= kInserted) {
+        for (int64_t i = 1; i < n; ++i) {
+            const Candidate c = a[i];
+            int64_t place = i;
+            for (; place > 0; --place) {
+                const Candidate& before = a[place - 1];
+                if (before.key < c.key || (before.key == c.key && before.id < c.id)) break;
+                a[place] = before;
+            }
+            a[place] = c;
+        }
+        return {a, n};
+    }
     const auto step = [&](const auto& digit) {
         if (distribute(a, b, n, digit)) {
             Candidate* sorted = b;
@@ -403,7 +426,7 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
     }
     const Filter filter{temperature, top_p, min_p};
     if (top_k > 0) {
-        Ordered c = gather(l, threshold(l.maxima, l.groups, top_k));
+        Ordered c = gather(l, reached_by(l, top_k));
         c.size = min64(c.size, top_k);
         double mass = 0.0;
         for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
@@ -418,7 +441,7 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
         lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
     }
     for (int64_t groups = kFirstGroups;; groups *= 16) {
-        float least = threshold(l.maxima, l.groups, groups);
+        float least = reached_by(l, groups);
         if (!(least > lowest)) least = lowest;
         const bool all = least == lowest;
         const Ordered c = gather(l, least);
@@ -454,7 +477,7 @@ void log_softmax_top(View logits, int64_t limit, int64_t k, int64_t token, View 
     const double log_sum = ::log(sum_exp(l, 1.0));
     logprob.f32()[0] = static_cast<float>(static_cast<double>(l.values[token]) - l.top - log_sum);
     if (k == 0) return;
-    const Ordered c = gather(l, threshold(l.maxima, l.groups, k));
+    const Ordered c = gather(l, reached_by(l, k));
     for (int64_t i = 0; i < k; ++i) {
         top_ids.i64()[i] = c.items[i].id;
         top_logprobs.f32()[i] = static_cast<float>(value_of(c.items[i].key) - l.top - log_sum);
