@@ -28,8 +28,8 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
+from deltaic.generate.costs import Costs
 from deltaic.generate.runner import Drafting
-from deltaic.generate.speculate import Costs
 
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
 TASKS = [

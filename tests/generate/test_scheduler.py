@@ -12,7 +12,8 @@ import pytest
 from deltaic.errors import ArgumentError, ImageError, PromptError, StateError
 from deltaic.generate import cache as cache_module
 from deltaic.generate.scheduler import Load, Scheduler
-from deltaic.generate.speculate import Costs, share_rows
+from deltaic.generate.costs import Costs
+from deltaic.generate.speculate import share_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -272,9 +273,9 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
         sizes.append((len(x), prefill))
         return forward(x, positions, states, cuts, prefill=prefill)
 
-    def decode(tokens, states, trace=None):
+    def decode(tokens, states, trace=None, **options):
         sizes.append((sum(map(len, tokens)), False))
-        return step(tokens, states, trace)
+        return step(tokens, states, trace, **options)
 
     monkeypatch.setattr(text, "forward", read)
     monkeypatch.setattr(text, "step", decode)
@@ -430,13 +431,13 @@ def test_closing_while_a_step_is_computed(model, monkeypatch):
     said = [request.result.completion_tokens for request in requests]
     decode = model._runner.decode
 
-    def closing(tokens, states):
+    def closing(tokens, states, **options):
         requests[0].close()
         thread = threading.Thread(target=requests[1].close)
         thread.start()
         thread.join()
         assert not requests[0].ended
-        return decode(tokens, states)
+        return decode(tokens, states, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(model._runner, "decode", closing)

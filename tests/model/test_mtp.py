@@ -154,9 +154,9 @@ def test_the_layer_is_that_of_the_specification(model, expected, rng):
         state = model.new_state()
         mtp.read(hidden[: cuts[0]], embed(ids[: cuts[0]]), positions[: cuts[0]], state, 0)
         for a, b in pairwise(cuts):
-            found = mtp.extend(hidden[a:b], [ids[a:b].tolist()], [state], [a])
+            found, found_logits = mtp.extend(hidden[a:b], [ids[a:b].tolist()], [state], [a], head=True)
             assert error(found, m[a:b]) < TOLERANCE
-            assert error(mtp.logits(found), logits[a:b]) < TOLERANCE
+            assert error(found_logits, logits[a:b]) < TOLERANCE
         assert error(entries(state)[0], keys) < TOLERANCE
         assert error(entries(state)[1], values) < TOLERANCE
 
@@ -167,11 +167,11 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
     cuts = np.cumsum([0, *lengths])
     hidden = rng.normal(size=(cuts[-1], 64)).astype(np.float32)
     ids = rng.integers(0, len(expected.embed), cuts[-1])
-    m = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
+    m, _ = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
     more = rng.integers(0, len(expected.embed), 3)
     for _ in range(2):  # drafts are overwritten by the same ones, as they would be by others
-        drafted = mtp.draft(m[cuts[1:] - 1], more.tolist(), states, 0)
-        further = mtp.draft(drafted, more.tolist(), states, 1)
+        drafted, _ = mtp.draft(m[cuts[1:] - 1], more.tolist(), states, 0)
+        further, _ = mtp.draft(drafted, more.tolist(), states, 1)
     h, x, more = mtp._final_norm(hidden), expected.embed[ids], expected.embed[more]
     for b, n in enumerate(lengths):
         rows = slice(cuts[b], cuts[b + 1])
@@ -190,11 +190,11 @@ def test_greedy_drafts_are_those_made_one_by_one(model, rng):
     for n, depth in ((3, 1), (1, 4), (2, 3), (40, 2), (1, 4)):
         hidden = rng.normal(size=(n, 64)).astype(np.float32)
         ids, first = rng.integers(0, 250, n).tolist(), one.mtp_length
-        drafts = mtp.draft_greedily(hidden, ids, one, first, depth, limit)
-        m, expected = mtp.extend(hidden, [ids], [other], [first])[-1:], []
+        drafts, _ = mtp.draft_greedily(hidden, ids, one, first, depth, limit)
+        m, expected = mtp.extend(hidden, [ids], [other], [first])[0][-1:], []
         for ahead in range(depth):
             if ahead:
-                m = mtp.draft(m, expected[-1:], [other], ahead - 1)
+                m, _ = mtp.draft(m, expected[-1:], [other], ahead - 1)
             expected.append(int(mtp.logits(m)[0, :limit].argmax()))
         assert drafts == expected
         assert one.mtp_length == other.mtp_length == first + n

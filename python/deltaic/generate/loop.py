@@ -72,17 +72,12 @@ class _Steps:
         self._row = 0
         self._verification: Verification | None = None
         self._logits: np.ndarray | None = None
-        self._seconds: float | None = None  # of this step
+        self._seconds: float | None = None  # of this step, and of the drafts of the MTP layer that it verified
 
     def logits(self) -> np.ndarray:
         """Logits [vocab] for the next token."""
         if self._logits is None:
-            began = perf_counter()
             self._logits = self._runner.logits(self._hidden)
-            if self._speculator is not None:
-                self._runner.wait()
-            if self._seconds is not None:
-                self._seconds += perf_counter() - began
         return self._logits[self._row]
 
     def go_on(self, token: int, room: int) -> None:
@@ -97,14 +92,21 @@ class _Steps:
                 self._speculator.learn(len(drafts), self._row, self._seconds)
             self._speculator.observe(rows, [*drafts[: self._row], token])
             space = self._state.context - self._state.length
-            self._drafts = self._speculator.draft(self._state, min(room, space) - 1)
-        began = perf_counter()
-        if self._drafts:
-            self._verification = self._runner.verify([self._state], [[token, *self._drafts]])
-            self._hidden = self._verification.hidden
+            plan = self._speculator.draft(self._state, min(room, space) - 1)
         else:
-            self._hidden = self._runner.step(token, self._state)
-        self._seconds, self._logits, self._row = perf_counter() - began, None, 0
+            plan = []
+        began = perf_counter()
+        if plan:
+            if isinstance(plan, list):
+                v = self._runner.verify([self._state], [[token, *plan]], head=True)
+            else:
+                v = self._runner.draft_and_verify(plan)
+            self._verification, self._hidden, self._logits, self._drafts = v, v.hidden, v.logits, v.tokens[0][1:]
+        else:
+            self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
+        if self._speculator is not None:
+            self._runner.wait()
+        self._seconds, self._row = perf_counter() - began, 0
 
     def _settle(self) -> np.ndarray:
         """Let the state have the rows whose tokens were asked for, and return these rows."""

@@ -13,7 +13,7 @@ from ..ops.devices import ops_lock
 from ..ops.layout import row_bounds
 from .cache import FeatureCache, image_places
 from .prefill import PromptReader
-from .speculate import Costs
+from .costs import Costs
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
-    from .speculate import Acceptance
+    from .costs import Acceptance
 
 
 @dataclass(slots=True)
@@ -32,12 +32,14 @@ class Verification:
 
     tokens  per sequence the token that comes next and the drafts after it
     hidden  [T, H] (before the final norm): of sequence b rows cu_seqlens[b] .. cu_seqlens[b + 1], one per token
+    logits  [T, vocab], where they were asked for
     """
 
     states: list[State]
     tokens: list[list[int]]
     cu_seqlens: np.ndarray
     hidden: np.ndarray
+    logits: np.ndarray | None
     trace: np.ndarray
     buffer: np.ndarray  # that the trace lies on
 
@@ -178,18 +180,22 @@ class Runner:
 
     def step(self, token: int, state: State) -> np.ndarray:
         """Feed one token; hidden row [1, H] (before the final norm)."""
-        return self.decode([token], [state])
+        return self.decode([token], [state])[0]
 
-    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> np.ndarray:
-        """Feed one token to each of B states; hidden rows [B, H] (before the final norm)."""
+    def decode(
+        self, tokens: Sequence[int], states: Sequence[State], *, head: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Feed one token to each of B states; hidden rows [B, H] (before the final norm), and their logits [B, vocab],
+        None without `head`."""
         with self._lock:
             self._set_threads()
             if self._graph is not None and self._graph.takes([[token] for token in tokens]):
-                return self._graph.decode(tokens, states)
-            hidden = self.text.step([[token] for token in tokens], states)
+                hidden = self._graph.decode(tokens, states)
+                return hidden, self.text.logits(hidden) if head else None
+            found = self.text.step([[token] for token in tokens], states, head=head)
             for token, state in zip(tokens, states, strict=True):
                 state.token_ids.append(token)
-        return hidden
+        return found
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [n, vocab] of hidden rows [n, H]."""
@@ -210,18 +216,37 @@ class Runner:
 
     # ------------------------------------------------------------------------------- drafts
 
-    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]]) -> Verification:
+    def verify(
+        self, states: Sequence[State], tokens: Sequence[Sequence[int]], *, head: bool = False
+    ) -> Verification:
         """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
-        it. tokens: per sequence 1 to 64 ids. `commit` the result, or drop it."""
+        it. tokens: per sequence 1 to 64 ids. head: with logits. `commit` the result, or drop it."""
         cu_seqlens = row_bounds(*map(len, tokens))
         with self._lock:
             self._set_threads()
             buffer, trace = self._take_trace(sum(map(len, tokens)))
             if self._graph is not None and self._graph.takes(tokens):
                 hidden = self._graph.verify(tokens, states, trace)
+                logits = self.text.logits(hidden) if head else None
             else:
-                hidden = self.text.step(tokens, states, trace)
-        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace, buffer)
+                hidden, logits = self.text.step(tokens, states, trace, head=head)
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, trace, buffer)
+
+    def draft_and_verify(self, wanted: Drafting) -> Verification:
+        """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
+        these drafts; with logits."""
+        w = wanted
+        if self._graph is not None or w.greedy is None:
+            return self.verify([w.state], [[w.tokens[-1], *self.draft([w])[0]]], head=True)
+        assert self.mtp is not None
+        with self._lock:
+            self._set_threads()
+            buffer, trace = self._take_trace(1 + w.depth)
+            drafts, (hidden, logits) = self.mtp.draft_greedily(
+                w.hidden, w.tokens, w.state, w.first, w.depth, w.greedy, trace
+            )
+        tokens = [[w.tokens[-1], *drafts]]
+        return Verification([w.state], tokens, row_bounds(1 + w.depth), hidden, logits, trace, buffer)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:
         """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
@@ -250,25 +275,31 @@ class Runner:
             self._set_threads()
             if len(wanted) == 1 and wanted[0].depth and (limit := wanted[0].greedy) is not None:
                 w = wanted[0]
-                return [self.mtp.draft_greedily(w.hidden, w.tokens, w.state, w.first, w.depth, limit)]
-            m = self.mtp.extend(
-                wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted),
+                return [self.mtp.draft_greedily(w.hidden, w.tokens, w.state, w.first, w.depth, limit)[0]]
+            deepest, alone = max((w.depth for w in wanted), default=0), len(wanted) == 1
+            m, logits = self.mtp.extend(
+                wanted[0].hidden if alone else self.joined(w.hidden for w in wanted),
                 [w.tokens for w in wanted],
                 [w.state for w in wanted],
                 [w.first for w in wanted],
+                0 if not deepest else 1 if alone else None,
+                head=alone and deepest > 0,
             )
             drafts: list[list[int]] = [[] for _ in wanted]
-            rows = (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
+            rows = [0] if alone else (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
             active = list(range(len(wanted)))
-            for depth in range(max((w.depth for w in wanted), default=0)):
-                kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
-                active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
+            for depth in range(deepest):
+                if not alone:
+                    kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
+                    active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
+                    rows = list(range(len(active)))
                 if depth:
                     last = [drafts[b][-1] for b in active]
-                    m = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
-                for b, logits in zip(active, self.mtp.logits(m), strict=True):
-                    drafts[b].append(wanted[b].choose(logits, depth))
-                rows = list(range(len(active)))
+                    m, logits = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
+                elif logits is None:
+                    logits = self.mtp.logits(m)
+                for b, row in zip(active, logits, strict=True):
+                    drafts[b].append(wanted[b].choose(row, depth))
             return drafts
 
     def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:

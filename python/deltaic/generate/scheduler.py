@@ -18,9 +18,10 @@ from ..errors import ArgumentError, DeltaicError, StateError
 from ..memory import default_sequence_bytes
 from . import cache as cache_module
 from .answer import Answer, Job
+from .costs import Costs
 from .prefill import PromptReader, begin_reading
 from .result import GenerationResult, StreamPiece
-from .speculate import Costs, draft_together
+from .speculate import draft_together
 
 if TYPE_CHECKING:
     from ..model.state import State
@@ -428,7 +429,7 @@ class Scheduler:
                 verification = self._runner.verify(states, tokens)
                 hidden = verification.hidden
             else:
-                hidden = self._runner.decode([ids[0] for ids in tokens], states)
+                hidden, _ = self._runner.decode([ids[0] for ids in tokens], states)
             row = 0
             for sequence, ids in zip(fed, tokens, strict=True):
                 sequence.step(hidden[row : row + len(ids)], ids[1:])
