@@ -29,7 +29,7 @@ import deltaic
 import numpy as np
 import parts
 from deltaic.generate.costs import Costs
-from deltaic.generate.runner import Drafting
+from deltaic.generate.speculate import Drafting
 
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
 TASKS = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
-
 CARRIED_TRIALS = 3.0  # what the experience of the sequence before is worth
 PRIOR, PRIOR_TRIALS = 0.6, 1.0  # the acceptance that is assumed at first, and how many trials that is worth
 PROOF = 0.5  # hits at a place after which places behind it are tried
@@ -34,17 +32,18 @@ class Acceptance:
     def record(self, drafted: int, accepted: int, step: int) -> None:
         """Of `drafted` drafts in a step of this number the first `accepted` were right; those after the first wrong one
         were not tried."""
-        fade = FORGET_IDLE ** (step - self._faded - 1)
+        idle = step - self._faded - 1
+        fade = FORGET_IDLE**idle if idle else 1.0
         self._faded, self._expected = step, None
-        tried = min(accepted + 1, drafted)
+        tried = accepted + 1 if accepted < drafted else drafted
         hits, trials = self._hits, self._trials
         for i in range(tried):
-            keep = FORGET_TRIED * fade
-            hits[i] = keep * hits[i] + (i < accepted)
-            trials[i] = keep * trials[i] + 1
+            hits[i] = FORGET_TRIED * fade * hits[i] + (i < accepted)
+            trials[i] = FORGET_TRIED * fade * trials[i] + 1
+        fade *= FORGET_IDLE
         for i in range(tried, len(trials)):
-            hits[i] *= FORGET_IDLE * fade
-            trials[i] *= FORGET_IDLE * fade
+            hits[i] *= fade
+            trials[i] *= fade
 
     def expected(self, step: int) -> list[float]:
         """Tokens that a step of this number is expected to give with 1, 2, ... drafts; of more than one as far as some
@@ -54,14 +53,20 @@ class Acceptance:
             self._hits, self._trials = [keep * n for n in self._hits], [keep * n for n in self._trials]
             self._faded, self._expected = step, None
         if self._expected is None:
-            tokens, run, rate, self._expected = 1.0, 1.0, PRIOR, []
-            proved = sum(1 for _ in takewhile(lambda hits: hits > PROOF, self._hits))
-            for hits, trials in zip(self._hits[: 1 + 2 * proved], self._trials, strict=False):
+            expected, tokens, run, rate = [], 1.0, 1.0, PRIOR
+            last, proved = 0, True  # of the places that may be tried: two for each that has proved worth it, and one
+            for i, hits in enumerate(self._hits):
+                proved = proved and hits > PROOF
+                if proved:
+                    last += 2
+                elif i > last:
+                    break
                 # a place is taken to be like the one before
-                rate = (hits + PRIOR_TRIALS * rate) / (trials + PRIOR_TRIALS)
+                rate = (hits + PRIOR_TRIALS * rate) / (self._trials[i] + PRIOR_TRIALS)
                 run *= rate
                 tokens += run
-                self._expected.append(tokens)
+                expected.append(tokens)
+            self._expected = expected
         return self._expected
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .result import TokenLogprobs
     from .runner import Runner, Verification
     from .sampling import Sampler
-    from .speculate import Speculator
+    from .speculate import Drafting, Speculator
 
 
 def generate_ids(
@@ -72,7 +72,7 @@ class _Steps:
         self._row = 0
         self._verification: Verification | None = None
         self._logits: np.ndarray | None = None
-        self._seconds: float | None = None  # of this step, and of the drafts of the MTP layer that it verified
+        self._seconds: float | None = None  # of this step, with all that drafts cost
 
     def logits(self) -> np.ndarray:
         """Logits [vocab] for the next token."""
@@ -87,15 +87,14 @@ class _Steps:
             return
         rows, drafts = self._settle(), self._drafts
         self._drafts = []
+        if self._speculator is not None and self._seconds is not None:
+            self._speculator.learn(len(drafts), self._row, self._seconds)
+        began = perf_counter()
+        plan: list[int] | Drafting = []
         if self._speculator is not None:
-            if self._seconds is not None:
-                self._speculator.learn(len(drafts), self._row, self._seconds)
             self._speculator.observe(rows, [*drafts[: self._row], token])
             space = self._state.context - self._state.length
             plan = self._speculator.draft(self._state, min(room, space) - 1)
-        else:
-            plan = []
-        began = perf_counter()
         if plan:
             if isinstance(plan, list):
                 v = self._runner.verify([self._state], [[token, *plan]], head=True)

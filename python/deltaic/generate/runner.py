@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..model.text import TextModel
     from ..model.vision import VisionModel
     from .costs import Acceptance
+    from .speculate import Drafting
 
 
 @dataclass(slots=True)
@@ -42,22 +43,6 @@ class Verification:
     logits: np.ndarray | None
     trace: np.ndarray
     buffer: np.ndarray  # that the trace lies on
-
-
-@dataclass(slots=True)
-class Drafting:
-    """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
-    first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
-    up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
-    draft; greedy: where it is the largest of so many first logits."""
-
-    state: State
-    first: int
-    hidden: np.ndarray
-    tokens: list[int]
-    depth: int
-    choose: Callable[[np.ndarray, int], int]
-    greedy: int | None = None
 
 
 class Runner:
@@ -254,7 +239,7 @@ class Runner:
         v = verification
         with self._lock:
             self._set_threads()
-            self.text.commit(v.states, v.cu_seqlens, np.array(counts, np.int64), v.trace)
+            self.text.commit(v.states, v.cu_seqlens, counts, v.trace)
             self._traces.append(v.buffer)
         for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
             state.token_ids.extend(ids[:n])

@@ -8,7 +8,8 @@ and whenever; a draft d is accepted with its probability p(d), as rejection samp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from .costs import WORTHWHILE, Acceptance, Costs
 from .lookup import LOOKUP_DEPTH, MATCHES, Lookup
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..model.state import State
-    from .runner import Drafting, Runner
+    from .runner import Runner
     from .sampling import Sampler
 
 MODES = ("auto", "mtp", "lookup", "off")
@@ -26,6 +29,22 @@ MTP_DEPTH = 4
 PENDING_ROWS = 64  # hidden rows that wait for the MTP layer at most
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
 PLAIN_SAMPLE = 8  # while it rests, one step of so many is recorded
+
+
+@dataclass(slots=True)
+class Drafting:
+    """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
+    first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
+    up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
+    draft; greedy: where it is the largest of so many first logits."""
+
+    state: State
+    first: int
+    hidden: np.ndarray
+    tokens: list[int]
+    depth: int
+    choose: Callable[[np.ndarray, int], int]
+    greedy: int | None = None
 
 
 class Speculator:
@@ -135,8 +154,6 @@ class Speculator:
 
     def _drafting(self, state: State, end: int, depth: int) -> Drafting:
         """`depth` drafts after token `end`, whose hidden row is the last one that waits; nothing waits any more."""
-        from .runner import Drafting
-
         rows = self._pending[0] if len(self._pending) == 1 else self._runner.joined(self._pending)
         first, sampler = end - len(self._tokens), self._sampler
         wanted = Drafting(state, first, rows, self._tokens, depth, sampler.draft, sampler.greedy_limit)

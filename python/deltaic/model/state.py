@@ -253,10 +253,12 @@ def _own_blocks(table: Any, entries: int, shared: int) -> int:
     """Copy the blocks of `table` that are shared (those before `shared`) and not full with `entries` entries. Returns
     how many are shared then."""
     first = entries // BLOCK_TOKENS
+    if first >= shared:
+        return shared
     blocks = table.blocks
     for i in range(first, shared):
         table.replace(i, copy_array(blocks[i]))
-    return min(first, shared)
+    return first
 
 
 # Arrays of an op set on a device are its own kind, which copies under another name and has no read-only flag.

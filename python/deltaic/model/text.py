@@ -79,9 +79,9 @@ class TextModel:
                 f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
             )
         batch = self._batch(states, counts, cu_seqlens, self.rope(positions), prefill)
-        _begin_writing(batch)
+        _begin_writing(states)
         x = self.run_layers(x, batch)
-        _advance(batch)
+        _advance(states, counts)
         return x
 
     def step(
@@ -99,49 +99,41 @@ class TextModel:
         angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
         batch = self._batch(list(states), counts, row_bounds(*counts), angles, False, trace)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
-        if trace is not None:
-            return self._decode(ids, batch, head)
-        _begin_writing(batch)
-        rows = self._decode(ids, batch, head)
-        _advance(batch)
-        return rows
-
-    def commit(self, states: list[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
-        """Advance each of the states that `verify` has seen by its first counts[b] rows, int64 [B]."""
-        for state, n in zip(states, counts.tolist(), strict=True):
-            state.reserve(state.length + n)  # a fork may have come in between
-            state.intact = False
-        self.ops.gated_delta_net_commit(
-            trace,
-            num_k_heads=self.config.linear_num_key_heads,
-            cu_seqlens=cu_seqlens,
-            counts=counts,
-            conv_states=[state.conv for state in states],
-            states=[state.delta for state in states],
-        )
-        for state, n in zip(states, counts.tolist(), strict=True):
-            state.length += n
-            state.intact = True
-
-    def verified(self, state: State, rows: int, angles: tuple[Array, Array], trace: Array) -> Batch:
-        """The batch of a step of one state with a trace, see `step`. angles: cos and sin of its rows."""
-        return self._batch([state], [rows], row_bounds(rows), angles, False, trace)
-
-    def _decode(self, ids: Ints, batch: Batch, head: bool) -> tuple[Array, Array | None]:
-        """ids [T] through embedding, all layers and, with `head`, the head."""
 
         def run() -> tuple[Array, ...]:
             x = self.run_layers(self.embed(ids), batch)
             return (x, self.logits(x)) if head else (x,)
 
-        inputs = [ids, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
-        for state in batch.states:
+        inputs = [ids, *angles, batch.cu_seqlens, batch.starts]
+        for state in states:
             inputs += (state.conv, state.delta, state.kv)
-        if batch.trace is not None:
-            inputs.append(batch.trace)
-        key = (len(ids), len(batch.states), batch.trace is None, head)
-        found = self._replay(key, len(ids), inputs, run)
+        if trace is None:
+            _begin_writing(states)
+        else:
+            inputs.append(trace)
+        found = self._replay((len(ids), len(states), trace is None, head), len(ids), inputs, run)
+        if trace is None:
+            _advance(states, counts)
         return found[0], found[1] if head else None
+
+    def commit(self, states: Sequence[State], cu_seqlens: Ints, counts: Sequence[int], trace: Array) -> None:
+        """Advance each of the states that a `step` with this trace has seen by its first counts[b] rows."""
+        for state, n in zip(states, counts, strict=True):
+            state.reserve(state.length + n)  # a fork may have come in between
+        _begin_writing(states)
+        self.ops.gated_delta_net_commit(
+            trace,
+            num_k_heads=self.config.linear_num_key_heads,
+            cu_seqlens=cu_seqlens,
+            counts=np.array(counts, np.int64),
+            conv_states=[state.conv for state in states],
+            states=[state.delta for state in states],
+        )
+        _advance(states, counts)
+
+    def verified(self, state: State, rows: int, angles: tuple[Array, Array], trace: Array) -> Batch:
+        """The batch of a step of one state with a trace, see `step`. angles: cos and sin of its rows."""
+        return self._batch([state], [rows], row_bounds(rows), angles, False, trace)
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
@@ -238,7 +230,7 @@ class TextModel:
         trace: Array | None = None,
     ) -> Batch:
         """The batch of so many rows of each state, with room made in the states. angles: cos and sin of the rows."""
-        if len({id(state) for state in states}) != len(states):
+        if len(states) > 1 and len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
         for state, n in zip(states, counts, strict=True):
             if not state.intact:
@@ -248,14 +240,14 @@ class TextModel:
         return Batch(states, cu_seqlens, counts, starts, *angles, prefill, trace)
 
 
-def _begin_writing(batch: Batch) -> None:
-    for state in batch.states:
+def _begin_writing(states: Sequence[State]) -> None:
+    for state in states:
         state.intact = False
 
 
-def _advance(batch: Batch) -> None:
-    """The states have all rows of the batch."""
-    for state, n in zip(batch.states, batch.counts, strict=True):
+def _advance(states: Sequence[State], counts: Sequence[int]) -> None:
+    """The states have so many more rows each."""
+    for state, n in zip(states, counts, strict=True):
         state.length += n
         state.intact = True
 
