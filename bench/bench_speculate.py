@@ -29,6 +29,7 @@ import deltaic
 import numpy as np
 import parts
 from deltaic.generate.costs import Costs
+from deltaic.generate.sampling import Sampler, SamplingParams
 from deltaic.generate.speculate import Drafting
 
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
@@ -91,11 +92,9 @@ def bench_costs(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
             first = state.length - rows
             state.mtp_first = first - state.mtp_length
             tokens = list(range(1, rows + 1))
-            wanted = Drafting(
-                state, first, np.repeat(hidden, rows, axis=0), tokens, depth, lambda x, i: int(x.argmax())
-            )
-            runner.draft([wanted])
+            runner.draft([Drafting(state, first, np.repeat(hidden, rows, axis=0), tokens, depth, sampler)])
 
+        sampler = Sampler(model._ops, SamplingParams(temperature=0.0), limit=model._sampled_ids[0], prompt_ids=ids)
         head, whole = runner.mtp.head, model._runner.text.weights.head
         drafts: dict[Any, Callable[[], Any]] = {d: (lambda d=d: draft(d, 1)) for d in (1, 2, 3, 4)}
         drafts["catching up, 32 rows"] = lambda: draft(0, 32)

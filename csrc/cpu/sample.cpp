@@ -1,4 +1,4 @@
-// sample, argmax and log_softmax_top: what is done with the 248,320 logits of one token.
+// sample, sample_rows and log_softmax_top: what is done with the 248,320 logits of one token.
 //
 // Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes
 // the maxima of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits
@@ -376,21 +376,63 @@ class Ranges {
 
 bool is_finite(double value) { return value - value == 0.0; }
 
+// What is asked of a distribution after its penalties.
+struct Choice {
+    double temperature;
+    int64_t top_k;
+    double top_p, min_p, uniform;
+};
+
+void check(const char* op, const Choice& c, int64_t limit, int64_t logits) {
+    if (limit < 1 || limit > logits) fail(op, "limit must be between 1 and the number of logits");
+    if (!(c.temperature >= 0.0) || !is_finite(c.temperature)) fail(op, "temperature must be a finite number >= 0");
+    if (c.top_k < 0) fail(op, "top_k must be >= 0 (0: off)");
+    if (!(c.top_p >= 0.0 && c.top_p <= 1.0)) fail(op, "top_p must be between 0 and 1 (1: off)");
+    if (!(c.min_p >= 0.0 && c.min_p <= 1.0)) fail(op, "min_p must be between 0 and 1 (0: off)");
+    if (!(c.uniform >= 0.0 && c.uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
+}
+
+int64_t choose(const char* op, Logits& l, const Choice& choice) {
+    const double temperature = choice.temperature, top_p = choice.top_p, min_p = choice.min_p, uniform = choice.uniform;
+    take_maxima(op, l);
+    if (temperature == 0.0) return largest(l);
+    const Filter filter{temperature, top_p, min_p};
+    if (choice.top_k > 0) {
+        Ordered c = gather(l, reached_by(l, choice.top_k));
+        c.size = min64(c.size, choice.top_k);
+        double mass = 0.0;
+        for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
+        return c.items[draw(c, true, mass, filter, uniform)].id;
+    }
+    const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
+    // No logit below this passes min_p; the rounding of float is left to the draw.
+    float lowest = -kInfinity;
+    if (min_p > 0.0) {
+        const double edge = l.top + temperature * ::log(min_p);
+        lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
+    }
+    for (int64_t groups = kFirstGroups;; groups *= 16) {
+        float least = reached_by(l, groups);
+        if (!(least > lowest)) least = lowest;
+        const bool all = least == lowest;
+        const Ordered c = gather(l, least);
+        const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
+        if (chosen >= 0) return c.items[chosen].id;
+        if (min_p <= 0.0) return Ranges(l, temperature).draw(top_p, uniform);
+    }
+}
+
 }  // namespace
 
 void sample(View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,
             double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,
             int64_t limit, double uniform, View token) {
     const char* const op = "sample";
-    if (limit < 1 || limit > logits.shape[0]) fail(op, "limit must be between 1 and the number of logits");
-    if (!(temperature >= 0.0) || !is_finite(temperature)) fail(op, "temperature must be a finite number >= 0");
-    if (top_k < 0) fail(op, "top_k must be >= 0 (0: off)");
-    if (!(top_p >= 0.0 && top_p <= 1.0)) fail(op, "top_p must be between 0 and 1 (1: off)");
-    if (!(min_p >= 0.0 && min_p <= 1.0)) fail(op, "min_p must be between 0 and 1 (0: off)");
+    const Choice choice{temperature, top_k, top_p, min_p, uniform};
+    check(op, choice, limit, logits.shape[0]);
     if (!(repetition_penalty > 0.0) || !is_finite(repetition_penalty))
         fail(op, "repetition_penalty must be a finite number > 0");
     if (!is_finite(presence_penalty) || !is_finite(frequency_penalty)) fail(op, "penalties must be finite");
-    if (!(uniform >= 0.0 && uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
 
     Logits l{logits.f32(), limit};
     const bool repetition = repetition_penalty != 1.0;
@@ -419,50 +461,17 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
         }
     }
 
-    take_maxima(op, l);
-    if (temperature == 0.0) {
-        token.i64()[0] = largest(l);
-        return;
-    }
-    const Filter filter{temperature, top_p, min_p};
-    if (top_k > 0) {
-        Ordered c = gather(l, reached_by(l, top_k));
-        c.size = min64(c.size, top_k);
-        double mass = 0.0;
-        for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
-        token.i64()[0] = c.items[draw(c, true, mass, filter, uniform)].id;
-        return;
-    }
-    const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
-    // No logit below this passes min_p; the rounding of float is left to the draw.
-    float lowest = -kInfinity;
-    if (min_p > 0.0) {
-        const double edge = l.top + temperature * ::log(min_p);
-        lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
-    }
-    for (int64_t groups = kFirstGroups;; groups *= 16) {
-        float least = reached_by(l, groups);
-        if (!(least > lowest)) least = lowest;
-        const bool all = least == lowest;
-        const Ordered c = gather(l, least);
-        const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
-        if (chosen >= 0) {
-            token.i64()[0] = c.items[chosen].id;
-            return;
-        }
-        if (min_p <= 0.0) {
-            token.i64()[0] = Ranges(l, temperature).draw(top_p, uniform);
-            return;
-        }
-    }
+    token.i64()[0] = choose(op, l, choice);
 }
 
-void argmax(View logits, int64_t limit, View tokens) {
-    if (limit < 1 || limit > logits.shape[1]) fail("argmax", "limit must be between 1 and the number of logits");
+void sample_rows(View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View draws,
+                 View tokens) {
     for (int64_t t = 0; t < logits.shape[0]; ++t) {
+        const double uniform = static_cast<double>(draws.i64()[t]) * 0x1p-53;
+        const Choice choice{temperature, top_k, top_p, min_p, uniform};
+        check("sample_rows", choice, limit, logits.shape[1]);
         Logits l{logits.f32() + t * logits.shape[1], limit};
-        take_maxima("argmax", l);
-        tokens.i64()[t] = largest(l);
+        tokens.i64()[t] = choose("sample_rows", l, choice);
     }
 }
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, ImageError, PromptError, StateError
 from deltaic.generate import cache as cache_module
-from deltaic.generate.scheduler import Load, Scheduler
 from deltaic.generate.costs import Costs
+from deltaic.generate.scheduler import Load, Scheduler
 from deltaic.generate.speculate import share_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -7,6 +7,7 @@ from itertools import pairwise
 import deltaic
 import numpy as np
 import pytest
+from deltaic.model.mtp import Choice
 from deltaic.model.state import BLOCK_TOKENS
 from PIL import Image
 from safetensors.numpy import load_file
@@ -184,19 +185,36 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
         assert (states[b].mtp_first, states[b].mtp_length) == (0, n)
 
 
-def test_greedy_drafts_are_those_made_one_by_one(model, rng):
-    mtp, limit = model._runner.mtp, 200
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature):
+    """And the step that verifies them in the same replay is the step by itself."""
+    mtp, text, limit = model._runner.mtp, model._runner.text, 200
+    choice = Choice(temperature, 7, 0.9, 0.0, limit)
+    filters = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    filters |= {name: np.empty(0, np.int64) for name in ("output_ids", "output_counts", "prompt_ids")}
     one, other = model.new_state(), model.new_state()
     for n, depth in ((3, 1), (1, 4), (2, 3), (40, 2), (1, 4)):
         hidden = rng.normal(size=(n, 64)).astype(np.float32)
         ids, first = rng.integers(0, 250, n).tolist(), one.mtp_length
-        drafts, _ = mtp.draft_greedily(hidden, ids, one, first, depth, limit)
+        draws = rng.integers(0, 2**53, depth)
+        c = text.config
+        traces = [np.zeros((c.num_delta_layers, depth + 1, c.delta_trace_width), np.float32) for _ in range(2)]
+        drafts, verified = mtp.draft_at_once(hidden, ids, one, first, choice, draws, traces[0] if n < 40 else None)
         m, expected = mtp.extend(hidden, [ids], [other], [first])[0][-1:], []
         for ahead in range(depth):
             if ahead:
                 m, _ = mtp.draft(m, expected[-1:], [other], ahead - 1)
-            expected.append(int(mtp.logits(m)[0, :limit].argmax()))
+            uniform = float(draws[ahead]) / 2**53
+            expected.append(text.ops.sample(mtp.logits(m)[0], **choice._asdict(), **filters, uniform=uniform))
         assert drafts == expected
+        assert len(verified) == (2 if n < 40 else 0)
+        if verified:
+            step = text.step([[ids[-1], *drafts]], [other], traces[1], head=True)
+            for found, plain in zip((*verified, traces[0]), (*step, traces[1]), strict=True):
+                if text.ops.SPLIT_INVARIANT:
+                    np.testing.assert_array_equal(found, plain)
+                else:
+                    assert error(found, plain) < TOLERANCE
         assert one.mtp_length == other.mtp_length == first + n
         np.testing.assert_array_equal(entries(one), entries(other))
 

@@ -76,8 +76,7 @@ class Costs:
 
     step    a forward pass of so many rows, with logits and commit
     draft   so many drafts of the MTP layer
-    round   both, for so many drafts of one sequence; greedy ones are made in one replay with their verification, others
-            one by one
+    round   both, for so many drafts of one sequence; at_once: in one replay, which is a cost of its own
     """
 
     def __init__(self) -> None:
@@ -98,9 +97,9 @@ class Costs:
         """`depth` drafts of the MTP layer."""
         self._record(self._drafts, depth, seconds)
 
-    def record_round(self, depth: int, seconds: float, *, greedy: bool) -> None:
+    def record_round(self, depth: int, seconds: float, *, at_once: bool) -> None:
         """`depth` drafts of the MTP layer for one sequence, and the step that verified them."""
-        self._record(self._rounds[greedy], depth, seconds)
+        self._record(self._rounds[at_once], depth, seconds)
         self._since_plain += 1
 
     def _record(self, measured: dict[int, _Average], n: int, seconds: float) -> None:
@@ -148,28 +147,28 @@ class Costs:
             found = self._lists["steps"] = [0.0, *(self.step(rows) for rows in range(1, most + 1))]
         return found
 
-    def rounds(self, most: int, *, greedy: bool) -> list[float]:
+    def rounds(self, most: int, *, at_once: bool) -> list[float]:
         """Seconds of a round of 0 (a plain step) to at least `most` drafts, not to be written."""
-        name = "greedy" if greedy else "sampled"
+        name = "rounds at once" if at_once else "rounds"
         found = self._lists.get(name)
         if found is None or len(found) <= most:
-            found = self._lists[name] = [self.step(1), *(self._round(d, greedy) for d in range(1, most + 1))]
+            found = self._lists[name] = [self.step(1), *(self._round(d, at_once) for d in range(1, most + 1))]
         return found
 
-    def _round(self, depth: int, greedy: bool) -> float:
-        measured = self._rounds[greedy]
+    def _round(self, depth: int, at_once: bool) -> float:
+        measured = self._rounds[at_once]
         if any(average.sure for average in measured.values()):
             guess = (ROW_GUESS + DRAFT_GUESS) * self._steps[1].value
             return max(self._steps[1].value, _estimate(measured, depth, guess))
         guess = self.step(1 + depth) + self.draft(depth)
         return min([guess, *(a.value for d, a in measured.items() if d == depth)])
 
-    def can_pay(self, most: int, *, greedy: bool) -> bool:
+    def can_pay(self, most: int, *, at_once: bool) -> bool:
         """Whether rounds of up to `most` drafts, if all of these were right, would be faster than plain steps."""
-        if not self._steps[1].sure or not any(average.sure for average in self._rounds[greedy].values()):
+        if not self._steps[1].sure or not any(average.sure for average in self._rounds[at_once].values()):
             return True
         plain = WORTHWHILE / self._steps[1].value
-        return any((1 + d) / s > plain for d, s in enumerate(self.rounds(most, greedy=greedy)) if d)
+        return any((1 + d) / s > plain for d, s in enumerate(self.rounds(most, at_once=at_once)) if d)
 
 
 def _estimate(measured: dict[int, _Average], n: int, slope: float) -> float:

@@ -12,8 +12,8 @@ from ..errors import PromptError
 from ..ops.devices import ops_lock
 from ..ops.layout import row_bounds
 from .cache import FeatureCache, image_places
-from .prefill import PromptReader
 from .costs import Costs
+from .prefill import PromptReader
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
@@ -201,9 +201,7 @@ class Runner:
 
     # ------------------------------------------------------------------------------- drafts
 
-    def verify(
-        self, states: Sequence[State], tokens: Sequence[Sequence[int]], *, head: bool = False
-    ) -> Verification:
+    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]], *, head: bool = False) -> Verification:
         """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
         it. tokens: per sequence 1 to 64 ids. head: with logits. `commit` the result, or drop it."""
         cu_seqlens = row_bounds(*map(len, tokens))
@@ -221,14 +219,14 @@ class Runner:
         """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
         these drafts; with logits."""
         w = wanted
-        if self._graph is not None or w.greedy is None:
+        if self._graph is not None or w.choice is None:
             return self.verify([w.state], [[w.tokens[-1], *self.draft([w])[0]]], head=True)
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
             buffer, trace = self._take_trace(1 + w.depth)
-            drafts, (hidden, logits) = self.mtp.draft_greedily(
-                w.hidden, w.tokens, w.state, w.first, w.depth, w.greedy, trace
+            drafts, (hidden, logits) = self.mtp.draft_at_once(
+                w.hidden, w.tokens, w.state, w.first, w.choice, w.sampler.draws(w.depth), trace
             )
         tokens = [[w.tokens[-1], *drafts]]
         return Verification([w.state], tokens, row_bounds(1 + w.depth), hidden, logits, trace, buffer)
@@ -258,9 +256,10 @@ class Runner:
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
-            if len(wanted) == 1 and wanted[0].depth and (limit := wanted[0].greedy) is not None:
+            if len(wanted) == 1 and wanted[0].depth and (choice := wanted[0].choice) is not None:
                 w = wanted[0]
-                return [self.mtp.draft_greedily(w.hidden, w.tokens, w.state, w.first, w.depth, limit)[0]]
+                draws = w.sampler.draws(w.depth)
+                return [self.mtp.draft_at_once(w.hidden, w.tokens, w.state, w.first, choice, draws)[0]]
             deepest, alone = max((w.depth for w in wanted), default=0), len(wanted) == 1
             m, logits = self.mtp.extend(
                 wanted[0].hidden if alone else self.joined(w.hidden for w in wanted),
@@ -284,7 +283,7 @@ class Runner:
                 elif logits is None:
                     logits = self.mtp.logits(m)
                 for b, row in zip(active, logits, strict=True):
-                    drafts[b].append(wanted[b].choose(row, depth))
+                    drafts[b].append(wanted[b].sampler.draft(row, depth))
             return drafts
 
     def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:

@@ -8,7 +8,7 @@ and whenever; a draft d is accepted with its probability p(d), as rejection samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
@@ -20,6 +20,7 @@ from .lookup import LOOKUP_DEPTH, MATCHES, Lookup
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..model.mtp import Choice
     from ..model.state import State
     from .runner import Runner
     from .sampling import Sampler
@@ -35,16 +36,19 @@ PLAIN_SAMPLE = 8  # while it rests, one step of so many is recorded
 class Drafting:
     """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
     first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
-    up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
-    draft; greedy: where it is the largest of so many first logits."""
+    up to date). sampler: chooses them."""
 
     state: State
     first: int
     hidden: np.ndarray
     tokens: list[int]
     depth: int
-    choose: Callable[[np.ndarray, int], int]
-    greedy: int | None = None
+    sampler: Sampler
+
+    @property
+    def choice(self) -> Choice | None:
+        """How drafts are chosen where all may be made at once; None where each needs the ones before."""
+        return self.sampler.choice
 
 
 class Speculator:
@@ -66,7 +70,7 @@ class Speculator:
         before: Sequence[Acceptance | None] = runner.acceptances or [None] * (1 + len(MATCHES))
         depths = [MTP_DEPTH, *(LOOKUP_DEPTH for _ in MATCHES)]
         self._sources = [Acceptance(depth, of) for depth, of in zip(depths, before, strict=True)]
-        self.greedy = sampler is not None and sampler.greedy_limit is not None
+        self._at_once = sampler is not None and sampler.choice is not None  # see Drafting.choice
         self._chosen: int | None = None  # index into _sources
         self._step = 0  # how many have been recorded
         self._rest = self._rests = 0  # how many steps remain, and how many there were, in which nothing is chosen anew
@@ -82,7 +86,7 @@ class Speculator:
     def uses_mtp(self) -> bool:
         """Whether the MTP layer's entries have to be kept up to date."""
         if self._mtp and self.may_rest and self.depth is None:
-            self._mtp = self._costs.can_pay(MTP_DEPTH, greedy=self.greedy)
+            self._mtp = self._costs.can_pay(MTP_DEPTH, at_once=self._at_once)
             if not self._mtp:
                 self._pending, self._tokens = [], []
         return self._mtp
@@ -112,7 +116,7 @@ class Speculator:
     def learn(self, drafted: int, accepted: int, seconds: float) -> None:
         """What became of the drafts, and how long they and the step took with logits and commit."""
         if drafted and self._chosen == 0:
-            self._costs.record_round(drafted, seconds, greedy=self.greedy)
+            self._costs.record_round(drafted, seconds, at_once=self._at_once)
         elif drafted or not self._rest or self._step % PLAIN_SAMPLE == 0:
             self._costs.record_step(drafted + 1, seconds)
         self.record(drafted, accepted)
@@ -155,8 +159,7 @@ class Speculator:
     def _drafting(self, state: State, end: int, depth: int) -> Drafting:
         """`depth` drafts after token `end`, whose hidden row is the last one that waits; nothing waits any more."""
         rows = self._pending[0] if len(self._pending) == 1 else self._runner.joined(self._pending)
-        first, sampler = end - len(self._tokens), self._sampler
-        wanted = Drafting(state, first, rows, self._tokens, depth, sampler.draft, sampler.greedy_limit)
+        wanted = Drafting(state, end - len(self._tokens), rows, self._tokens, depth, self._sampler)
         self._pending, self._tokens = [], []
         return wanted
 
@@ -173,7 +176,7 @@ class Speculator:
             return 0, 0  # nothing can be compared with
         best, chosen = WORTHWHILE / costs.step(1) if self.may_rest else 0.0, (0, 0)
         if self._mtp:
-            seconds = costs.rounds(MTP_DEPTH, greedy=self.greedy)
+            seconds = costs.rounds(MTP_DEPTH, at_once=self._at_once)
             for depth, tokens in enumerate(islice(self._sources[0].expected(self._step), room), 1):
                 if tokens > best * seconds[depth]:
                     best, chosen = tokens / seconds[depth], (0, depth)

@@ -5,7 +5,7 @@ are the decoder's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,16 @@ from .text import Array, Batch, Ints, TextModel
 from .weights import MtpWeights
 
 DRAFT_VOCABULARY = 32768  # rows of the head that drafts are chosen from, see `MtpModel.__init__`
+
+
+class Choice(NamedTuple):
+    """How drafts are chosen from logits: arguments of ops.reference.sample_rows."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    limit: int
 
 
 class _MtpBatch(Batch):
@@ -65,8 +75,8 @@ class MtpModel:
         """The same for B sequences of text one after another, a few rows each: hidden [T, H]; tokens: per sequence the
         ids after its rows; first: per sequence which token its first row is.
 
-        Returns m [T, H]: what follows each of these ids, as a vector for `draft`; and its `logits`, None without `head`.
-        Both of the last `wanted` of all rows only, where that is given.
+        Returns m [T, H]: what follows each of these ids, as a vector for `draft`; and its `logits`, None without
+        `head`. Both of the last `wanted` of all rows only, where that is given.
         """
         counts = [len(ids) for ids in tokens]
         spans = []
@@ -108,17 +118,17 @@ class MtpModel:
         further, logits = self._replay(("draft", len(ids)), len(ids), _inputs(m, ids, batch), run)
         return further, logits
 
-    def draft_greedily(
+    def draft_at_once(
         self,
         hidden: Array,
         tokens: Sequence[int],
         state: State,
         first: int,
-        depth: int,
-        limit: int,
+        choice: Choice,
+        draws: Ints,
         trace: Array | None = None,
     ) -> tuple[list[int], tuple[Array, ...]]:
-        """`extend` for one sequence, and `depth` drafts, each the most probable of the first `limit` ids: what
+        """`extend` for one sequence, and a draft for each of `draws` [depth] (see ops.reference.sample_rows): what
         `extend`, `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can.
 
         trace [L_delta, 1 + depth, config.delta_trace_width]: where given, `TextModel.step` follows in the same replay,
@@ -126,7 +136,8 @@ class MtpModel:
         Returns the drafts, and what the step returns: hidden rows [1 + depth, H] and logits [1 + depth, vocab]; without
         a trace (). Raises what the step does.
         """
-        text, n, limit = self.text, len(tokens), min(limit, self.head.shape[0])
+        text, n, depth = self.text, len(tokens), len(draws)
+        choice = choice._replace(limit=min(choice.limit, self.head.shape[0]))
         state.reserve_mtp(first, n + depth - 1)
         next_ids = np.empty(1 + depth, np.int64)
         next_ids[0] = tokens[-1]
@@ -145,16 +156,19 @@ class MtpModel:
             for i in range(depth):
                 if i:
                     m = self._layer(m, text.embed(next_ids[i : i + 1]), batch(slice(n + i - 1, n + i), one, i))
-                text.ops.argmax(self.logits(m), limit=limit, tokens=next_ids[i + 1 : i + 2])
+                chosen = slice(i + 1, i + 2)
+                text.ops.sample_rows(
+                    self.logits(m), **choice._asdict(), draws=draws[i : i + 1], tokens=next_ids[chosen]
+                )
             if step is None:
                 return ()
             x = text.run_layers(text.embed(next_ids), step)
             return x, text.logits(x)
 
-        inputs = [hidden, ids, next_ids, cos, sin, starts, state.mtp]
+        inputs = [hidden, ids, next_ids, cos, sin, starts, draws, state.mtp]
         if step is not None:
             inputs += (step.starts, trace, state.kv, state.conv, state.delta)
-        verified = self._replay(("greedily", n, depth, limit, step is None), n + depth, inputs, run)
+        verified = self._replay(("at once", n, depth, choice, step is None), n + depth, inputs, run)
         state.mtp_length += n
         return next_ids[1:].tolist(), verified
 

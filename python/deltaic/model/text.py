@@ -85,7 +85,12 @@ class TextModel:
         return x
 
     def step(
-        self, tokens: Sequence[Sequence[int]], states: Sequence[State], trace: Array | None = None, *, head: bool = False
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[State],
+        trace: Array | None = None,
+        *,
+        head: bool = False,
     ) -> tuple[Array, Array | None]:
         """Feed B sequences the text tokens that come next, one or a few ids each: `forward` of rows that are decoded,
         replayed where the op set can. On an op set that is SPLIT_INVARIANT a row gets the same bits in any company.
