@@ -196,6 +196,9 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature):
     for n, depth in ((3, 1), (1, 4), (2, 3), (40, 2), (1, 4)):
         hidden = rng.normal(size=(n, 64)).astype(np.float32)
         ids, first = rng.integers(0, 250, n).tolist(), one.mtp_length
+        for state in (one, other):  # with so many tokens, of which the first are all the same
+            state.reserve(first + n)
+            state.length = first + n
         draws = rng.integers(0, 2**53, depth)
         c = text.config
         traces = [np.zeros((c.num_delta_layers, depth + 1, c.delta_trace_width), np.float32) for _ in range(2)]

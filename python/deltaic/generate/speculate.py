@@ -100,8 +100,8 @@ class Speculator:
             self._tokens += tokens
 
     def draft(self, state: State, room: int) -> list[int] | Drafting:
-        """At most `room` drafts for what follows the tokens that have been observed, or what the MTP layer needs to make
-        them; [] for a plain step."""
+        """At most `room` drafts for what follows the tokens that have been observed, or what the MTP layer needs to
+        make them; [] for a plain step."""
         match = self._lookup.find() if self._lookup is not None else None
         if match is None and self._rest:
             self._rest -= 1
