@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .speculate import Drafting
 
 
+MAX_TRACES = 4  # that are kept
+
+
 @dataclass(slots=True)
 class Verification:
     """Drafted rows of B sequences that the model has seen and their states have not, until `Runner.commit`.
@@ -42,7 +45,6 @@ class Verification:
     hidden: np.ndarray
     logits: np.ndarray | None
     trace: np.ndarray
-    buffer: np.ndarray  # that the trace lies on
 
 
 class Runner:
@@ -78,7 +80,7 @@ class Runner:
             self._graph = DecodeGraph(text, ops)
         self._concatenate = getattr(ops, "concatenate", np.concatenate)
         self._zeros = getattr(ops, "zeros", np.zeros)
-        self._traces: list[np.ndarray] = []  # buffers that no verification uses
+        self._traces: dict[int, np.ndarray] = {}  # that no verification uses, by their rows
         self.costs = Costs()
         self.acceptances: list[Acceptance] = []  # of the sources of drafts, in the sequence that ended last
         self.fixed_depth: int | None = None  # see Speculator.depth
@@ -207,13 +209,13 @@ class Runner:
         cu_seqlens = row_bounds(*map(len, tokens))
         with self._lock:
             self._set_threads()
-            buffer, trace = self._take_trace(sum(map(len, tokens)))
+            trace = self._take_trace(sum(map(len, tokens)))
             if self._graph is not None and self._graph.takes(tokens):
                 hidden = self._graph.verify(tokens, states, trace)
                 logits = self.text.logits(hidden) if head else None
             else:
                 hidden, logits = self.text.step(tokens, states, trace, head=head)
-        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, trace, buffer)
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, trace)
 
     def draft_and_verify(self, wanted: Drafting) -> Verification:
         """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
@@ -224,12 +226,12 @@ class Runner:
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
-            buffer, trace = self._take_trace(1 + w.depth)
+            trace = self._take_trace(1 + w.depth)
             drafts, (hidden, logits) = self.mtp.draft_at_once(
                 w.hidden, w.tokens, w.state, w.first, w.choice, w.sampler.draws(w.depth), trace
             )
         tokens = [[w.tokens[-1], *drafts]]
-        return Verification([w.state], tokens, row_bounds(1 + w.depth), hidden, logits, trace, buffer)
+        return Verification([w.state], tokens, row_bounds(1 + w.depth), hidden, logits, trace)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:
         """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
@@ -238,18 +240,19 @@ class Runner:
         with self._lock:
             self._set_threads()
             self.text.commit(v.states, v.cu_seqlens, counts, v.trace)
-            self._traces.append(v.buffer)
+            self._traces[v.trace.shape[1]] = v.trace
         for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
             state.token_ids.extend(ids[:n])
 
-    def _take_trace(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """A buffer, one that was used before if that is large enough, and a trace of `rows` rows on it."""
-        c = self.text.config
-        size = c.num_delta_layers * rows * c.delta_trace_width
-        buffer = self._traces.pop() if self._traces else None
-        if buffer is None or buffer.shape[0] < size:
-            buffer = self._zeros((size,), np.float32)
-        return buffer, buffer[:size].reshape(c.num_delta_layers, rows, c.delta_trace_width)
+    def _take_trace(self, rows: int) -> np.ndarray:
+        """A trace of `rows` rows, one that was used before if there is one."""
+        trace = self._traces.pop(rows, None)
+        if trace is None:
+            c = self.text.config
+            while len(self._traces) >= MAX_TRACES:
+                self._traces.pop(next(iter(self._traces)))
+            trace = self._zeros((c.num_delta_layers, rows, c.delta_trace_width), np.float32)
+        return trace
 
     def draft(self, wanted: Sequence[Drafting]) -> list[list[int]]:
         """Drafts of the MTP layer for several sequences at once, each as many as it wants."""

@@ -251,6 +251,8 @@ class Sampler:
 
     def draws(self, count: int) -> np.ndarray:
         """The random numbers of the next `count` tokens as `sample_rows` takes them: int64 [count]."""
+        if self.params.greedy:
+            return np.zeros(count, np.int64)
         # a double that numpy draws is a multiple of 2^-53
         return np.array([int(self._uniform(ahead) * 2**53) for ahead in range(count)], np.int64)
 

@@ -30,6 +30,7 @@ MTP_DEPTH = 4
 PENDING_ROWS = 64  # hidden rows that wait for the MTP layer at most
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
 PLAIN_SAMPLE = 8  # while it rests, one step of so many is recorded
+LOOK_EVERY = 4  # when it has rested long, it looks for a match in one step of so many
 
 
 @dataclass(slots=True)
@@ -74,6 +75,7 @@ class Speculator:
         self._chosen: int | None = None  # index into _sources
         self._step = 0  # how many have been recorded
         self._rest = self._rests = 0  # how many steps remain, and how many there were, in which nothing is chosen anew
+        self._in_use = False  # the MTP layer has seen rows of this sequence
         self._offered = 0
         self._match: tuple[int, int] | None = None
         self._pending: list[Any] = []  # hidden rows that the MTP layer has not seen
@@ -102,7 +104,9 @@ class Speculator:
     def draft(self, state: State, room: int) -> list[int] | Drafting:
         """At most `room` drafts for what follows the tokens that have been observed, or what the MTP layer needs to
         make them; [] for a plain step."""
-        match = self._lookup.find() if self._lookup is not None else None
+        match = None
+        if self._lookup is not None and (self._rests < MOST_RESTS or self._step % LOOK_EVERY == 0):
+            match = self._lookup.find()
         if match is None and self._rest:
             self._rest -= 1
             source = depth = 0
@@ -134,14 +138,24 @@ class Speculator:
         self.accepted += accepted
 
     def close(self, state: State) -> None:
-        """Bring the MTP layer's entries up to date: `state` may be kept, and gone on with later."""
+        """Bring the MTP layer's entries up to date, if it is in use: `state` may be kept, and gone on with later."""
         self._runner.acceptances = self._sources
-        self._catch_up(state, state.length - 1)
+        if self._in_use or not self.may_rest:
+            self._catch_up(state, state.length - 1)
 
     def _catch_up(self, state: State, end: int) -> None:
         """Make the entries that wait, the last for token end - 1."""
         if self._tokens:
             self._runner.draft([self._drafting(state, end, 0)])
+
+    def _keep_up(self, state: State) -> None:
+        """Many rows wait: make their entries, or let the older half go where the layer has not been of use for long;
+        what it drafts next, it then drafts from the others."""
+        if self._rests < MOST_RESTS:
+            return self._catch_up(state, state.length)
+        while len(self._tokens) > PENDING_ROWS // 2:
+            rows = self._pending.pop(0)
+            del self._tokens[: len(rows)]
 
     def _plan(self, state: State, source: int, depth: int) -> list[int] | Drafting:
         """`depth` drafts of a source, or what the MTP layer needs to make them."""
@@ -149,7 +163,7 @@ class Speculator:
         if depth and not source:
             return self._drafting(state, state.length, depth)
         if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
-            self._catch_up(state, state.length)
+            self._keep_up(state)
         if not depth:
             return []
         assert self._lookup is not None
@@ -160,7 +174,7 @@ class Speculator:
         """`depth` drafts after token `end`, whose hidden row is the last one that waits; nothing waits any more."""
         rows = self._pending[0] if len(self._pending) == 1 else self._runner.joined(self._pending)
         wanted = Drafting(state, end - len(self._tokens), rows, self._tokens, depth, self._sampler)
-        self._pending, self._tokens = [], []
+        self._pending, self._tokens, self._in_use = [], [], True
         return wanted
 
     def _choose(self, match: tuple[int, int] | None, room: int) -> tuple[int, int]:

@@ -137,40 +137,41 @@ class MtpModel:
         a trace (). Raises what the step does.
         """
         text, n, depth = self.text, len(tokens), len(draws)
-        choice = choice._replace(limit=min(choice.limit, self.head.shape[0]))
+        if choice.limit > self.head.shape[0]:
+            choice = choice._replace(limit=self.head.shape[0])
         state.reserve_mtp(first, n + depth - 1)
-        next_ids = np.empty(1 + depth, np.int64)
-        next_ids[0] = tokens[-1]
-        ids, bounds, one = np.array(tokens, np.int64), row_bounds(n), row_bounds(1)
+        if trace is not None:
+            text.reserve([state], [1 + depth])
+        ids = np.array([*tokens, *(0,) * depth], np.int64)  # the drafts are written into it
         # Rows 0 .. n - 1 belong to the entries that last, the n-th to the token that comes next, the others to drafts.
         cos, sin = text.rope.text([(first + state.rope_delta, n + 1 + depth)])
-        starts = np.arange(state.mtp_length + n - 1, state.mtp_length + n - 1 + depth)
-        starts[0] = state.mtp_length
-        step = None if trace is None else text.verified(state, 1 + depth, (cos[n:], sin[n:]), trace)
+        entries = state.mtp_length
+        starts = np.array([state.length, entries, *range(entries + n, entries + n + depth - 1)], np.int64)
 
-        def batch(rows: slice, cu_seqlens: Ints, draft: int) -> Batch:
-            return _MtpBatch([state], cu_seqlens, [], starts[draft : draft + 1], cos[rows], sin[rows], False)
+        def batch(first: int, rows: int, draft: int) -> Batch:
+            at = slice(first, first + rows)
+            return _MtpBatch([state], row_bounds(rows), [rows], starts[1 + draft : 2 + draft], cos[at], sin[at], False)
 
         def run() -> tuple[Array, ...]:
-            m = self._layer(self._final_norm(hidden), text.embed(ids), batch(slice(n), bounds, 0), 1)
+            m = self._layer(self._final_norm(hidden), text.embed(ids[:n]), batch(0, n, 0), 1)
             for i in range(depth):
                 if i:
-                    m = self._layer(m, text.embed(next_ids[i : i + 1]), batch(slice(n + i - 1, n + i), one, i))
-                chosen = slice(i + 1, i + 2)
+                    m = self._layer(m, text.embed(ids[n + i - 1 : n + i]), batch(n + i - 1, 1, i))
                 text.ops.sample_rows(
-                    self.logits(m), **choice._asdict(), draws=draws[i : i + 1], tokens=next_ids[chosen]
+                    self.logits(m), **choice._asdict(), draws=draws[i : i + 1], tokens=ids[n + i : n + i + 1]
                 )
-            if step is None:
+            if trace is None:
                 return ()
-            x = text.run_layers(text.embed(next_ids), step)
+            step = Batch([state], row_bounds(1 + depth), [1 + depth], starts[:1], cos[n:], sin[n:], False, trace)
+            x = text.run_layers(text.embed(ids[n - 1 :]), step)
             return x, text.logits(x)
 
-        inputs = [hidden, ids, next_ids, cos, sin, starts, draws, state.mtp]
-        if step is not None:
-            inputs += (step.starts, trace, state.kv, state.conv, state.delta)
-        verified = self._replay(("at once", n, depth, choice, step is None), n + depth, inputs, run)
+        inputs = [hidden, ids, cos, sin, starts, draws, state.mtp]
+        if trace is not None:
+            inputs += (trace, state.kv, state.conv, state.delta)
+        verified = self._replay(("at once", n, depth, choice, trace is None), n + depth, inputs, run)
         state.mtp_length += n
-        return next_ids[1:].tolist(), verified
+        return ids[n:].tolist(), verified
 
     def _batch(
         self,

@@ -78,7 +78,8 @@ class TextModel:
             raise ArgumentError(
                 f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
             )
-        batch = self._batch(states, counts, cu_seqlens, self.rope(positions), prefill)
+        starts = self.reserve(states, counts)
+        batch = Batch(states, cu_seqlens, counts, starts, *self.rope(positions), prefill)
         _begin_writing(states)
         x = self.run_layers(x, batch)
         _advance(states, counts)
@@ -102,14 +103,15 @@ class TextModel:
         """
         counts = [len(ids) for ids in tokens]
         angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
-        batch = self._batch(list(states), counts, row_bounds(*counts), angles, False, trace)
+        starts, bounds = self.reserve(states, counts), row_bounds(*counts)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
 
         def run() -> tuple[Array, ...]:
+            batch = Batch(list(states), bounds, counts, starts, *angles, False, trace)
             x = self.run_layers(self.embed(ids), batch)
             return (x, self.logits(x)) if head else (x,)
 
-        inputs = [ids, *angles, batch.cu_seqlens, batch.starts]
+        inputs = [ids, *angles, bounds, starts]
         for state in states:
             inputs += (state.conv, state.delta, state.kv)
         if trace is None:
@@ -135,10 +137,6 @@ class TextModel:
             states=[state.delta for state in states],
         )
         _advance(states, counts)
-
-    def verified(self, state: State, rows: int, angles: tuple[Array, Array], trace: Array) -> Batch:
-        """The batch of a step of one state with a trace, see `step`. angles: cos and sin of its rows."""
-        return self._batch([state], [rows], row_bounds(rows), angles, False, trace)
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
@@ -225,24 +223,16 @@ class TextModel:
             residual=x,
         )
 
-    def _batch(
-        self,
-        states: list[State],
-        counts: list[int],
-        cu_seqlens: Ints,
-        angles: tuple[Array, Array],
-        prefill: bool,
-        trace: Array | None = None,
-    ) -> Batch:
-        """The batch of so many rows of each state, with room made in the states. angles: cos and sin of the rows."""
+    def reserve(self, states: Sequence[State], counts: Sequence[int]) -> Ints:
+        """Make room for so many more rows in each of the states, and return how many they have, int64 [B]. Raises
+        StateError, ContextLengthError: see `forward`."""
         if len(states) > 1 and len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
         for state, n in zip(states, counts, strict=True):
             if not state.intact:
                 raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
             state.reserve(state.length + n)
-        starts = np.array([state.length for state in states], np.int64)
-        return Batch(states, cu_seqlens, counts, starts, *angles, prefill, trace)
+        return np.array([state.length for state in states], np.int64)
 
 
 def _begin_writing(states: Sequence[State]) -> None:
