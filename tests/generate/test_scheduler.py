@@ -506,7 +506,8 @@ def test_an_error_of_a_whole_step_leaves_a_scheduler_that_works(model, monkeypat
     requests = [scheduler.submit([i], max_new_tokens=4, **GREEDY) for i in range(3)]
     scheduler.step()
     with monkeypatch.context() as patch:
-        patch.setattr(model._runner.text, "_run", lambda *a: (_ for _ in ()).throw(RuntimeError("bad")))
+        for name in ("replay", "run_layers"):
+            patch.setattr(model._runner.text, name, lambda *a: (_ for _ in ()).throw(RuntimeError("bad")))
         scheduler.step()
     assert [type(request.error) for request in requests] == [RuntimeError, RuntimeError, type(None)]
     assert requests[2].finish().completion_tokens == 4
@@ -514,7 +515,8 @@ def test_an_error_of_a_whole_step_leaves_a_scheduler_that_works(model, monkeypat
     waiting = [scheduler.submit([i], max_new_tokens=2, **GREEDY) for i in range(2)]
     scheduler.step()
     with monkeypatch.context() as patch:
-        patch.setattr(model._runner.text, "_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        for name in ("replay", "run_layers"):
+            patch.setattr(model._runner.text, name, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             scheduler.step()
     assert isinstance(again.error, StateError)

@@ -214,7 +214,7 @@ def test_replayed_steps_are_the_calls_themselves(rng, name):
 
     model = model_of(name, cpu)
     plain = TextModel(model.config, model.weights, cpu)
-    plain._replay = lambda key, rows, inputs, run: run()
+    plain.replay = lambda key, rows, inputs, run: run()
     states = {m: [State(model.config, cpu) for _ in range(3)] for m in (model, plain)}
     for members in ([0], [1], [0], [0, 1], [2, 0], [2], [1, 2], [0, 1, 2], [2, 1, 0]):
         ids = random_ids(rng, len(members))
@@ -229,7 +229,7 @@ def test_replayed_steps_are_the_calls_themselves(rng, name):
             assert np.array_equal(rows[0][1], m.logits(rows[0][0]))
     for a, b in zip(states[model], states[plain], strict=True):
         assert_same_state(a, b, 1e-30)
-    assert len(model._replay._tapes) >= 3
+    assert len(model.replay._tapes) >= 3
 
 
 def test_angles_of_one_text_token_are_those_of_many():

@@ -80,7 +80,9 @@ class Costs:
     """
 
     def __init__(self) -> None:
-        self._steps: dict[int, _Average] = {1: _Average()}
+        # All but plain steps count in plain steps of their time: a machine that slows down slows all of them.
+        self._plain = _Average()
+        self._steps: dict[int, _Average] = {}
         self._drafts: dict[int, _Average] = {}
         self._rounds: dict[bool, dict[int, _Average]] = {False: {}, True: {}}
         self._since_plain = 0
@@ -90,8 +92,16 @@ class Costs:
 
     def record_step(self, rows: int, seconds: float) -> None:
         """A forward pass of `rows` rows with logits and commit."""
-        self._record(self._steps, rows, seconds)
-        self._since_plain = 0 if rows == 1 else self._since_plain + 1
+        if rows > 1:
+            self._since_plain += 1
+            return self._record(self._steps, rows, seconds)
+        self._since_plain = 0
+        self._plain.add(seconds)
+        if self._plain.samples == SURE_SAMPLES:  # before, the others were in seconds
+            for measured in (self._steps, self._drafts, *self._rounds.values()):
+                for average in measured.values():
+                    average.value /= self._plain.value
+        self._refresh(self._plain)
 
     def record_draft(self, depth: int, seconds: float) -> None:
         """`depth` drafts of the MTP layer."""
@@ -103,10 +113,11 @@ class Costs:
         self._since_plain += 1
 
     def _record(self, measured: dict[int, _Average], n: int, seconds: float) -> None:
-        average = measured.get(n)
-        if average is None:
-            average = measured[n] = _Average()
-        average.add(seconds)
+        average = measured.setdefault(n, _Average())
+        average.add(seconds / self._plain.value if self._plain.sure else seconds)
+        self._refresh(average)
+
+    def _refresh(self, average: _Average) -> None:
         self._records += 1
         if self._records % REFRESH == 0 or not average.settled:
             self._estimates.clear()
@@ -115,14 +126,13 @@ class Costs:
     @property
     def known(self) -> bool:
         """Whether a plain step has been measured, and not too long ago: there is something to compare with."""
-        return self._steps[1].sure and self._since_plain < PLAIN_EVERY
+        return self._plain.sure and self._since_plain < PLAIN_EVERY
 
     def step(self, rows: int) -> float:
         """Seconds of a step with `rows` rows."""
         found = self._estimates.get(("step", rows))
         if found is None:
-            plain = self._steps[1].value
-            found = max(plain, _estimate(self._steps, rows, ROW_GUESS * plain))
+            found = self._plain.value * (1.0 if rows == 1 else max(1.0, _estimate(self._steps, rows, ROW_GUESS, 1)))
             self._estimates["step", rows] = found
         return found
 
@@ -130,13 +140,9 @@ class Costs:
         """Seconds of `depth` drafts."""
         found = self._estimates.get(("draft", depth))
         if found is None:
-            measured = self._drafts
-            if any(average.sure for average in measured.values()):
-                slope = min(a.value / d for d, a in measured.items() if a.sure)
-                found = _estimate(measured, depth, slope)
-            else:
-                guess = depth * DRAFT_GUESS * self._steps[1].value
-                found = min([guess, *(a.value for d, a in measured.items() if d == depth)])
+            sure = [average.value / d for d, average in self._drafts.items() if average.sure]
+            slope = min(sure, default=DRAFT_GUESS)
+            found = self._plain.value * _estimate(self._drafts, depth, slope, None if sure else 0)
             self._estimates["draft", depth] = found
         return found
 
@@ -156,34 +162,36 @@ class Costs:
         return found
 
     def _round(self, depth: int, at_once: bool) -> float:
-        measured = self._rounds[at_once]
+        measured, plain = self._rounds[at_once], self._plain.value
         if any(average.sure for average in measured.values()):
-            guess = (ROW_GUESS + DRAFT_GUESS) * self._steps[1].value
-            return max(self._steps[1].value, _estimate(measured, depth, guess))
+            return plain * max(1.0, _estimate(measured, depth, ROW_GUESS + DRAFT_GUESS, None))
         guess = self.step(1 + depth) + self.draft(depth)
-        return min([guess, *(a.value for d, a in measured.items() if d == depth)])
+        return min([guess, *(plain * average.value for d, average in measured.items() if d == depth)])
 
     def can_pay(self, most: int, *, at_once: bool) -> bool:
         """Whether rounds of up to `most` drafts, if all of these were right, would be faster than plain steps."""
-        if not self._steps[1].sure or not any(average.sure for average in self._rounds[at_once].values()):
+        if not self._plain.sure or not any(average.sure for average in self._rounds[at_once].values()):
             return True
-        plain = WORTHWHILE / self._steps[1].value
+        plain = WORTHWHILE / self._plain.value
         return any((1 + d) / s > plain for d, s in enumerate(self.rounds(most, at_once=at_once)) if d)
 
 
-def _estimate(measured: dict[int, _Average], n: int, slope: float) -> float:
-    """What was measured for `n`; as long as that is too little, no more than what follows from its neighbours, so that
-    one slow run does not end the matter."""
+def _estimate(measured: dict[int, _Average], n: int, slope: float, plain: int | None) -> float:
+    """What was measured for `n`, in plain steps; as long as that is too little, no more than what follows from its
+    neighbours, so that one slow run does not end the matter. plain: an n that takes one plain step, or 0: none."""
     if n in measured and measured[n].sure:
         return measured[n].value
-    nearest = min((m for m in measured if measured[m].sure), key=lambda m: (abs(m - n), m))
-    guess = max(measured[nearest].value + (n - nearest) * slope, slope)
+    known = {m: average.value for m, average in measured.items() if average.sure}
+    if plain is not None:
+        known[plain] = float(plain)
+    nearest = min(known, key=lambda m: (abs(m - n), m))
+    guess = max(known[nearest] + (n - nearest) * slope, slope)
     return min(guess, measured[n].value) if n in measured else guess
 
 
 class _Average:
-    """A running average that slow samples do not move far, nor fast ones: about the median. The first samples also warm
-    caches and are recorded on tapes: the least of them counts."""
+    """A running average that slow samples do not move far, nor fast ones: about the median. The first samples find cold
+    caches: the least of them counts."""
 
     __slots__ = ("samples", "value")
 
@@ -193,7 +201,7 @@ class _Average:
     def add(self, x: float) -> None:
         self.samples += 1
         value = self.value
-        if self.samples <= SURE_SAMPLES:
+        if self.samples <= 2 * SURE_SAMPLES:
             self.value = x if self.samples == 1 else min(value, x)
         else:
             self.value = value + max(-0.1 * value, min(x - value, 0.1 * value)) / 8

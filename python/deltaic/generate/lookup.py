@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 LOOKUP_DEPTH = 8
-MATCHES = (4, 2)  # lengths of the n-grams that are looked up, the longest that is found counts
+_SHORT = 2
+MATCHES = (4, _SHORT)  # lengths of the n-grams that are looked up, the longest that is found counts
 _PLACES = 1 << 17
-_MULTIPLIER = 0x9E3779B1  # of the hash; odd
+_MULTIPLIER = 0x9E3779B1  # of the hash of a pair, which is looked up in every step; odd
 
 
 class Lookup:
@@ -19,28 +20,33 @@ class Lookup:
         self._after: list[dict[int, int]] = [{} for _ in MATCHES]
         self._noted = list(MATCHES)  # for each: indexes before this one are noted
 
-    def _find(self, i: int) -> int | None:
-        """Index of the token that followed the last MATCHES[i] tokens when they were there last."""
-        ids, n, after = self.ids, MATCHES[i], self._after[i]
-        length = len(ids)
-        if length < n:
-            return None
-        for end in range(self._noted[i], length):  # the n-gram before `end` has a continuation now
-            after[_hash(ids, end, n)] = end
-        self._noted[i] = length
-        place = after.get(_hash(ids, length, n))
-        return place if place is not None and ids[place - n : place] == ids[-n:] else None
-
     def find(self) -> tuple[int, int] | None:
-        """(which of MATCHES, index of the token that followed), or None."""
-        short = self._find(len(MATCHES) - 1)
-        if short is None:  # then none of the longer ones was there either
+        """(which of MATCHES, index of the token that followed the last tokens when they were there last), or None."""
+        ids = self.ids
+        short, length = len(MATCHES) - 1, len(ids)
+        if length < _SHORT:
             return None
-        for i in range(len(MATCHES) - 1):
-            place = self._find(i)
-            if place is not None:
-                return i, place
-        return len(MATCHES) - 1, short
+        after = self._after[short]
+        for end in range(self._noted[short], length):  # the pair before `end` has a continuation now
+            after[(ids[end - 2] * _MULTIPLIER + ids[end - 1]) % _PLACES] = end
+        self._noted[short] = length
+        place = after.get((ids[-2] * _MULTIPLIER + ids[-1]) % _PLACES)
+        if place is None or ids[place - 1] != ids[-1] or ids[place - 2] != ids[-2]:
+            return None  # then none of the longer ones was there either
+        for i in range(short):
+            longer = self._find(i)
+            if longer is not None:
+                return i, longer
+        return short, place
+
+    def _find(self, i: int) -> int | None:
+        """The same for n-grams of one length."""
+        ids, n, after = self.ids, MATCHES[i], self._after[i]
+        for end in range(self._noted[i], len(ids)):
+            after[hash(tuple(ids[end - n : end])) % _PLACES] = end
+        self._noted[i] = max(self._noted[i], len(ids))
+        place = after.get(hash(tuple(ids[-n:])) % _PLACES)
+        return place if place is not None and ids[place - n : place] == ids[-n:] else None
 
     def drafts(self, place: int, count: int) -> list[int]:
         """`count` tokens from `place` on; where the text ends, it is taken to go on with what was drafted."""
@@ -48,9 +54,3 @@ class Lookup:
         while len(drafts) < count:
             drafts.append(drafts[len(drafts) - (len(self.ids) - place)])
         return drafts
-
-
-def _hash(ids: list[int], end: int, n: int) -> int:
-    if n == 2:  # asked in every step
-        return (ids[end - 2] * _MULTIPLIER + ids[end - 1]) % _PLACES
-    return hash(tuple(ids[end - n : end])) % _PLACES

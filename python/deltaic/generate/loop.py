@@ -72,7 +72,7 @@ class _Steps:
         self._row = 0
         self._verification: Verification | None = None
         self._logits: np.ndarray | None = None
-        self._seconds: float | None = None  # of this step, with all that drafts cost
+        self._seconds: float | None = None  # of this step, with all that drafts cost; None: not worth knowing
 
     def logits(self) -> np.ndarray:
         """Logits [vocab] for the next token."""
@@ -87,9 +87,9 @@ class _Steps:
             return
         rows, drafts = self._settle(), self._drafts
         self._drafts = []
-        if self._speculator is not None and self._seconds is not None:
+        if self._speculator is not None:
             self._speculator.learn(len(drafts), self._row, self._seconds)
-        began = perf_counter()
+        began, recordings = perf_counter(), self._runner.recordings
         plan: list[int] | Drafting = []
         if self._speculator is not None:
             self._speculator.observe(rows, [*drafts[: self._row], token])
@@ -105,7 +105,8 @@ class _Steps:
             self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
         if self._speculator is not None:
             self._runner.wait()
-        self._seconds, self._row = perf_counter() - began, 0
+        self._seconds = perf_counter() - began if self._runner.recordings == recordings else None
+        self._row = 0
 
     def _settle(self) -> np.ndarray:
         """Let the state have the rows whose tokens were asked for, and return these rows."""
@@ -113,8 +114,8 @@ class _Steps:
             began = perf_counter()
             self._runner.commit(self._verification, [self._row + 1])
             self._verification = None
-            assert self._seconds is not None
-            self._seconds += perf_counter() - began
+            if self._seconds is not None:
+                self._seconds += perf_counter() - began
         return self._hidden[: self._row + 1]
 
     def close(self) -> np.ndarray:

@@ -190,6 +190,11 @@ class Runner:
             self._set_threads()
             return self.text.logits(hidden)
 
+    @property
+    def recordings(self) -> int:
+        """How many tapes have been made: the time of a step that made one tells nothing of the next."""
+        return self.text.replay.recordings + (0 if self.mtp is None else self.mtp.replay.recordings)
+
     def wait(self) -> None:
         """Let a device finish what it was given, before time is taken."""
         if self._graph is not None:

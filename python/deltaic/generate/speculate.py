@@ -109,19 +109,26 @@ class Speculator:
             match = self._lookup.find()
         if match is None and self._rest:
             self._rest -= 1
-            source = depth = 0
-        else:
-            source, depth = self._choose(match, room)
-            self._rests = min(2 * self._rests + 1, MOST_RESTS) if self._costs.known and not depth else 0
-            self._rest = self._rests if self.may_rest else 0
+            self._chosen = None
+            if len(self._tokens) >= PENDING_ROWS:
+                self._keep_up(state)
+            return []
+        source, depth = self._choose(match, room)
+        self._rests = min(2 * self._rests + 1, MOST_RESTS) if self._costs.known and not depth else 0
+        self._rest = self._rests if self.may_rest else 0
         self._match = match
         return self._plan(state, source, depth)
 
-    def learn(self, drafted: int, accepted: int, seconds: float) -> None:
-        """What became of the drafts, and how long they and the step took with logits and commit."""
-        if drafted and self._chosen == 0:
+    def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
+        """What became of the drafts, and how long they and the step took with logits and commit, if that is known."""
+        if not drafted:
+            if seconds is not None and (not self._rest or self._step % PLAIN_SAMPLE == 0):
+                self._costs.record_step(1, seconds)
+            self._step += 1
+            return
+        if seconds is not None and self._chosen == 0:
             self._costs.record_round(drafted, seconds, at_once=self._at_once)
-        elif drafted or not self._rest or self._step % PLAIN_SAMPLE == 0:
+        elif seconds is not None:
             self._costs.record_step(drafted + 1, seconds)
         self.record(drafted, accepted)
 
@@ -151,6 +158,8 @@ class Speculator:
     def _keep_up(self, state: State) -> None:
         """Many rows wait: make their entries, or let the older half go where the layer has not been of use for long;
         what it drafts next, it then drafts from the others."""
+        if not self.uses_mtp:
+            return
         if self._rests < MOST_RESTS:
             return self._catch_up(state, state.length)
         while len(self._tokens) > PENDING_ROWS // 2:
@@ -162,7 +171,7 @@ class Speculator:
         self._chosen = source if depth else None
         if depth and not source:
             return self._drafting(state, state.length, depth)
-        if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
+        if len(self._tokens) >= PENDING_ROWS:
             self._keep_up(state)
         if not depth:
             return []
@@ -274,9 +283,9 @@ def draft_together(
     draftings = [plan for plan in plans if not isinstance(plan, list)]
     if not draftings:
         return [plan for plan in plans if isinstance(plan, list)]
-    began = perf_counter()
+    began, recordings = perf_counter(), runner.recordings
     made = iter(runner.draft(draftings))
     depth = max(drafting.depth for drafting in draftings)
-    if depth:
+    if depth and runner.recordings == recordings:
         costs.record_draft(depth, perf_counter() - began)
     return [plan if isinstance(plan, list) else next(made) for plan in plans]

@@ -48,7 +48,7 @@ class MtpModel:
         else, and the ids of a byte-level BPE vocabulary are ordered by frequency, so the rest is not worth reading."""
         self.text, self.weights = text, weights
         self.head = text.ops.first_rows(text.weights.head, vocabulary)
-        self._replay = Replay(text.ops)
+        self.replay = Replay(text.ops)
 
     def read(self, hidden: Array, x: Array, positions: Ints, state: State, first: int) -> None:
         """The entries of tokens first .. first + T - 1 of a prompt. Where these do not continue those of the state,
@@ -91,7 +91,7 @@ class MtpModel:
             return (m, self.logits(m)) if head else (m,)
 
         key = ("extend", len(ids), len(states), wanted, head)
-        found = self._replay(key, len(ids), _inputs(hidden, ids, batch), run)
+        found = self.replay(key, len(ids), _inputs(hidden, ids, batch), run)
         for state, n in zip(states, counts, strict=True):
             state.mtp_length += n
         return found[0], found[1] if head else None
@@ -115,7 +115,7 @@ class MtpModel:
             further = self._layer(m, self.text.embed(ids), batch)
             return further, self.logits(further)
 
-        further, logits = self._replay(("draft", len(ids)), len(ids), _inputs(m, ids, batch), run)
+        further, logits = self.replay(("draft", len(ids)), len(ids), _inputs(m, ids, batch), run)
         return further, logits
 
     def draft_at_once(
@@ -169,7 +169,7 @@ class MtpModel:
         inputs = [hidden, ids, cos, sin, starts, draws, state.mtp]
         if trace is not None:
             inputs += (trace, state.kv, state.conv, state.delta)
-        verified = self._replay(("at once", n, depth, choice, trace is None), n + depth, inputs, run)
+        verified = self.replay(("at once", n, depth, choice, trace is None), n + depth, inputs, run)
         state.mtp_length += n
         return ids[n:].tolist(), verified
 

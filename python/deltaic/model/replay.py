@@ -23,6 +23,7 @@ class Replay:
     def __init__(self, ops: Any):
         self._tape: Any = getattr(ops, "Tape", None)
         self._tapes: OrderedDict[Hashable, tuple[Any, Arrays]] = OrderedDict()
+        self.recordings = 0  # how many tapes have been made: a call that makes one takes several times as long
 
     def __call__(self, key: Hashable, rows: int, inputs: list[Any], run: Callable[[], Arrays]) -> Arrays:
         """What `run` returns, which calls operators of `inputs` and of what never changes. key: of their shapes, with
@@ -38,6 +39,7 @@ class Replay:
         return replayed
 
     def _record(self, key: Hashable, inputs: list[Any], run: Callable[[], Arrays]) -> Arrays:
+        self.recordings += 1
         tape = self._tape(inputs)
         with tape:
             outputs = run()

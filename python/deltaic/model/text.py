@@ -49,7 +49,7 @@ class TextModel:
     def __init__(self, config: TextConfig, weights: TextWeights, ops: ModuleType):
         self.config, self.weights, self.ops = config, weights, ops
         self.rope = TextRope(config.rope)
-        self._replay = Replay(ops)
+        self.replay = Replay(ops)
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
@@ -118,7 +118,7 @@ class TextModel:
             _begin_writing(states)
         else:
             inputs.append(trace)
-        found = self._replay((len(ids), len(states), trace is None, head), len(ids), inputs, run)
+        found = self.replay((len(ids), len(states), trace is None, head), len(ids), inputs, run)
         if trace is None:
             _advance(states, counts)
         return found[0], found[1] if head else None
