@@ -27,6 +27,7 @@ from deltaic import (
     StateError,
 )
 from deltaic.generate import cache
+from deltaic.model.replay import Replay
 from PIL import Image
 
 PROMPT = "the cat sat on the mat and the dog"
@@ -342,7 +343,7 @@ def test_ctrl_c_while_computing(tiny_model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_model._runner.text, "replay", interrupted)
+        patch.setattr(Replay, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert list(stream) == []

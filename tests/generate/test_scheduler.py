@@ -14,6 +14,7 @@ from deltaic.generate import cache as cache_module
 from deltaic.generate.costs import Costs
 from deltaic.generate.scheduler import Load, Scheduler
 from deltaic.generate.speculate import share_rows
+from deltaic.model.replay import Replay
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -506,8 +507,8 @@ def test_an_error_of_a_whole_step_leaves_a_scheduler_that_works(model, monkeypat
     requests = [scheduler.submit([i], max_new_tokens=4, **GREEDY) for i in range(3)]
     scheduler.step()
     with monkeypatch.context() as patch:
-        for name in ("replay", "run_layers"):
-            patch.setattr(model._runner.text, name, lambda *a: (_ for _ in ()).throw(RuntimeError("bad")))
+        for owner, name in ((Replay, "__call__"), (model._runner.text, "run_layers")):
+            patch.setattr(owner, name, lambda *a: (_ for _ in ()).throw(RuntimeError("bad")))
         scheduler.step()
     assert [type(request.error) for request in requests] == [RuntimeError, RuntimeError, type(None)]
     assert requests[2].finish().completion_tokens == 4
@@ -515,8 +516,8 @@ def test_an_error_of_a_whole_step_leaves_a_scheduler_that_works(model, monkeypat
     waiting = [scheduler.submit([i], max_new_tokens=2, **GREEDY) for i in range(2)]
     scheduler.step()
     with monkeypatch.context() as patch:
-        for name in ("replay", "run_layers"):
-            patch.setattr(model._runner.text, name, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        for owner, name in ((Replay, "__call__"), (model._runner.text, "run_layers")):
+            patch.setattr(owner, name, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             scheduler.step()
     assert isinstance(again.error, StateError)
