@@ -85,42 +85,45 @@ class _Steps:
         if self._row < len(self._drafts) and self._drafts[self._row] == token:
             self._row += 1
             return
-        rows, drafts = self._settle(), self._drafts
-        self._drafts = []
-        if self._speculator is not None:
-            self._speculator.learn(len(drafts), self._row, self._seconds)
-        began, recordings = perf_counter(), self._runner.recordings
+        rows, drafts, before = self._hidden[: self._row + 1], self._drafts, self._verification
+        self._drafts, self._verification = [], None
+        if before is not None:
+            self._runner.count(before, [self._row + 1])
+        speculator, seconds = self._speculator, 0.0
         plan: list[int] | Drafting = []
-        if self._speculator is not None:
-            self._speculator.observe(rows, [*drafts[: self._row], token])
+        if speculator is not None:
+            speculator.learn(len(drafts), self._row, self._seconds)
+            began = perf_counter()
+            speculator.observe(rows, [*drafts[: self._row], token])
             space = self._state.context - self._state.length
-            plan = self._speculator.draft(self._state, min(room, space) - 1)
+            plan = speculator.draft(self._state, min(room, space) - 1)
+            seconds = perf_counter() - began
+        if before is not None and not plan:  # the next step is not what made this necessary
+            self._runner.write(before)
+            before = None
+        began, recordings = perf_counter(), self._runner.recordings
         if plan:
             if isinstance(plan, list):
+                if before is not None:
+                    self._runner.write(before)
                 v = self._runner.verify([self._state], [[token, *plan]], head=True)
             else:
-                v = self._runner.draft_and_verify(plan)
+                v = self._runner.draft_and_verify(plan, before)
             self._verification, self._hidden, self._logits, self._drafts = v, v.hidden, v.logits, v.tokens[0][1:]
         else:
             self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
-        if self._speculator is not None:
+        if speculator is not None:
             self._runner.wait()
-        self._seconds = perf_counter() - began if self._runner.recordings == recordings else None
+        seconds += perf_counter() - began
+        self._seconds = seconds if self._runner.recordings == recordings else None
         self._row = 0
-
-    def _settle(self) -> np.ndarray:
-        """Let the state have the rows whose tokens were asked for, and return these rows."""
-        if self._verification is not None:
-            began = perf_counter()
-            self._runner.commit(self._verification, [self._row + 1])
-            self._verification = None
-            if self._seconds is not None:
-                self._seconds += perf_counter() - began
-        return self._hidden[: self._row + 1]
 
     def close(self) -> np.ndarray:
         """Leave the state as it is when the last token that was sampled has not been fed; its hidden row [1, H]."""
-        rows = self._settle()
+        rows = self._hidden[: self._row + 1]
+        if self._verification is not None:
+            self._runner.commit(self._verification, [self._row + 1])
+            self._verification = None
         if self._speculator is not None:
             self._speculator.count(len(self._drafts), self._row)
             self._speculator.observe(rows[:-1], self._drafts[: self._row])

@@ -45,6 +45,15 @@ class Verification:
     hidden: np.ndarray
     logits: np.ndarray | None
     trace: np.ndarray
+    counts: np.ndarray | None = None  # int64 [B], how many of each sequence's tokens its state has got
+
+
+def _owed(verification: Verification | None) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """What `TextModel.write` has to do for one that has been counted."""
+    if verification is None:
+        return None
+    assert verification.counts is not None
+    return verification.cu_seqlens, verification.counts, verification.trace
 
 
 class Runner:
@@ -222,32 +231,51 @@ class Runner:
                 hidden, logits = self.text.step(tokens, states, trace, head=head)
         return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, trace)
 
-    def draft_and_verify(self, wanted: Drafting) -> Verification:
+    def draft_and_verify(self, wanted: Drafting, before: Verification | None = None) -> Verification:
         """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
-        these drafts; with logits."""
+        these drafts; with logits. before: a verification that has been counted and is to be written first."""
         w = wanted
         if self._graph is not None or w.choice is None:
+            if before is not None:
+                self.write(before)
             return self.verify([w.state], [[w.tokens[-1], *self.draft([w])[0]]], head=True)
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
             trace = self._take_trace(1 + w.depth)
             drafts, (hidden, logits) = self.mtp.draft_at_once(
-                w.hidden, w.tokens, w.state, w.first, w.choice, w.sampler.draws(w.depth), trace
+                w.hidden, w.tokens, w.state, w.first, w.choice, w.sampler.draws(w.depth), trace, _owed(before)
             )
+            if before is not None:
+                self._traces[before.trace.shape[1]] = before.trace
         tokens = [[w.tokens[-1], *drafts]]
         return Verification([w.state], tokens, row_bounds(1 + w.depth), hidden, logits, trace)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:
         """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
         verification, and only while the states are where they were when it was made."""
+        self.count(verification, counts)
+        self.write(verification)
+
+    def count(self, verification: Verification, counts: Sequence[int]) -> None:
+        """The first half of `commit`, which computes nothing: the states have these tokens, and nobody may use them
+        before `write`."""
         v = verification
-        with self._lock:
-            self._set_threads()
-            self.text.commit(v.states, v.cu_seqlens, counts, v.trace)
-            self._traces[v.trace.shape[1]] = v.trace
+        v.counts = np.array(counts, np.int64)
+        self.text.count(v.states, counts)
         for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
             state.token_ids.extend(ids[:n])
+
+    def write(self, verification: Verification) -> None:
+        """The other half."""
+        v = verification
+        assert v.counts is not None
+        with self._lock:
+            self._set_threads()
+            self.text.write(v.states, v.cu_seqlens, v.counts, v.trace)
+            self._traces[v.trace.shape[1]] = v.trace
+        for state in v.states:
+            state.intact = True
 
     def _take_trace(self, rows: int) -> np.ndarray:
         """A trace of `rows` rows, one that was used before if there is one."""

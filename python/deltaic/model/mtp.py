@@ -127,12 +127,14 @@ class MtpModel:
         choice: Choice,
         draws: Ints,
         trace: Array | None = None,
+        owed: tuple[Ints, Ints, Array] | None = None,
     ) -> tuple[list[int], tuple[Array, ...]]:
         """`extend` for one sequence, and a draft for each of `draws` [depth] (see ops.reference.sample_rows): what
         `extend`, `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can.
 
         trace [L_delta, 1 + depth, config.delta_trace_width]: where given, `TextModel.step` follows in the same replay,
-        with this trace and with the last of `tokens`, which comes next, and the drafts.
+        with this trace and with the last of `tokens`, which comes next, and the drafts. owed: then also what
+        `TextModel.write` has to do before, for a state whose rows have been counted.
         Returns the drafts, and what the step returns: hidden rows [1 + depth, H] and logits [1 + depth, vocab]; without
         a trace (). Raises what the step does.
         """
@@ -141,7 +143,9 @@ class MtpModel:
             choice = choice._replace(limit=self.head.shape[0])
         state.reserve_mtp(first, n + depth - 1)
         if trace is not None:
+            state.intact = state.intact or owed is not None
             text.reserve([state], [1 + depth])
+            state.intact = owed is None
         ids = np.array([*tokens, *(0,) * depth], np.int64)  # the drafts are written into it
         # Rows 0 .. n - 1 belong to the entries that last, the n-th to the token that comes next, the others to drafts.
         cos, sin = text.rope.text([(first + state.rope_delta, n + 1 + depth)])
@@ -153,6 +157,8 @@ class MtpModel:
             return _MtpBatch([state], row_bounds(rows), [rows], starts[1 + draft : 2 + draft], cos[at], sin[at], False)
 
         def run() -> tuple[Array, ...]:
+            if owed is not None:
+                text.write([state], *owed)
             m = self._layer(self._final_norm(hidden), text.embed(ids[:n]), batch(0, n, 0), 1)
             for i in range(depth):
                 if i:
@@ -169,8 +175,12 @@ class MtpModel:
         inputs = [hidden, ids, cos, sin, starts, draws, state.mtp]
         if trace is not None:
             inputs += (trace, state.kv, state.conv, state.delta)
-        verified = self.replay(("at once", n, depth, choice, trace is None), n + depth, inputs, run)
+        if owed is not None:
+            inputs += owed[1:]
+        key = ("at once", n, depth, choice, trace is None, 0 if owed is None else owed[2].shape[1])
+        verified = self.replay(key, n + depth, inputs, run)
         state.mtp_length += n
+        state.intact = state.intact or trace is not None
         return ids[n:].tolist(), verified
 
     def _batch(

@@ -97,8 +97,8 @@ class TextModel:
         replayed where the op set can. On an op set that is SPLIT_INVARIANT a row gets the same bits in any company.
 
         trace [L_delta, T, config.delta_trace_width]: where given it is filled, and the states stay where they are until
-        `commit` tells how many rows count. Dropping it instead of committing leaves the states as they were: of their
-        K/V only what lies beyond `length` is written.
+        `count` and `write` tell how many rows count. Dropping it instead leaves the states as they were: of their K/V
+        only what lies beyond `length` is written.
         Returns what `forward` does, and the `logits` of all rows, None without `head`. Raises what `forward` does.
         """
         counts = [len(ids) for ids in tokens]
@@ -123,20 +123,25 @@ class TextModel:
             _advance(states, counts)
         return found[0], found[1] if head else None
 
-    def commit(self, states: Sequence[State], cu_seqlens: Ints, counts: Sequence[int], trace: Array) -> None:
-        """Advance each of the states that a `step` with this trace has seen by its first counts[b] rows."""
+    def count(self, states: Sequence[State], counts: Sequence[int]) -> None:
+        """Each of the states that a `step` with a trace has seen has got its first counts[b] rows; it is half-written
+        until `write`, with the same, has followed."""
         for state, n in zip(states, counts, strict=True):
             state.reserve(state.length + n)  # a fork may have come in between
-        _begin_writing(states)
+        for state, n in zip(states, counts, strict=True):
+            state.length += n
+            state.intact = False
+
+    def write(self, states: Sequence[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
+        """What is left to do after `count`, an operator; who calls it marks the states as intact. counts int64 [B]."""
         self.ops.gated_delta_net_commit(
             trace,
             num_k_heads=self.config.linear_num_key_heads,
             cu_seqlens=cu_seqlens,
-            counts=np.array(counts, np.int64),
+            counts=counts,
             conv_states=[state.conv for state in states],
             states=[state.delta for state in states],
         )
-        _advance(states, counts)
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
