@@ -305,7 +305,7 @@ class Simulated:
 
     def __init__(self, mode, *, row=0.1, draft=0.05, right=0.0, seed=0):
         self.mtp, self.costs, self.acceptances, self.fixed_depth = object(), Costs(), [], None
-        self.row, self.cost_of_draft, self.right = row, draft, right
+        self.row, self.cost_of_draft, self.right, self.rests = row, draft, right, 0
         self.speculator = Speculator(self, None, [], mode)
         self.rng = np.random.default_rng(seed)
         self.depths, self.tokens, self.seconds = [], 0, 0.0

@@ -12,7 +12,8 @@ DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
 SURE_SAMPLES = 3  # measurements that count
 REFRESH = 16  # measurements after which estimates are made anew
 PLAIN_EVERY = 200  # steps with drafts after which a plain one is measured again
-WORTHWHILE = 1.03  # drafts have to promise so many times the speed of plain steps
+DOUBT = 0.9  # what remains meanwhile of the cost of a step that was measured a few times only
+WORTHWHILE = 1.05  # drafts have to promise so many times the speed of plain steps
 
 
 class Acceptance:
@@ -119,6 +120,10 @@ class Costs:
 
     def _refresh(self, average: _Average) -> None:
         self._records += 1
+        if self._records % REFRESH == 0:
+            for step in self._steps.values():  # what was measured a few times only is doubted more and more
+                if not step.settled:
+                    step.value *= DOUBT
         if self._records % REFRESH == 0 or not average.settled:
             self._estimates.clear()
             self._lists.clear()
@@ -190,8 +195,8 @@ def _estimate(measured: dict[int, _Average], n: int, slope: float, plain: int | 
 
 
 class _Average:
-    """A running average that slow samples do not move far, nor fast ones: about the median. The first samples find cold
-    caches: the least of them counts."""
+    """A running average that one slow sample does not move far. The first samples find cold caches: the least of them
+    counts."""
 
     __slots__ = ("samples", "value")
 
@@ -204,7 +209,7 @@ class _Average:
         if self.samples <= 2 * SURE_SAMPLES:
             self.value = x if self.samples == 1 else min(value, x)
         else:
-            self.value = value + max(-0.1 * value, min(x - value, 0.1 * value)) / 8
+            self.value = value + (min(x, 1.5 * value) - value) / 8
 
     @property
     def sure(self) -> bool:

@@ -82,26 +82,27 @@ class _Steps:
 
     def go_on(self, token: int, room: int) -> None:
         """`token` was chosen, and at most `room` more are wanted: the next row, or the next step."""
-        if self._row < len(self._drafts) and self._drafts[self._row] == token:
-            self._row += 1
+        if self._drafts:
+            if self._row < len(self._drafts) and self._drafts[self._row] == token:
+                self._row += 1
+                return
+        elif self._speculator is None or self._speculator.passes(self._hidden, token, self._seconds):
+            self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
+            self._seconds = None
             return
-        rows, drafts, before = self._hidden[: self._row + 1], self._drafts, self._verification
+        began, rows, drafts, before = 0.0, self._hidden[: self._row + 1], self._drafts, self._verification
         self._drafts, self._verification = [], None
         if before is not None:
             self._runner.count(before, [self._row + 1])
-        speculator, seconds = self._speculator, 0.0
+        speculator, recordings = self._speculator, 0
         plan: list[int] | Drafting = []
         if speculator is not None:
             speculator.learn(len(drafts), self._row, self._seconds)
-            began = perf_counter()
+            if speculator.measures:
+                began, recordings = perf_counter(), self._runner.recordings
             speculator.observe(rows, [*drafts[: self._row], token])
             space = self._state.context - self._state.length
             plan = speculator.draft(self._state, min(room, space) - 1)
-            seconds = perf_counter() - began
-        if before is not None and not plan:  # the next step is not what made this necessary
-            self._runner.write(before)
-            before = None
-        began, recordings = perf_counter(), self._runner.recordings
         if plan:
             if isinstance(plan, list):
                 if before is not None:
@@ -111,12 +112,14 @@ class _Steps:
                 v = self._runner.draft_and_verify(plan, before)
             self._verification, self._hidden, self._logits, self._drafts = v, v.hidden, v.logits, v.tokens[0][1:]
         else:
+            if before is not None:
+                self._runner.write(before)
             self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
-        if speculator is not None:
+        self._row, self._seconds = 0, None
+        if began:
             self._runner.wait()
-        seconds += perf_counter() - began
-        self._seconds = seconds if self._runner.recordings == recordings else None
-        self._row = 0
+            if self._runner.recordings == recordings:
+                self._seconds = perf_counter() - began
 
     def close(self) -> np.ndarray:
         """Leave the state as it is when the last token that was sampled has not been fed; its hidden row [1, H]."""

@@ -92,6 +92,7 @@ class Runner:
         self._traces: dict[int, np.ndarray] = {}  # that no verification uses, by their rows
         self.costs = Costs()
         self.acceptances: list[Acceptance] = []  # of the sources of drafts, in the sequence that ended last
+        self.rests = 0  # how long it rested, see Speculator
         self.fixed_depth: int | None = None  # see Speculator.depth
         self._lock = ops_lock(ops)
 

@@ -30,7 +30,8 @@ MTP_DEPTH = 4
 PENDING_ROWS = 64  # hidden rows that wait for the MTP layer at most
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
 PLAIN_SAMPLE = 8  # while it rests, one step of so many is recorded
-LOOK_EVERY = 4  # when it has rested long, it looks for a match in one step of so many
+FIRST_RESTS = 7  # the same in the beginning, where it rested in the sequence before
+LOOK_EVERY = 4  # while it rests, it looks for a match in one step of so many
 
 
 @dataclass(slots=True)
@@ -74,7 +75,9 @@ class Speculator:
         self._at_once = sampler is not None and sampler.choice is not None  # see Drafting.choice
         self._chosen: int | None = None  # index into _sources
         self._step = 0  # how many have been recorded
-        self._rest = self._rests = 0  # how many steps remain, and how many there were, in which nothing is chosen anew
+        # How many steps remain, and how many there were, in which nothing is chosen anew: few in the beginning
+        self._rest = self._rests = min(runner.rests, FIRST_RESTS) if self.may_rest else 0
+        self._wrote = False  # the step before had drafts: the next plain step writes what became of them
         self._in_use = False  # the MTP layer has seen rows of this sequence
         self._offered = 0
         self._match: tuple[int, int] | None = None
@@ -104,9 +107,7 @@ class Speculator:
     def draft(self, state: State, room: int) -> list[int] | Drafting:
         """At most `room` drafts for what follows the tokens that have been observed, or what the MTP layer needs to
         make them; [] for a plain step."""
-        match = None
-        if self._lookup is not None and (self._rests < MOST_RESTS or self._step % LOOK_EVERY == 0):
-            match = self._lookup.find()
+        match = self._lookup.find() if self._lookup is not None else None
         if match is None and self._rest:
             self._rest -= 1
             self._chosen = None
@@ -119,13 +120,36 @@ class Speculator:
         self._match = match
         return self._plan(state, source, depth)
 
+    def passes(self, hidden: Any, token: int, seconds: float | None) -> bool:
+        """Whether nothing is to be done before a plain step that follows a plain one, but to observe what that one has
+        brought: so it is in most steps while it rests, which cost next to nothing for that reason."""
+        rest = self._rest
+        if rest < 2 or seconds is not None or rest % LOOK_EVERY == 0 or len(self._tokens) >= PENDING_ROWS:
+            return False
+        self._rest = rest - 1
+        self._step += 1
+        self._wrote = False
+        if self._lookup is not None:
+            self._lookup.ids.append(token)
+        if self._mtp:
+            self._pending.append(hidden)
+            self._tokens.append(token)
+        return True
+
+    @property
+    def measures(self) -> bool:
+        """Whether the next step's time is worth knowing."""
+        return not self._rest or self._step % PLAIN_SAMPLE == 0
+
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """What became of the drafts, and how long they and the step took with logits and commit, if that is known."""
         if not drafted:
-            if seconds is not None and (not self._rest or self._step % PLAIN_SAMPLE == 0):
-                self._costs.record_step(1, seconds)
             self._step += 1
+            if seconds is not None and not self._wrote:
+                self._costs.record_step(1, seconds)
+            self._wrote = False
             return
+        self._wrote = True
         if seconds is not None and self._chosen == 0:
             self._costs.record_round(drafted, seconds, at_once=self._at_once)
         elif seconds is not None:
@@ -146,7 +170,7 @@ class Speculator:
 
     def close(self, state: State) -> None:
         """Bring the MTP layer's entries up to date, if it is in use: `state` may be kept, and gone on with later."""
-        self._runner.acceptances = self._sources
+        self._runner.acceptances, self._runner.rests = self._sources, self._rests
         if self._in_use or not self.may_rest:
             self._catch_up(state, state.length - 1)
 
