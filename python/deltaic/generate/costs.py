@@ -12,7 +12,6 @@ DRAFT_GUESS = 0.1  # the same for a draft of the MTP layer
 SURE_SAMPLES = 3  # measurements that count
 REFRESH = 16  # measurements after which estimates are made anew
 PLAIN_EVERY = 200  # steps with drafts after which a plain one is measured again
-DOUBT = 0.9  # what remains meanwhile of the cost of a step that was measured a few times only
 WORTHWHILE = 1.05  # drafts have to promise so many times the speed of plain steps
 
 
@@ -88,6 +87,7 @@ class Costs:
         self._rounds: dict[bool, dict[int, _Average]] = {False: {}, True: {}}
         self._since_plain = 0
         self._records = 0
+        self.settled = False  # what was recorded last hardly changes
         self._estimates: dict[tuple[str, int], float] = {}  # as of not many records ago
         self._lists: dict[str, list[float]] = {}  # likewise
 
@@ -120,10 +120,7 @@ class Costs:
 
     def _refresh(self, average: _Average) -> None:
         self._records += 1
-        if self._records % REFRESH == 0:
-            for step in self._steps.values():  # what was measured a few times only is doubted more and more
-                if not step.settled:
-                    step.value *= DOUBT
+        self.settled = average.settled
         if self._records % REFRESH == 0 or not average.settled:
             self._estimates.clear()
             self._lists.clear()

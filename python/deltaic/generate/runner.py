@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import PromptError
 from ..ops.devices import ops_lock
-from ..ops.layout import row_bounds
+from ..ops.layout import row_bounds, row_counts
 from .cache import FeatureCache, image_places
 from .costs import Costs
 from .prefill import PromptReader
@@ -262,10 +262,10 @@ class Runner:
         """The first half of `commit`, which computes nothing: the states have these tokens, and nobody may use them
         before `write`."""
         v = verification
-        v.counts = np.array(counts, np.int64)
+        v.counts = row_counts(*counts)
         self.text.count(v.states, counts)
         for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
-            state.token_ids.extend(ids[:n])
+            state.token_ids += ids[:n]
 
     def write(self, verification: Verification) -> None:
         """The other half."""

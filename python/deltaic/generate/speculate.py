@@ -29,7 +29,7 @@ MODES = ("auto", "mtp", "lookup", "off")
 MTP_DEPTH = 4
 PENDING_ROWS = 64  # hidden rows that wait for the MTP layer at most
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
-PLAIN_SAMPLE = 8  # while it rests, one step of so many is recorded
+SAMPLE = 8  # while nothing changes, the time of one step of so many is recorded
 FIRST_RESTS = 7  # the same in the beginning, where it rested in the sequence before
 LOOK_EVERY = 4  # while it rests, it looks for a match in one step of so many
 
@@ -138,8 +138,8 @@ class Speculator:
 
     @property
     def measures(self) -> bool:
-        """Whether the next step's time is worth knowing."""
-        return not self._rest or self._step % PLAIN_SAMPLE == 0
+        """Whether the next step's time is worth knowing: not always where nothing changes."""
+        return self._step % SAMPLE == 0 or not (self._rest or self._costs.settled)
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """What became of the drafts, and how long they and the step took with logits and commit, if that is known."""

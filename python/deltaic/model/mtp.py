@@ -152,11 +152,11 @@ class MtpModel:
         entries = state.mtp_length
         starts = np.array([state.length, entries, *range(entries + n, entries + n + depth - 1)], np.int64)
 
-        def batch(first: int, rows: int, draft: int) -> Batch:
-            at = slice(first, first + rows)
-            return _MtpBatch([state], row_bounds(rows), [rows], starts[1 + draft : 2 + draft], cos[at], sin[at], False)
-
         def run() -> tuple[Array, ...]:
+            def batch(first: int, rows: int, draft: int) -> Batch:
+                at, start = slice(first, first + rows), slice(1 + draft, 2 + draft)
+                return _MtpBatch([state], row_bounds(rows), [rows], starts[start], cos[at], sin[at], False)
+
             if owed is not None:
                 text.write([state], *owed)
             m = self._layer(self._final_norm(hidden), text.embed(ids[:n]), batch(0, n, 0), 1)

@@ -128,9 +128,9 @@ class TextModel:
         until `write`, with the same, has followed."""
         for state, n in zip(states, counts, strict=True):
             state.reserve(state.length + n)  # a fork may have come in between
+        _begin_writing(states)
         for state, n in zip(states, counts, strict=True):
             state.length += n
-            state.intact = False
 
     def write(self, states: Sequence[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
         """What is left to do after `count`, an operator; who calls it marks the states as intact. counts int64 [B]."""
