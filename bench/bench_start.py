@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--memory", default="auto", choices=["auto", "map", "copy"])
+    parser.add_argument("--memory", default="map", choices=["map", "copy"])
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--ids", action="store_true", help="a prompt of token ids: without tokeniser and template")
     parser.add_argument("--json", action="store_true")
