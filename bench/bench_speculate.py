@@ -171,7 +171,7 @@ def bench_copying(model: deltaic.Model, args: argparse.Namespace) -> dict[str, A
 
 
 class CostsOf(Costs):
-    """The costs of another model, in plain steps of it, and the time that its steps would have taken."""
+    """The costs of another model, in plain steps of it."""
 
     def __init__(self, measured: dict[str, Any]) -> None:
         super().__init__()
@@ -179,7 +179,6 @@ class CostsOf(Costs):
         del rows[1]
         self._of_rows = np.interp(np.arange(10), [1, *rows], [1.0, *rows.values()])
         self._of_drafts = [drafts[d] for d in range(5)]
-        self.seconds = 0.0
 
     known = True  # type: ignore[assignment]
 
@@ -193,10 +192,10 @@ class CostsOf(Costs):
         return True
 
     def record_step(self, rows: int, seconds: float) -> None:
-        self.seconds += self.step(rows)
+        pass
 
     def record_round(self, depth: int, seconds: float, *, at_once: bool) -> None:
-        self.seconds += self.rounds(depth, at_once=at_once)[depth]
+        pass
 
 
 def bench_gain(other: deltaic.Model | None, args: argparse.Namespace) -> dict[str, Any]:
@@ -223,8 +222,6 @@ def gains(
     seconds: dict[str, list[list[float]]] = {mode: [[] for _ in prompts] for mode in modes}
     counts = {mode: [0, 0, 0] for mode in modes}
     for repeat in range(args.repeat + 1):
-        if borrowed:
-            borrowed.seconds = 0.0
         for i, prompt in enumerate(prompts):
             for mode in modes if repeat % 2 else reversed(modes):
                 model._runner.costs = borrowed if borrowed and "MODEL" in mode else own
@@ -244,7 +241,6 @@ def gains(
     found["auto / off"] = found["auto"]["tokens_per_second"] / found["off"]["tokens_per_second"]
     if borrowed:
         mode = "auto, costs of MODEL"
-        found[mode]["speed-up by these costs"] = counts[mode][0] / args.repeat / borrowed.seconds
         del found[mode]["tokens_per_second"]
     model._runner.costs = own
     return found
