@@ -142,6 +142,9 @@ class Suite {
 // What `isa`, one of the list, computes of integer formats is what the others do.
 void check_agreement(const Isa* list, int isas, const Isa& isa, int* passed, int* failed);
 
+// parallel_for covers its range, whatever the timing.
+void check_pool(int* passed, int* failed);
+
 #define X(name, contract, arguments) void test_##name(Suite&);
 DELTAIC_OPS(X)
 #undef X
