@@ -14,6 +14,7 @@ import numpy as np
 from deltaic import _core
 from deltaic._core import BlockTable, Tape, Weight
 from deltaic.errors import ArgumentError
+from deltaic.ops.layout import line_zeros as zeros
 
 __all__ = [
     "BlockTable",
@@ -46,6 +47,7 @@ __all__ = [
     "set_num_threads",
     "swiglu",
     "vision_attention",
+    "zeros",
 ]
 
 Array = np.ndarray
