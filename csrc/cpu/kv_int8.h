@@ -85,20 +85,18 @@ struct IntegerMemory {
     uint8_t* weights;  // [kPieceRows][groups][2][kIntegerKeys], high and low
     float* steps;      // [kPieceRows][groups]
     uint16_t* halves;  // [groups][kIntegerKeys], scales of keys or values
-    float* out;        // [kPieceRows][width], dimensions in the order of `values`
     DELTAIC_INLINE IntegerMemory(float* memory, int64_t D) {
         const int64_t width = IntegerRow::width(D), groups = width / kKvGroup;
         keys = reinterpret_cast<uint8_t*>(memory);
         values = keys + groups * 2048;
         weights = values + 4096;
-        out = reinterpret_cast<float*>(weights + kPieceRows * groups * 2 * kIntegerKeys);
-        steps = out + kPieceRows * width;
+        steps = reinterpret_cast<float*>(weights + kPieceRows * groups * 2 * kIntegerKeys);
         halves = reinterpret_cast<uint16_t*>(steps + kPieceRows * groups);
     }
     static DELTAIC_INLINE int64_t floats(int64_t D) {
         const int64_t width = IntegerRow::width(D), groups = width / kKvGroup;
-        return (groups * 2048 + 4096 + kPieceRows * groups * 2 * kIntegerKeys + kPieceRows * width * 4 +
-                groups * kIntegerKeys * 2 + kPieceRows * groups * 4) /
+        return (groups * 2048 + 4096 + kPieceRows * groups * 2 * kIntegerKeys + groups * kIntegerKeys * 2 +
+                kPieceRows * groups * 4) /
                4;
     }
 };
@@ -226,6 +224,9 @@ struct IntegerRows {
     using Number = uint8_t;  // of a query row: IntegerRow
     using Probabilities = FloatProducts;
     static constexpr bool kPrefills = false;
+    static constexpr bool kPlainSums = false;  // the order of dimensions is that of packed values
+    static constexpr int64_t kAhead = 64;
+    static DELTAIC_INLINE int64_t width(int64_t D) { return IntegerRow::width(D); }
 
     static DELTAIC_INLINE int64_t query_bytes(int64_t D) { return IntegerRow::bytes(D); }
     static DELTAIC_INLINE void store_query(uint8_t* q, const float* x, float factor, int64_t D) {
@@ -233,51 +234,51 @@ struct IntegerRows {
     }
     static DELTAIC_INLINE int64_t floats(int64_t D) { return IntegerMemory::floats(D); }
 
-    static DELTAIC_INLINE void scores(const CacheRows& keys, const CacheRows& values, const Piece& piece, int64_t count,
-                                      const uint8_t* q, int64_t q_stride, int64_t n, int64_t D, float* scores,
-                                      float* memory) {
+    static DELTAIC_INLINE void scores(const CacheRows& keys, const Run& run, const uint8_t* q, int64_t q_stride,
+                                      int64_t D, const uint8_t* next, float* scores, float* memory) {
         const IntegerMemory at(memory, D);
         const int64_t groups = IntegerRow::width(D) / kKvGroup;
-        for (int64_t k = 0; k < count; k += 32) {
-            const uint8_t *rows[32], *next = k + 32 < count ? keys.row(piece.first + k + 32) : values.row(piece.first);
-            find_rows(keys, piece.first + k, min64(32, count - k), groups, rows, at.halves);
+        for (int64_t k = 0; k < run.keys; k += 32) {
+            const uint8_t *rows[32], *ahead = k + 32 < run.keys ? keys.row(run.first + k + 32) : next;
+            find_rows(keys, run.first + k, min64(32, run.keys - k), groups, rows, at.halves);
             for (int b = 0; b < 2; ++b) pack_keys(rows + b * 16, D, at.keys + b * 1024);
-            row_tiles(n, [&](auto constant, int64_t r) {
-                integer_scores<decltype(constant)::value>(at.keys, at.halves, q + r * q_stride, q_stride, D, next,
-                                                          scores + r * kLongPiece + k, kLongPiece);
+            row_tiles(run.rows, [&](auto constant, int64_t r) {
+                integer_scores<decltype(constant)::value>(at.keys, at.halves, q + r * q_stride, q_stride, D, ahead,
+                                                          scores + r * kRunKeys + k, kRunKeys);
             });
         }
     }
 
-    static DELTAIC_INLINE void values(const CacheRows& values, const Piece& piece, int64_t count, int64_t row0,
-                                      int64_t n, int64_t D, const float* probabilities, float* memory, float* out) {
+    static DELTAIC_INLINE void values(const CacheRows& values, const Run& run, int64_t D, const uint8_t* next,
+                                      const float* probabilities, float* memory, float* out) {
         const IntegerMemory at(memory, D);
         const int64_t width = IntegerRow::width(D), groups = width / kKvGroup, row_bytes = groups * 2 * kIntegerKeys;
-        for (int64_t i = 0; i < n * width; i += 16) store(at.out + i, zero());
-        for (int64_t k = 0; k < count; k += kIntegerKeys) {
-            const uint8_t *rows[kIntegerKeys], *next = values.row(piece.first + min64(k + kIntegerKeys, count - 1));
-            find_rows(values, piece.first + k, min64(kIntegerKeys, count - k), groups, rows, at.halves);
-            for (int64_t r = 0; r < n; ++r) {
-                const int64_t visible = min64(kIntegerKeys, piece.visible(row0 + r) - k);
+        for (int64_t k = 0; k < run.keys; k += kIntegerKeys) {
+            const uint8_t *rows[kIntegerKeys],
+                *ahead = k + kIntegerKeys < run.keys ? values.row(run.first + k + kIntegerKeys) : next;
+            find_rows(values, run.first + k, min64(kIntegerKeys, run.keys - k), groups, rows, at.halves);
+            for (int64_t r = 0; r < run.rows; ++r) {
+                const int64_t visible = min64(kIntegerKeys, run.visible[r] - k);
                 for (int64_t g = 0; g < groups; ++g)
-                    store_weights(probabilities + r * kLongPiece + k, at.halves + g * kIntegerKeys, visible,
+                    store_weights(probabilities + r * kRunKeys + k, at.halves + g * kIntegerKeys, visible,
                                   at.weights + r * row_bytes + g * 2 * kIntegerKeys, at.steps + r * groups + g);
             }
             for (int64_t g = 0; g < groups; ++g) {
                 pack_values(rows, g, D, at.values);
-                row_tiles(n, [&](auto constant, int64_t r) {
+                row_tiles(run.rows, [&](auto constant, int64_t r) {
                     integer_sums<decltype(constant)::value>(
                         at.values, at.weights + r * row_bytes + g * 2 * kIntegerKeys, row_bytes,
-                        at.steps + r * groups + g, groups, next + g * 66 * 64, at.out + r * width + g * kKvGroup,
-                        width);
+                        at.steps + r * groups + g, groups, ahead + g * 66 * 64, out + r * width + g * kKvGroup, width);
                 });
             }
         }
+    }
+
+    static DELTAIC_INLINE void plain_sums(const float* sums, int64_t n, int64_t D, float* out) {
         for (int64_t r = 0; r < n; ++r)
-            for (int64_t d = 0; d < D; d += 4) {
-                const float* o = at.out + r * width + d / kKvGroup * kKvGroup + d / 4 % 4 * 16 + d / 16 % 4 * 4;
-                memcpy(out + r * round_up(D, 16) + d, o, 16);
-            }
+            for (int64_t d = 0; d < D; d += 4)
+                memcpy(out + r * round_up(D, 16) + d,
+                       sums + r * width(D) + d / kKvGroup * kKvGroup + d / 4 % 4 * 16 + d / 16 % 4 * 4, 16);
     }
 };
 using DecodedInt8 = IntegerRows;
