@@ -9,6 +9,13 @@
 #include "core/pool.h"
 #include "cpu/kv_int8.h"
 
+// GCC on x86 copies accumulators around in the loops of integer sums, for want of registers that it has.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define DELTAIC_KEEP_TILES __attribute__((optimize("no-tree-coalesce-vars")))
+#else
+#define DELTAIC_KEEP_TILES
+#endif
+
 namespace deltaic {
 namespace DELTAIC_ISA {
 
@@ -179,7 +186,7 @@ DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) {
 
 // partial: of the item's sequence, [Hkv][pieces][piece_floats].
 template <class Rows>
-void decode_piece(const Attention& a, const Item& item, float* partial, float* memory) {
+DELTAIC_KEEP_TILES void decode_piece(const Attention& a, const Item& item, float* partial, float* memory) {
     const int64_t b = item.sequence, rows = a.new_rows(b) * a.G, pieces = a.pieces(b);
     const int64_t begin = piece_begin(item.piece),
                   end = min64(piece_begin(item.piece + 1), a.starts[b] + a.new_rows(b));

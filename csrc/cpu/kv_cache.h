@@ -173,6 +173,35 @@ struct Run {
     int64_t visible[kPieceRows];  // keys of the run that a row sees; no fewer than the row before it
 };
 
+// The rows of a run. Where they lie in one block, as they do unless its size is odd, no division is needed for them.
+struct RunRows {
+    const CacheRows& cache;
+    int64_t first, keys;
+    const uint8_t* base;  // null where they do not lie together
+
+    DELTAIC_INLINE RunRows(const CacheRows& rows, const Run& run)
+        : cache(rows), first(run.first), keys(run.keys), base(together(rows, run.first, run.keys)) {}
+    // Rows k .. k + 15; the last row of the run again beyond it.
+    DELTAIC_INLINE void get(int64_t k, const uint8_t** out) const {
+        if (!base) {
+            const uint8_t* some[16];
+            cache.rows(first + min64(k, keys - 1), max64(1, min64(16, keys - k)), some);
+            memcpy(out, some, sizeof some);
+        } else {
+            const uint8_t* last = base + (keys - 1) * cache.row_bytes;
+            const uint8_t* p = base + k * cache.row_bytes;
+            for (int64_t i = 0; i < 16; ++i, p += cache.row_bytes) out[i] = p < last ? p : last;
+        }
+    }
+    // `count` rows from row k on if they lie together; beyond the run those at `next`, unless that is null.
+    DELTAIC_INLINE const uint8_t* ahead(int64_t k, int64_t count, const uint8_t* next) const {
+        const int64_t beyond = k - round_up(keys, count);
+        if (beyond >= 0) return next ? next + beyond * cache.row_bytes : nullptr;
+        if (!base) return together(cache, first + k, count);
+        return k + count <= keys ? base + k * cache.row_bytes : together(cache, first + k, count);
+    }
+};
+
 // The two products of a run by `Products` on rows stored as `format`; what else may stand in its place is in
 // cpu/kv_int8.h. `memory`: what attend_piece was given for them. `next`: what is read after the run, kAhead rows that
 // lie together, or null.
@@ -200,10 +229,10 @@ struct StoredRows {
     // scores[r * kRunKeys + k] = q[r] . key k
     static DELTAIC_INLINE void scores(const CacheRows& keys, const Run& run, const Number* q, int64_t q_stride,
                                       int64_t D, const uint8_t* next, float* scores, float*) {
+        const RunRows rows(keys, run);
         for (int64_t k = 0; k < run.keys; k += 16) {
-            const uint8_t* at[16];
-            keys.rows(run.first + k, min64(16, run.keys - k), at);
-            const uint8_t* ahead = k + 16 < run.keys ? together(keys, run.first + k + 16, 16) : next;
+            const uint8_t *at[16], *ahead = rows.ahead(k + 16, 16, next);
+            rows.get(k, at);
             for (int64_t i = 0; i < min64(16, run.keys - k); i += 4)  // beyond the last key the last again
                 row_tiles(run.rows, [&](auto constant, int64_t r) {
                     score_rows<Products, format, decltype(constant)::value>(
@@ -218,10 +247,10 @@ struct StoredRows {
                                       const float* scores, float*, float* out) {
         constexpr int64_t stride = kRunKeys * Products::kNumbers;
         const int64_t dims = round_up(D, 16);
+        const RunRows rows(values, run);
         for (int64_t k = 0; k < run.keys; k += 16) {
-            const uint8_t* at[16];
-            values.rows(run.first + k, min64(16, run.keys - k), at);
-            const uint8_t* ahead = k + 16 < run.keys ? together(values, run.first + k + 16, 16) : next;
+            const uint8_t *at[16], *ahead = rows.ahead(k + 16, 16, next);
+            rows.get(k, at);
             row_tiles(run.rows, [&](auto constant, int64_t r) {
                 constexpr int ROWS = decltype(constant)::value;
                 float* o = out + r * dims;
