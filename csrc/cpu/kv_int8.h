@@ -11,7 +11,7 @@
 namespace deltaic {
 namespace DELTAIC_ISA {
 
-#if defined(__AVX512VNNI__)
+#if defined(DELTAIC_BYTE_PAIRS)
 
 constexpr int64_t kIntegerKeys = 64;  // keys that share the steps of their weights
 

@@ -11,6 +11,7 @@ namespace DELTAIC_ISA {
 constexpr int kWidth = 8;
 constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 2;
+constexpr int kInt8KvBits = 24;  // int8 keys and values meet floats
 using vec = __m256;
 using ivec = __m256i;
 DELTAIC_INLINE vec v_set1(float a) { return _mm256_set1_ps(a); }

@@ -12,6 +12,8 @@ constexpr int kWidth = 16;
 constexpr int kParts = 16 / kWidth;
 // Register tile of matrix products: blocks of 16 rows x tokens; accumulators + operands fill 32 registers.
 constexpr int kTileTokens = 12;
+#define DELTAIC_BYTE_PAIRS       // sums of four products of bytes
+constexpr int kInt8KvBits = 16;  // int8 keys and values meet numbers of two bytes
 using vec = __m512;
 using ivec = __m512i;
 DELTAIC_INLINE vec v_set1(float a) { return _mm512_set1_ps(a); }

@@ -11,6 +11,7 @@ namespace DELTAIC_ISA {
 constexpr int kWidth = 4;
 constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 2;
+constexpr int kInt8KvBits = 24;  // int8 keys and values meet floats
 using vec = float32x4_t;
 using ivec = int32x4_t;
 DELTAIC_INLINE vec v_set1(float a) { return vdupq_n_f32(a); }

@@ -9,6 +9,7 @@ namespace DELTAIC_ISA {
 constexpr int kWidth = 4;
 constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 1;
+constexpr int kInt8KvBits = 24;  // int8 keys and values meet floats
 typedef float vec __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(16)));
 DELTAIC_INLINE vec v_set1(float a) { return vec{a, a, a, a}; }
