@@ -79,7 +79,7 @@ def test_decoded_rows_have_the_same_bits_in_any_company(rng, dtype, start):
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("start", [100, 5000])
 def test_neither_the_size_of_blocks_nor_threads_change_a_bit(rng, dtype, start):
-    """Where rows lie in one block, lines are called from memory ahead; with few threads one takes all heads of a piece."""
+    """Rows that lie in one block are called from memory ahead; few threads take all heads of a piece together."""
     step = Sequence(rng, start, 3, dtype)
     found = []
     for threads in (1, 2, 7):
