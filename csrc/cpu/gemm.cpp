@@ -141,7 +141,8 @@ __attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, con
 
 // All tokens, one run after another: the weights of a run stay in the first-level cache, the tokens pass by in order.
 template <int NB>
-void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums, uint8_t* form) {
+void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums, uint8_t* form,
+                 Destination target) {
     const BlockLayout at(format, a.K);
     const bool plain = format == Format::bf16;  // lines only; a run is half as many columns
     const int64_t runs = plain ? ceil_div(a.K, 64) : at.runs;
@@ -151,9 +152,11 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
         const uint8_t* const stored = w + (plain ? 0 : at.lines) + run * at.line_bytes;
         const uint8_t *const scales = w + at.scales + run * 64, *const halves = w + run * 32, *lines = stored;
         int64_t line_stride = stride;
-        if (run + 1 < runs)
-            for (int b = 0; b < NB; ++b)
-                for (int64_t i = 0; i < at.line_bytes; i += 64) prefetch_far(stored + b * stride + at.line_bytes + i);
+        const bool last = run + 1 == runs;  // then comes the first run of the blocks that follow, after their scales
+        const uint8_t* const next = last ? w + NB * stride : stored + at.line_bytes;
+        const int64_t next_bytes = at.line_bytes + (last && !plain ? at.lines : 0);
+        for (int b = 0; b < NB; ++b)
+            for (int64_t i = 0; i < next_bytes; i += 64) prefetch_far(next + b * stride + i);
         if (has_form(format)) {
             const int64_t count = format == Format::bf16 ? bf16_lines(a.K, run) : 32;
             line_stride = kFormBytes;
@@ -164,6 +167,10 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
         int64_t t = 0;
         const auto tile = [&](auto tokens) {
             constexpr int NT = decltype(tokens)::value;
+            if (last && target.data)
+                for (int i = 0; i < NT; ++i)
+                    for (int64_t byte = 0; byte < NB * target.pair_bytes / 2; byte += 64)
+                        prefetch_write(target.data + (t + i) * target.row_bytes + byte);
             run_tile<NB, NT>(format, lines, stored, scales, halves, line_stride, stride, run, a.rows(t, NT),
                              sums + t * kSumStride);
             t += NT;
@@ -192,16 +199,16 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
 }
 
 void multiply_words(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
-                    uint8_t* form) {
+                    uint8_t* form, Destination target) {
     for (int64_t b = 0; b < blocks;) {
         const int64_t left = blocks - b;
         const uint8_t* block = w + b * stride;
         float* out = sums + b * 16;
         if (a.T > few_tokens(format)) {
             if (left >= kPanelBlocks) {
-                many_tokens<kPanelBlocks>(format, block, stride, a, out, form), b += kPanelBlocks;
+                many_tokens<kPanelBlocks>(format, block, stride, a, out, form, target.at(0, b / 2)), b += kPanelBlocks;
             } else {
-                many_tokens<1>(format, block, stride, a, out, form), b += 1;
+                many_tokens<1>(format, block, stride, a, out, form, target.at(0, b / 2)), b += 1;
             }
         } else if (format != Format::bf16) {
             constexpr int64_t most = max64(few_tokens(Format::int8), few_tokens(Format::int4));
@@ -262,9 +269,9 @@ void multiply_floats(Format format, const uint8_t* w, int64_t stride, const Acti
 }  // namespace
 
 void multiply_blocks(Product product, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a,
-                     float* sums, uint8_t* form) {
+                     float* sums, uint8_t* form, Destination target) {
     if (product.words) {
-        multiply_words(product.format, blocks, w, stride, a, sums, form);
+        multiply_words(product.format, blocks, w, stride, a, sums, form, target);
     } else if (blocks == 2 && (kParts == 1 || a.T <= 2)) {
         multiply_floats<2>(product.format, w, stride, a, sums);
     } else {

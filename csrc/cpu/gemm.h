@@ -96,11 +96,23 @@ DELTAIC_INLINE int64_t work_bytes(const Weight& w, int64_t T) {
     return round_up(bytes, 64);
 }
 
+// Where the caller will write what becomes of the sums: `pair_bytes` of each pair of blocks, from token to token
+// `row_bytes` apart. Called into the cache while the last of the sums are computed. Null: nowhere far.
+struct Destination {
+    uint8_t* data = nullptr;
+    int64_t row_bytes = 0, pair_bytes = 0;
+    DELTAIC_INLINE Destination at(int64_t token, int64_t pair) const {
+        return data ? Destination{data + token * row_bytes + pair * pair_bytes, row_bytes, pair_bytes} : Destination{};
+    }
+};
+// Of rows of `width` floats, `floats` of them from each pair.
+DELTAIC_INLINE Destination rows_of(View y, int64_t width, int64_t floats) { return {y.u8(), width * 4, floats * 4}; }
+
 // sums [T][kSumStride]: the 16 sums of each of `blocks` neighbouring blocks (at most kGroupBlocks; at most 2 unless
 // product.words), `stride` bytes apart, with every row of `a`. `form` is work space for weights. Compiled once: the
 // callers differ only in what they do with the sums.
 void multiply_blocks(Product product, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a,
-                     float* sums, uint8_t* form);
+                     float* sums, uint8_t* form, Destination target);
 
 // One block of another format as one of format f32.
 void expand_block(Format stored, const uint8_t* w, int64_t K, float* out);
@@ -110,7 +122,7 @@ void expand_block(Format stored, const uint8_t* w, int64_t K, float* out);
 // block). `work` has work_bytes(w, a.T) bytes that belong to this thread.
 template <class Emit>
 DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t first_pair, int64_t last_pair,
-                                   const Activations& a, uint8_t* work, const Emit& emit) {
+                                   const Activations& a, uint8_t* work, Destination target, const Emit& emit) {
     int64_t before = 0;
     for (int s = 0; s < w.segments; ++s) {
         const Segment& g = w.segment[s];
@@ -134,7 +146,8 @@ DELTAIC_INLINE void multiply_pairs(const Weight& w, int64_t expert, int64_t firs
                                      reinterpret_cast<float*>(form + b * stride));
                     block = form;
                 }
-                multiply_blocks(product, blocks, block, stride, a.rows(begin, count), sums, form);
+                multiply_blocks(product, blocks, block, stride, a.rows(begin, count), sums, form,
+                                target.at(begin, before + p));
                 for (int64_t i = 0; i < count; ++i)
                     for (int64_t b = 0; b < blocks; b += 2) {
                         const float* both = sums + i * kSumStride + b * 16;
@@ -163,18 +176,18 @@ DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int64_t T, int
 // multiply_pairs over a whole matrix, on all threads. Many tokens are cut into slices, so that a thread multiplies rows
 // that it wrote itself; a slice must have tokens enough to be worth reading the weights once more.
 template <class Emit>
-DELTAIC_INLINE void multiply_all(const Weight& w, const Activations& a, const Emit& emit) {
+DELTAIC_INLINE void multiply_all(const Weight& w, const Activations& a, Destination target, const Emit& emit) {
     const int threads = thread_count();
     const int64_t pairs = count_pairs(w), T = a.T;
     const int64_t slices = max64(1, min64(threads, T / 96));
-    const int64_t slice = slices > 1 ? round_up(ceil_div(T, slices), 12) : T, room = work_bytes(w, slice);
+    const int64_t slice = slices > 1 ? round_up(ceil_div(T, slices), 6) : T, room = work_bytes(w, slice);
     uint8_t* const work = static_cast<uint8_t*>(scratch(static_cast<size_t>(room * threads)));
     const int64_t grain = T > 8 ? min64(2, pairs) : pair_grain(w, pairs, T, threads);
     parallel_for(ceil_div(T, max64(slice, 1)) * pairs, grain, [&](int64_t begin, int64_t end, int thread) {
         while (begin < end) {
             const int64_t t = begin / pairs * slice, first = begin % pairs, last = min64(pairs, first + end - begin);
             multiply_pairs(
-                w, 0, first, last, a.rows(t, min64(slice, T - t)), work + thread * room,
+                w, 0, first, last, a.rows(t, min64(slice, T - t)), work + thread * room, target.at(t, 0),
                 [&](int s, int64_t pair, int64_t i, f32x16 even, f32x16 odd) { emit(s, pair, t + i, even, odd); });
             begin += last - first;
         }

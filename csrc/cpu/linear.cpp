@@ -12,23 +12,18 @@ namespace {
 // Run `run` of row t as int8: x ~ scale * q for the run's columns; those past K are zero.
 DELTAIC_INLINE void quantise_run(const float* x, int64_t K, const Activations& a, int64_t t, int64_t run) {
     const int64_t i = run * a.stride + t, columns = min64(kRun, K - run * kRun);
-    f32x16 v[8], largest = zero();
+    f32x16 v[8], largest = zero(), smallest = zero();
     for (int64_t g = 0; g < 8; ++g) {
         v[g] = load_n(x + run * kRun + g * 16, max64(0, columns - g * 16));
-        largest = max(largest, max(v[g], sub(zero(), v[g])));
+        largest = max(largest, v[g]), smallest = min(smallest, v[g]);
     }
-    const float amax = reduce_max(largest);
+    const float amax = reduce_max(max(largest, sub(zero(), smallest)));
     const float step = amax / 127.0f, inverse = amax > 0 ? 127.0f / amax : 0.0f;
     int8_t* q = const_cast<int8_t*>(a.q) + i * kWordBytes;
     int16_t* bias = const_cast<int16_t*>(a.group_bias) + i * 8;
-    int32_t sum = 0;
-    for (int64_t g = 0; g < 8; ++g) {
-        const int32_t of_group = store_int8(q + g * 16, mul(v[g], set1(inverse)));
-        bias[g] = static_cast<int16_t>(-8 * of_group);
-        sum += of_group;
-    }
+    for (int64_t g = 0; g < 8; ++g) v[g] = mul(v[g], set1(inverse));
     const_cast<float*>(a.scale)[i] = step;
-    const_cast<int32_t*>(a.run_sum)[i] = sum;
+    const_cast<int32_t*>(a.run_sum)[i] = store_run(q, v, bias);
 }
 
 // 64 columns of row t rounded to bfloat16; those past K are zero.
@@ -69,8 +64,14 @@ void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t ac
         if (residual) sums = add(sums, load_n(residual.f32() + t * N + n, valid));
         store_n(y.f32() + t * N + n, sums, valid);
     };
-    multiply_all(w, a, [&](int s, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
+    const bool plain = !bias && !residual && static_cast<Activation>(activation) == Activation::none;
+    multiply_all(w, a, rows_of(y, N, 32), [&](int s, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
         const int64_t n = pair * 32, rows = w.segment[s].rows;
+        if (plain && n + 32 <= rows) {
+            float* const out = y.f32() + t * N + row0[s] + n;
+            store(out, even), store(out + 16, odd);
+            return;
+        }
         finish(row0[s] + n, min64(16, rows - n), t, even);
         if (n + 16 < rows) finish(row0[s] + n + 16, min64(16, rows - n - 16), t, odd);
     });
@@ -79,7 +80,7 @@ void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t ac
 void swiglu(View x, const Weight& w, View norm, float eps, View y) {
     const int64_t T = x.shape[0], I = y.shape[1];
     const Activations a = prepare(x.f32(), T, x.shape[1], norm, eps, wanted_forms(w));
-    multiply_all(w, a, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
+    multiply_all(w, a, rows_of(y, I, 16), [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
         store_n(y.f32() + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
     });
 }

@@ -77,7 +77,7 @@ DELTAIC_INLINE void prefetch_head(const uint8_t* w) {
 // hidden[t] = silu(x[t] Wg^T) * (x[t] Wu^T) for pairs [begin, end) of blocks
 DELTAIC_INLINE void glu_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& x,
                               uint8_t* work, int64_t I, float* hidden) {
-    multiply_pairs(w, expert, begin, end, x, work, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
+    multiply_pairs(w, expert, begin, end, x, work, {}, [&](int, int64_t pair, int64_t t, f32x16 gate, f32x16 up) {
         store_n(hidden + t * I + pair * 16, mul(silu(gate), up), I - pair * 16);
     });
 }
@@ -87,7 +87,7 @@ DELTAIC_INLINE void glu_pairs(const Weight& w, int64_t expert, int64_t begin, in
 template <class Target>
 DELTAIC_INLINE void add_pairs(const Weight& w, int64_t expert, int64_t begin, int64_t end, const Activations& hidden,
                               uint8_t* work, int64_t H, float* y, const Target& target) {
-    multiply_pairs(w, expert, begin, end, hidden, work, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
+    multiply_pairs(w, expert, begin, end, hidden, work, {}, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
         int64_t t;
         const f32x16 c = set1(target(i, &t));
         const int64_t n = pair * 32;
@@ -125,14 +125,14 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     parallel_for(router_pairs + 1, pair_grain(router, router_pairs + 1, T, threads),
                  [&](int64_t begin, int64_t end, int thread) {
                      uint8_t* const mine = work + thread * room;
-                     multiply_pairs(router, 0, begin, min64(end, router_pairs), h, mine,
+                     multiply_pairs(router, 0, begin, min64(end, router_pairs), h, mine, {},
                                     [&](int, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
                                         const int64_t n = pair * 32;
                                         store_n(logits + t * E + n, even, E - n);
                                         if (n + 16 < E) store_n(logits + t * E + n + 16, odd, E - n - 16);
                                     });
                      if (end > router_pairs) {
-                         multiply_pairs(shared_gate, 0, 0, 1, h, mine,
+                         multiply_pairs(shared_gate, 0, 0, 1, h, mine, {},
                                         [&](int, int64_t, int64_t t, f32x16 sums, f32x16) {
                                             store_n(shared_coefficient + t, sigmoid(sums), 1);
                                         });

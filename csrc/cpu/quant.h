@@ -82,6 +82,44 @@ DELTAIC_INLINE void copy_row(const Activations& source, int64_t from, const Acti
     }
 }
 
+// --- activations as int8
+
+// Rounds the 128 numbers of a run to int8 (they must fit) and stores them, and -8 times the sum of each group of 16
+// columns. Returns the sum of all.
+DELTAIC_INLINE int32_t store_run(int8_t* q, const f32x16 (&v)[8], int16_t* bias) {
+#if defined(__AVX512VNNI__)
+    // Packing interleaves: 32-bit lane j of 128-bit lane L holds numbers 4L.. of vector j. One permutation orders it.
+    const ivec order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    ivec sums[2];  // 128-bit lane j: the sum of vector j, four times
+    for (int half = 0; half < 2; ++half) {
+        ivec n[4];
+        for (int j = 0; j < 4; ++j) n[j] = v_round(v[half * 4 + j].part[0]);
+        const ivec bytes = _mm512_permutexvar_epi32(
+            order, _mm512_packs_epi16(_mm512_packs_epi32(n[0], n[1]), _mm512_packs_epi32(n[2], n[3])));
+        _mm512_storeu_si512(q + half * 64, bytes);
+        const ivec four = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
+        const ivec eight = _mm512_add_epi32(four, _mm512_shuffle_epi32(four, _MM_PERM_CDAB));
+        sums[half] = _mm512_add_epi32(eight, _mm512_shuffle_epi32(eight, _MM_PERM_BADC));
+    }
+    const ivec words = _mm512_packs_epi32(sums[0], sums[1]);  // of a 128-bit lane: four of vector j, four of 4 + j
+    const ivec pick = _mm512_castsi128_si512(_mm_setr_epi16(0, 8, 16, 24, 4, 12, 20, 28));
+    const __m128i groups = _mm512_castsi512_si128(_mm512_permutexvar_epi16(pick, words));
+    const __m128i minus_eight = _mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(groups, 3));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bias), minus_eight);
+    __m128i sum = _mm_madd_epi16(groups, _mm_set1_epi16(1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+#else
+    int32_t sum = 0;
+    for (int64_t g = 0; g < 8; ++g) {
+        const int32_t of_group = v_store_int8(q + g * kGroup, v[g].part);
+        bias[g] = static_cast<int16_t>(-8 * of_group);
+        sum += of_group;
+    }
+    return sum;
+#endif
+}
+
 // --- the integer products, which differ between instruction sets
 //
 // run_int8: sum[b][t] = sum over the 128 columns of a run of (w - 128) * q. `w` is the run's 32 lines in block 0, the

@@ -99,6 +99,9 @@ DELTAIC_INLINE void store_bf16_n(uint16_t* p, f32x16 a, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = float_to_bf16(lanes[i]);
 }
 
+// Calls a line that will be written into the first-level cache, as this processor's own.
+DELTAIC_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1); }
+
 // Transposes a 16 x 16 matrix, one row per f32x16.
 DELTAIC_INLINE void transpose(f32x16 (&a)[16]) {
     vec tile[kParts][kParts][kWidth];
@@ -179,8 +182,6 @@ DELTAIC_INLINE i32x16 load_u8(const uint8_t* p) {
     for (int i = 0; i < kParts; ++i) r.part[i] = i_load_u8(p + i * kWidth);
     return r;
 }
-// Rounds to int8 (values must fit), stores 16 bytes and returns their sum.
-DELTAIC_INLINE int32_t store_int8(int8_t* p, f32x16 a) { return v_store_int8(p, a.part); }
 DELTAIC_INLINE f32x16 to_float(i32x16 a) {
     f32x16 r;
     for (int i = 0; i < kParts; ++i) r.part[i] = i_to_float(a.part[i]);

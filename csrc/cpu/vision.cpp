@@ -91,7 +91,7 @@ void patch_embed(View image, const Weight& weight, View bias, View pos_embed, in
             store_n(y.f32() + (begin + i) * V + n, add(add(sums, load_n(bias.f32() + n, valid)), position), valid);
         };
         const Activations a = prepare(x, count, K, View{}, 0.0f, wanted_forms(weight));
-        multiply_all(weight, a, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
+        multiply_all(weight, a, {}, [&](int, int64_t pair, int64_t i, f32x16 even, f32x16 odd) {
             finish(pair * 32, i, even);
             if (pair * 32 + 16 < V) finish(pair * 32 + 16, i, odd);
         });

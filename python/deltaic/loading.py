@@ -13,7 +13,7 @@ from .api import NO_MTP, Model
 from .arguments import choice, describe, integer
 from .errors import ArgumentError, CheckpointError, DeviceError
 from .generate.speculate import MODES
-from .memory import check_context, checkpoint_bytes, default_cache_bytes, room_for_copy
+from .memory import check_context, checkpoint_bytes, default_cache_bytes
 from .ops.devices import op_set, use_threads
 from .ops.layout import KV_DTYPES
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .weights.precision import Precision
     from .weights.source import Source
 
-MEMORY = ("auto", "map", "copy")
+MEMORY = ("map", "copy")
 
 
 def load(
@@ -38,7 +38,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     kv_dtype: str | None = None,
-    memory: str = "auto",
+    memory: str = "map",
     verify: bool = True,
     context: int | None = None,
     cache_bytes: int | None = None,
@@ -64,8 +64,8 @@ def load(
                   half the memory of bf16, somewhat less exact; CPU only); None: "f32" where dtype is, else "bf16"
     memory        of a packed folder: "map" uses the file in place, shared with other processes and loaded on demand
                   (the file must not be shortened meanwhile); "copy" reads the decoder into memory of its own, in huge
-                  pages, from which a processor reads faster (a token in up to a fifth less time); "auto" copies on the
-                  CPU if that leaves half of the free memory free, and maps otherwise
+                  pages: a token takes some percent less time where the system keeps files in small pages only (Linux
+                  before 6.16, ext4), and starting takes longer
     verify        of a packed folder: compare the checksum of every tensor, the vision tower's before the first picture
     context       tokens that prompt and answer together may have; that memory for weights, state and K/V of one such
                   sequence is there is checked before anything is loaded. None: the model's own limit, not checked
@@ -193,8 +193,7 @@ def _map(
                 f"{wanted.vision}); load it without dtype, or pack the original checkpoint again"
             )
         blank = blank_state(packed_fingerprint(packed, config, precision), packed.nbytes, precision, packed.has_mtp)
-        copies = getattr(ops, "COPIES_PACKED", False)
-        if memory == "copy" or (memory == "auto" and copies and room_for_copy(packed.nbytes)):
+        if memory == "copy":
             packed.copy(None)
 
         def check() -> None:

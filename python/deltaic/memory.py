@@ -32,12 +32,6 @@ def free_bytes(ops: ModuleType) -> int | None:
     return available_bytes() if of_device is None else of_device()
 
 
-def room_for_copy(nbytes: int) -> bool:
-    """Whether a copy of `nbytes` of weights leaves at least as much again of the memory that is free."""
-    free = available_bytes()
-    return free is not None and free >= 2 * nbytes
-
-
 def check_context(ops: ModuleType, weights: int, blank: State, context: int) -> None:
     """Raise ArgumentError if `weights` bytes and one sequence of `context` tokens do not fit into the free memory."""
     free = free_bytes(ops)

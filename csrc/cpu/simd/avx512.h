@@ -130,15 +130,6 @@ DELTAIC_INLINE float v_reduce_max(const vec (&a)[kParts]) {
     return fold(_mm256_max_ps(_mm512_castps512_ps256(a[0]), _mm512_extractf32x8_ps(a[0], 1)),
                 [](__m256 x, __m256 y) __attribute__((always_inline)) { return _mm256_max_ps(x, y); });
 }
-// Rounds 16 numbers to int8 (they must fit), stores them and returns their sum.
-DELTAIC_INLINE int32_t v_store_int8(int8_t* p, const vec (&a)[kParts]) {
-    const __m128i bytes = _mm512_cvtepi32_epi8(v_round(a[0]));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-    // sums of eight unsigned bytes, after all were raised by 128
-    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
-    return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
-}
-
 #if defined(__AVX512BF16__)
 #define DELTAIC_BF16_PAIRS  // products of bfloat16 pairs, two neighbours a lane
 constexpr bool kBf16Dot = true;

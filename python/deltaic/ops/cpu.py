@@ -55,7 +55,6 @@ Array = np.ndarray
 FORMATS: tuple[str, ...] = _core.formats
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
 BLOCK_ROWS = 16
-COPIES_PACKED = True  # memory="auto" copies packed weights: memory in huge pages is read faster than a mapped file
 SPLIT_INVARIANT = True  # the rows of a prompt get the same bits wherever its reading is interrupted (with prefill=True)
 
 

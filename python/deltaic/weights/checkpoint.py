@@ -46,6 +46,8 @@ class CheckpointFile:
             self.data_start = 8 + len(header_bytes)
             self.tensors, self.metadata = _parse_header(header_bytes, self, self.size - self.data_start)
             self._map = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux reads what is not in its cache in huge pages then
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         except (OSError, ValueError) as error:
             self._handle.close()
             raise CheckpointError(f"{path} cannot be mapped: {error}") from error
