@@ -14,7 +14,8 @@ import numpy as np
 from deltaic import _core
 from deltaic._core import BlockTable, Tape, Weight
 from deltaic.errors import ArgumentError
-from deltaic.ops.layout import line_zeros as zeros
+
+from .memory import zeros
 
 __all__ = [
     "BlockTable",
