@@ -40,7 +40,7 @@ def feed(model: Any, state: Any, count: int, rng: np.random.Generator, *, prefil
         positions = np.repeat(np.arange(state.length, state.length + count)[:, None], 3, 1)
         hidden = text.forward(text.embed(ids), positions, [state], np.array([0, count]), prefill=True)
     else:
-        hidden = text.step([ids.tolist()], [state])
+        hidden, _ = text.step([ids.tolist()], [state])
     text.logits(hidden[-1:])
 
 

@@ -215,7 +215,7 @@ PYBIND11_MODULE(_core, m) {
             },
             py::return_value_policy::reference)
         .def("__exit__", [](Tape& self, const py::args&) { self.stop(); })
-        .def("replay", &Tape::replay, py::arg("inputs"), py::arg("output"))
+        .def("replay", &Tape::replay, py::arg("inputs"), py::arg("outputs"))
         .def("__len__", &Tape::size);
     m.def(
         "empty",

@@ -279,13 +279,13 @@ def check_sample(case, inputs, arguments, found):
     assert found in allowed
 
 
-def check_argmax(case, inputs, arguments, found):
-    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "uniform": 0.0, "repetition_penalty": 1.0}
-    greedy |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-    none = np.empty(0, np.int64)
-    for token, row in zip(arguments["tokens"], inputs["logits"], strict=True):
-        seen = {"output_ids": none, "output_counts": none, "prompt_ids": none}
-        assert token == reference.sample(row, **greedy, **seen, limit=inputs["limit"])
+def check_sample_rows(case, inputs, arguments, found):
+    none, names = np.empty(0, np.int64), ("temperature", "top_k", "top_p", "min_p", "limit")
+    given = {name: inputs[name] for name in names}
+    given |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    given |= {"output_ids": none, "output_counts": none, "prompt_ids": none}
+    for token, row, draw in zip(arguments["tokens"], inputs["logits"], inputs["draws"], strict=True):
+        check_sample(case, given | {"logits": row, "uniform": draw / 2**53}, {}, int(token))
 
 
 def check_log_softmax_top(case, inputs, arguments, found):
@@ -311,7 +311,7 @@ CHECKS = {
     "moe": check_moe,
     "patch_embed": check_patch_embed,
     "sample": check_sample,
-    "argmax": check_argmax,
+    "sample_rows": check_sample_rows,
     "log_softmax_top": check_log_softmax_top,
 }
 
@@ -353,10 +353,10 @@ def test_sampling_refuses_logits_that_are_not_numbers(ops, bad):
     arguments["logits"][29] = bad
     with pytest.raises(ValueError, match="logits"):
         ops.sample(**arguments)
-    arguments = drawn(ops, "argmax-3x5003")
+    arguments = drawn(ops, "sample_rows-3x5003-top_k")
     arguments["logits"][2, 4998] = bad
     with pytest.raises(ValueError, match="logits"):
-        ops.argmax(**arguments)
+        ops.sample_rows(**arguments)
     arguments = drawn(ops, "log_softmax_top-37-5")
     arguments["logits"][0] = bad
     with pytest.raises(ValueError, match="logits"):

@@ -144,7 +144,7 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
     state._shared_mtp = 0
     state._zeros = getattr(ops, "zeros", np.zeros)
     state._shared = False
-    state._shared_blocks = 0
+    state._shared_blocks = state._ready = 0
     state.intact = True
     return state
 

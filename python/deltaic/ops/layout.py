@@ -31,6 +31,14 @@ def row_bounds(*counts: int) -> Ints:
     return bounds
 
 
+@lru_cache(256)
+def row_counts(*counts: int) -> Ints:
+    """The same numbers as an array, not to be written."""
+    array = np.array(counts, np.int64)
+    array.flags.writeable = False
+    return array
+
+
 def merge_order(grid_h: int, grid_w: int, merge_size: int) -> tuple[Ints, Ints]:
     """Row and column of each patch [P] of a grid: merge blocks row-major, the patches inside each block likewise.
 
