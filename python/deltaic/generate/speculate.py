@@ -31,7 +31,9 @@ PENDING_ROWS = 64  # hidden rows that wait for the MTP layer at most
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
 SAMPLE = 8  # while nothing changes, the time of one step of so many is recorded
 FIRST_RESTS = 7  # the same in the beginning, where it rested in the sequence before
-LOOK_EVERY = 4  # while it rests, it looks for a match in one step of so many
+# A look at the text, and a new choice, take so many seconds. While it rests they may take this share of the time, but
+# there is one in so many steps.
+LOOK_SECONDS, LOOK_SHARE, MOST_BLIND = 1e-5, 0.01, 16
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Speculator:
         self._step = 0  # how many have been recorded
         # How many steps remain, and how many there were, in which nothing is chosen anew: few in the beginning
         self._rest = self._rests = min(runner.rests, FIRST_RESTS) if self.may_rest else 0
+        self._blind = self._blind_steps() if self._rest else 1
         self._wrote = False  # the step before had drafts: the next plain step writes what became of them
         self._in_use = False  # the MTP layer has seen rows of this sequence
         self._offered = 0
@@ -116,7 +119,10 @@ class Speculator:
             return []
         source, depth = self._choose(match, room)
         self._rests = min(2 * self._rests + 1, MOST_RESTS) if self._costs.known and not depth else 0
-        self._rest = self._rests if self.may_rest else 0
+        self._rest, self._blind = 0, 1
+        if self._rests and self.may_rest:
+            self._blind = self._blind_steps()
+            self._rest = self._rests if self._rests < MOST_RESTS else self._rests * min(4, self._blind)
         self._match = match
         return self._plan(state, source, depth)
 
@@ -124,10 +130,12 @@ class Speculator:
         """Whether nothing is to be done before a plain step that follows a plain one, but to observe what that one has
         brought: so it is in most steps while it rests, which cost next to nothing for that reason."""
         rest = self._rest
-        if rest < 2 or seconds is not None or rest % LOOK_EVERY == 0 or len(self._tokens) >= PENDING_ROWS:
+        if rest < 2 or rest % self._blind == 0 or len(self._tokens) >= PENDING_ROWS:
             return False
         self._rest = rest - 1
         self._step += 1
+        if seconds is not None and not self._wrote:
+            self._costs.record_step(1, seconds)
         self._wrote = False
         if self._lookup is not None:
             self._lookup.ids.append(token)
@@ -139,7 +147,7 @@ class Speculator:
     @property
     def measures(self) -> bool:
         """Whether the next step's time is worth knowing: not always where nothing changes."""
-        return self._step % SAMPLE == 0 or not (self._rest or self._costs.settled)
+        return self._blind > 1 or self._step % SAMPLE == 0 or not (self._rest or self._costs.settled)
 
     def learn(self, drafted: int, accepted: int, seconds: float | None) -> None:
         """What became of the drafts, and how long they and the step took with logits and commit, if that is known."""
@@ -179,6 +187,10 @@ class Speculator:
         if self._tokens:
             self._runner.draft([self._drafting(state, end, 0)])
 
+    def _blind_steps(self) -> int:
+        """In one of how many steps it looks at the text while it rests: in each, unless they are very short."""
+        return max(1, min(MOST_BLIND, int(LOOK_SECONDS / (LOOK_SHARE * self._costs.step(1)))))
+
     def _keep_up(self, state: State) -> None:
         """Many rows wait: make their entries, or let the older half go where the layer has not been of use for long;
         what it drafts next, it then drafts from the others."""
@@ -186,9 +198,10 @@ class Speculator:
             return
         if self._rests < MOST_RESTS:
             return self._catch_up(state, state.length)
-        while len(self._tokens) > PENDING_ROWS // 2:
-            rows = self._pending.pop(0)
-            del self._tokens[: len(rows)]
+        dropped = 0
+        while len(self._tokens) - dropped > PENDING_ROWS // 2:
+            dropped += len(self._pending.pop(0))
+        del self._tokens[:dropped]
 
     def _plan(self, state: State, source: int, depth: int) -> list[int] | Drafting:
         """`depth` drafts of a source, or what the MTP layer needs to make them."""
