@@ -106,6 +106,8 @@ struct FloatProducts {
                                           Vector (&value)[GROUPS]) {
         for (int g = 0; g < GROUPS; ++g) value[g] = load_row<format>(rows[0], d + g * 16, D);
     }
+    static DELTAIC_INLINE int64_t value_place(int64_t d) { return d; }
+    static constexpr int64_t kPlaces = 16;  // so many neighbours lie together
 
     template <int NB, int NT>
     static DELTAIC_INLINE void tile(const float* w, int64_t block_stride, const float* x, int64_t x_stride,
@@ -152,18 +154,16 @@ struct PairProducts {
     static DELTAIC_INLINE Vector load_lanes(const uint16_t* p) { return load_pairs(p); }
     static DELTAIC_INLINE Vector set(const uint16_t* p) { return set_pair(p); }
     static DELTAIC_INLINE f32x16 dot(Vector a, Vector b, f32x16 acc) { return dot_pairs(a, b, acc); }
-    // The same of two neighbouring values, or of one beside zeros.
+    // The same of two neighbouring values, or of one beside zeros, number d in place value_place(d). GROUPS is even.
     template <Stored format, int GROUPS>
     static DELTAIC_INLINE void load_value(const uint8_t* const* rows, bool both, int64_t d, int64_t D,
                                           Vector (&value)[GROUPS]) {
-        for (int g = 0; g < GROUPS; g += 2) {
-            const Vector first = load_lanes<format>(rows[0], d + g * 16, D);
-            Vector low, high;
-            interleave(first, both ? load_lanes<format>(rows[1], d + g * 16, D) : no_pairs(), low, high);
-            value[g] = low;
-            if (g + 1 < GROUPS) value[g + 1] = high;
-        }
+        for (int g = 0; g < GROUPS; g += 2)
+            zip(load_lanes<format>(rows[0], d + g * 16, D),
+                both ? load_lanes<format>(rows[1], d + g * 16, D) : no_pairs(), value[g], value[g + 1]);
     }
+    static DELTAIC_INLINE int64_t value_place(int64_t d) { return d / 32 * 32 + zip_place(d % 32); }
+    static constexpr int64_t kPlaces = kZipRun;
 
     template <int NB, int NT>
     static DELTAIC_INLINE void tile(const float* w, int64_t block_stride, const uint16_t* x, int64_t x_stride,

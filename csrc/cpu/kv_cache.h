@@ -121,16 +121,17 @@ DELTAIC_INLINE void score_rows(const uint8_t* const* keys, const typename Produc
 }
 
 // out[r] += sum over `count` values of weights[r * stride + i] * value[i], in order. `stride`: numbers.
-template <class Products, Stored format, int ROWS, int GROUPS>
+// out rows have `width` numbers, in the order of Products::value_place. WHOLE: `count` is even.
+template <class Products, Stored format, int ROWS, int GROUPS, bool WHOLE>
 DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const typename Products::Number* weights,
-                             int64_t stride, int64_t d, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
+                             int64_t stride, int64_t d, int64_t D, const uint8_t* ahead, float* out, int64_t width) {
     constexpr int64_t bytes = stored_bytes(format);
     f32x16 acc[ROWS][GROUPS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int g = 0; g < GROUPS; ++g) acc[r][g] = load(out + r * dims + d + g * 16);
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) DELTAIC_UNROLL for (int g = 0; g < GROUPS; ++g) acc[r][g] =
+        load(out + r * width + d + g * 16);
     for (int64_t i = 0; i < count; i += Products::kNumbers) {
         typename Products::Vector value[GROUPS];
-        Products::template load_value<format, GROUPS>(values + i, i + 1 < count, d, D, value);
+        Products::template load_value<format, GROUPS>(values + i, WHOLE || i + 1 < count, d, D, value);
         if (ahead && d + GROUPS * 16 <= D)
             call_lines(ahead + (d + i * GROUPS) * 16 * bytes, Products::kNumbers * GROUPS * 16 * bytes);
         DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) {
@@ -138,24 +139,21 @@ DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const 
             DELTAIC_UNROLL for (int g = 0; g < GROUPS; ++g) acc[r][g] = Products::dot(value[g], p, acc[r][g]);
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int g = 0; g < GROUPS; ++g) store(out + r * dims + d + g * 16, acc[r][g]);
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) DELTAIC_UNROLL for (int g = 0; g < GROUPS; ++g)
+        store(out + r * width + d + g * 16, acc[r][g]);
 }
 
-template <class Products, Stored format, int ROWS>
+template <class Products, Stored format, int ROWS, bool WHOLE>
 DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const typename Products::Number* weights,
-                             int64_t stride, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
-    constexpr int G = Products::kNumbers == 2 ? 2 : 1;
+                             int64_t stride, int64_t D, const uint8_t* ahead, float* out, int64_t width) {
+    constexpr int G = Products::kNumbers;
     int64_t d = 0;
     // The bound says the groups are whole, so that the compiler drops the loads of a ragged end.
     for (; d + kSumGroups * 16 <= D; d += kSumGroups * 16)
-        sum_tile<Products, format, ROWS, kSumGroups>(values, count, weights, stride, d, d + kSumGroups * 16, ahead, out,
-                                                     dims);
-    for (; d + G * 16 <= dims; d += G * 16)
-        sum_tile<Products, format, ROWS, G>(values, count, weights, stride, d, D, ahead, out, dims);
-    if constexpr (G > 1)
-        for (; d < D; d += 16)
-            sum_tile<Products, format, ROWS, 1>(values, count, weights, stride, d, D, ahead, out, dims);
+        sum_tile<Products, format, ROWS, kSumGroups, WHOLE>(values, count, weights, stride, d, d + kSumGroups * 16,
+                                                            ahead, out, width);
+    for (; d < width; d += G * 16)
+        sum_tile<Products, format, ROWS, G, WHOLE>(values, count, weights, stride, d, D, ahead, out, width);
 }
 
 // A piece of the keys seen by up to 32 tokens x `group` query heads, rows in (token, head) order.
@@ -212,10 +210,17 @@ struct StoredRows {
     using Probabilities = Products;            // how they are stored
     static constexpr Stored kFormat = format;
     static constexpr bool kPrefills = true;
-    static constexpr bool kPlainSums = true;  // the sums of a row are in the order of its dimensions
-    static constexpr int64_t kAhead = 16;     // rows
+    static constexpr bool kPlainSums = Products::kPlaces == 16;  // the sums of a row are in the order of its dimensions
+    static constexpr int64_t kAhead = 16;                        // rows
 
-    static DELTAIC_INLINE int64_t width(int64_t D) { return round_up(D, 16); }  // of a row of sums
+    // Of a row of sums, in numbers.
+    static DELTAIC_INLINE int64_t width(int64_t D) { return round_up(D, 16 * Products::kNumbers); }
+    static DELTAIC_INLINE void plain_sums(const float* sums, int64_t n, int64_t D, float* out) {
+        for (int64_t r = 0; r < n; ++r)
+            for (int64_t d = 0; d < D; d += Products::kPlaces)
+                memcpy(out + r * round_up(D, 16) + d, sums + r * width(D) + Products::value_place(d),
+                       sizeof(float) * Products::kPlaces);
+    }
     static DELTAIC_INLINE int64_t query_bytes(int64_t D) {
         return round_up(D, 32) * static_cast<int64_t>(sizeof(Number));
     }
@@ -246,27 +251,28 @@ struct StoredRows {
     static DELTAIC_INLINE void values(const CacheRows& values, const Run& run, int64_t D, const uint8_t* next,
                                       const float* scores, float*, float* out) {
         constexpr int64_t stride = kRunKeys * Products::kNumbers;
-        const int64_t dims = round_up(D, 16);
+        const int64_t out_stride = width(D);
         const RunRows rows(values, run);
         for (int64_t k = 0; k < run.keys; k += 16) {
             const uint8_t *at[16], *ahead = rows.ahead(k + 16, 16, next);
             rows.get(k, at);
             row_tiles(run.rows, [&](auto constant, int64_t r) {
                 constexpr int ROWS = decltype(constant)::value;
-                float* o = out + r * dims;
+                float* o = out + r * out_stride;
                 const Number* p = reinterpret_cast<const Number*>(scores) + r * stride + k;
                 if (k + 16 <= run.visible[r])
-                    return sum_rows<Products, format, ROWS>(at, 16, p, stride, D, r ? nullptr : ahead, o, dims);
+                    return sum_rows<Products, format, ROWS, true>(at, 16, p, stride, D, r ? nullptr : ahead, o,
+                                                                  out_stride);
                 // The rows see different numbers of keys only at the end of the sequence: there each adds the rest
                 // alone. Whole lanes only are common, since nobody may touch a later row's value.
                 const int64_t fewest = max64(0, run.visible[r] - k);
                 const int64_t common = ROWS == 1 ? fewest : fewest / Products::kNumbers * Products::kNumbers;
-                if (common) sum_rows<Products, format, ROWS>(at, common, p, stride, D, nullptr, o, dims);
+                if (common) sum_rows<Products, format, ROWS, false>(at, common, p, stride, D, nullptr, o, out_stride);
                 for (int i = 0; ROWS > 1 && i < ROWS; ++i) {
                     const int64_t own = min64(16, run.visible[r + i] - k);
                     if (own > common)
-                        sum_rows<Products, format, 1>(at + common, own - common, p + i * stride + common, stride, D,
-                                                      nullptr, o + i * dims, dims);
+                        sum_rows<Products, format, 1, false>(at + common, own - common, p + i * stride + common, stride,
+                                                             D, nullptr, o + i * out_stride, out_stride);
                 }
             });
         }
@@ -330,6 +336,9 @@ DELTAIC_INLINE void attend_piece(const BlockTable& table, int64_t layer, int64_t
                 Rows::scores(cache(0, h), run, q(h) + row0 * q_stride, q_stride, D, next, memory + h * head_floats,
                              more);
             }
+            if (const uint8_t* begin = together(cache(1, 0), run.first + Rows::kAhead, Rows::kAhead))
+                for (int64_t byte = 0; byte < Rows::kAhead * cache(1, 0).row_bytes; byte += 64)
+                    prefetch_far(begin + byte);
             for (int64_t h = 0; h < heads; ++h)
                 softmax_rows<Probabilities>(run.rows, memory + h * head_floats, kRunKeys, run.keys, run.visible,
                                             sums(h).highest + row0, totals + h * row_floats, out(h), width);
