@@ -6,9 +6,9 @@ Decodes with the default sampling and prints medians over the steps. Kernel time
 the kernels alone. Every other step runs with a clock around each call of the extension as well: what such a call takes
 beyond its kernel is the binding's. The rest of a step without these clocks is Python's.
 
-Between steps the machine is asked how fast it reads a buffer in order: the bytes that a token must read (weights, state,
-keys and values: `benchmark.traffic_per_token`), at that speed, are the part of the step that nothing can save. Each
-step is divided by the bandwidth measured around it, as memory is not equally fast all the time."""
+Between steps the machine is asked how fast it reads a buffer in order: the bytes that a token must read (weights,
+state, keys and values: `benchmark.traffic_per_token`), at that speed, are the part of the step that nothing can save.
+Each step is compared with the bandwidth measured before it, as memory is not equally fast all the time."""
 
 from __future__ import annotations
 
@@ -176,10 +176,9 @@ def main() -> None:
         return
     total = facts["step_ms"]
     print(f"{model.dtype}, {model._ops.isa()}, {model.threads} threads: {total:.2f} ms per token")
-    print(
-        f"reads {facts['bytes_read'] / 1e6:.0f} MB: at the {facts['read_bandwidth'] / 1e9:.1f} GB/s of reading in order "
-        f"that is {100 * facts['bandwidth_fraction']:.1f} % of the step"
-    )
+    megabytes, speed = facts["bytes_read"] / 1e6, facts["read_bandwidth"] / 1e9
+    share = 100 * facts["bandwidth_fraction"]
+    print(f"reads {megabytes:.0f} MB: at the {speed:.1f} GB/s of reading in order, {share:.1f} % of the step")
     for name, key in (
         ("kernels", "kernels_ms"),
         ("sampling", "sampling_ms"),
