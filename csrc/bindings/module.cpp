@@ -136,7 +136,8 @@ PYBIND11_MODULE(_core, m) {
 
     chosen = choose_isa();
     m.attr("isa") = chosen->name;
-    m.attr("rounds_to_bf16") = chosen->rounds_to_bf16;
+    m.attr("rounds_to_bf16") = chosen->numerics->rounds_to_bf16;
+    m.attr("int8_kv_bits") = chosen->numerics->int8_kv_bits;
     py::list usable;
     int count = 0;
     const Isa* list = isa_list(&count);

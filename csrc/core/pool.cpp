@@ -54,15 +54,13 @@ class Pool {
     int threads() const { return threads_; }
 
     void run(int64_t n, int64_t grain, RangeFunction function, void* context) {
+        while ((n - 1) / grain >= kMostPortions) grain *= 2;
         function_ = function;
         context_ = context;
         n_ = n;
         grain_ = grain;
         const int64_t portions = (n + grain - 1) / grain;
-        for (int t = 0; t < threads_; ++t) {
-            shares_[t].next.store(portions * t / threads_, std::memory_order_relaxed);
-            shares_[t].end = portions * (t + 1) / threads_;
-        }
+        for (int t = 0; t < threads_; ++t) shares_[t].store({portions * t / threads_, portions * (t + 1) / threads_});
         running_.store(static_cast<uint32_t>(threads_ - 1), std::memory_order_relaxed);
         epoch_.fetch_add(1, std::memory_order_release);
         epoch_.notify_all();
@@ -72,18 +70,54 @@ class Pool {
     }
 
   private:
-    // First the thread's own share: the same part of the same arrays in every operator, so that what it wrote it finds
-    // in its cache. Then what the others have left.
-    void take_ranges(int thread) {
-        for (int i = 0; i < threads_; ++i) {
-            Share& share = shares_[(thread + i) % threads_];
-            while (share.next.load(std::memory_order_relaxed) < share.end) {
-                const int64_t portion = share.next.fetch_add(1, std::memory_order_relaxed);
-                if (portion >= share.end) break;
-                function_(context_, portion * grain_, std::min((portion + 1) * grain_, n_), thread);
+    // Portions [begin, end) that nobody has taken yet, as one word that threads compare and exchange.
+    struct Portions {
+        int64_t begin, end;
+        int64_t size() const { return end - begin; }
+    };
+    static constexpr int64_t kMostPortions = int64_t{1} << 31;
+
+    class alignas(64) Share {
+      public:
+        void store(Portions p) { word_.store(packed(p), std::memory_order_relaxed); }
+
+        // Takes what `split` names of what is left, its beginning or its end. False: nothing is left.
+        template <class Split>
+        bool take(const Split& split, Portions* taken) {
+            uint64_t word = word_.load(std::memory_order_relaxed);
+            for (;;) {
+                const Portions left{static_cast<int64_t>(word >> 32), static_cast<int64_t>(word & 0xffffffffu)};
+                if (left.size() <= 0) return false;
+                *taken = split(left);
+                const Portions rest =
+                    taken->begin == left.begin ? Portions{taken->end, left.end} : Portions{left.begin, taken->begin};
+                if (word_.compare_exchange_weak(word, packed(rest), std::memory_order_relaxed)) return true;
             }
         }
+
+      private:
+        static uint64_t packed(Portions p) {
+            return static_cast<uint64_t>(p.begin) << 32 | static_cast<uint64_t>(p.end);
+        }
+        std::atomic<uint64_t> word_{0};
+    };
+
+    // First the thread's own share, the same part of the same arrays in every operator, so that what it wrote it finds
+    // in its cache: a quarter of what is left at a time, from its beginning. Then half of what another has left, from
+    // its end. Both read on where they were, and what is left in the end is small.
+    void take_ranges(int thread) {
+        Portions taken;
+        while (shares_[thread].take(
+            [](Portions left) { return Portions{left.begin, left.begin + std::max<int64_t>(1, left.size() / 4)}; },
+            &taken))
+            call(taken, thread);
+        for (int i = 1; i < threads_; ++i)
+            while (shares_[(thread + i) % threads_].take(
+                [](Portions left) { return Portions{left.end - (left.size() + 1) / 2, left.end}; }, &taken))
+                call(taken, thread);
     }
+
+    void call(Portions p, int thread) { function_(context_, p.begin * grain_, std::min(p.end * grain_, n_), thread); }
 
     void work(int thread) {
         uint32_t seen = 0;
@@ -95,11 +129,6 @@ class Pool {
             if (running_.fetch_sub(1, std::memory_order_release) == 1) running_.notify_all();
         }
     }
-
-    struct alignas(64) Share {
-        std::atomic<int64_t> next{0};
-        int64_t end = 0;
-    };
 
     const int threads_;
     std::vector<Share> shares_;

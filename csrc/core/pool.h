@@ -14,7 +14,7 @@ void set_thread_count(int threads);  // >= 1; takes effect at once
 
 using RangeFunction = void (*)(void* context, int64_t begin, int64_t end, int thread);
 
-// Calls `function` on disjoint ranges that cover [0, n), each a multiple of `grain` long (but the last), on all
+// Calls `function` on disjoint ranges that cover [0, n), each some multiple of `grain` long (but the last), on all
 // threads; the caller works too. Thread t starts with the t-th part of [0, n) and helps the others in the end. Which
 // thread gets which range depends on timing, so a result must not depend on the ranges.
 void parallel_run(int64_t n, int64_t grain, RangeFunction function, void* context);

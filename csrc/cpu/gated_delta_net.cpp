@@ -117,12 +117,13 @@ template <int VB>
 DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float* q, const float* k, int64_t k_width,
                                const Gates* gates, float* v, int64_t v_width, int64_t n, const Errors& errors,
                                const Ahead& ahead) {
+    const bool strided = stride > VB * 16;  // what lies in one piece is fetched ahead by the hardware, and faster
     f32x16 sk[VB], sq[VB], dv[VB];
     DELTAIC_UNROLL for (int b = 0; b < VB; ++b) sk[b] = sq[b] = zero();
     for (int64_t d = 0; d < Dk; ++d) {
         const f32x16 kd = set1(k[d]), qd = set1(q[d]);
         DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
-            prefetch(S + (d + kAhead) * stride + b * 16);
+            if (strided) prefetch(S + (d + kAhead) * stride + b * 16);
             const f32x16 s = load(S + d * stride + b * 16);
             sk[b] = fma(s, kd, sk[b]);
             sq[b] = fma(s, qd, sq[b]);

@@ -168,11 +168,11 @@ DELTAIC_INLINE int64_t count_pairs(const Weight& w) {
     return pairs;
 }
 
-// Pairs that a thread takes at a time: about 128 KiB of weights, but at least four portions for each thread. A few
-// tokens share what is read.
+// Pairs that a thread takes at least: about 32 KiB of weights, but at least four portions for each thread. A few tokens
+// share what is read.
 DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int64_t T, int threads) {
     const int64_t bytes = 2 * block_bytes(w.segment[0].format, w.columns);
-    const int64_t grain = max64(1, min64((int64_t{1} << 17) / max64(bytes, 1), pairs / (4 * threads)));
+    const int64_t grain = max64(1, min64((int64_t{1} << 15) / max64(bytes, 1), pairs / (4 * threads)));
     return grain_for(bytes * pairs * ceil_div(T, 4), pairs, grain > 1 ? grain / 2 * 2 : 1);
 }
 

@@ -7,6 +7,7 @@ import numpy as np
 
 isa: str
 rounds_to_bf16: bool  # whether activations that meet bf16 matrices are, unless those have float_activations
+int8_kv_bits: int  # with the sign, of what a decoded row's int8 keys and values meet; 24 of a float
 usable_isas: tuple[str, ...]
 formats: tuple[str, ...]
 

@@ -55,6 +55,7 @@ int main(int count, char** values) {
         std::printf("no instruction set %s in this build\n", values[1]);
         return 1;
     }
+    test::check_pool(&passed, &failed);
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed ? 1 : 0;
 }

@@ -26,6 +26,19 @@ def test_a_new_state_is_empty_and_zero(ops):
     assert state.nbytes == 4 * (3 * 3 * CONV_DIM + 3 * 6 * 12 * 20)
 
 
+def test_the_arrays_begin_cache_lines(tmp_path):
+    """Of a new state, of a fork that has its own, and of one from a file: vectors then do not lie across two lines."""
+    ops = pytest.importorskip("deltaic.ops.cpu")
+    state = State(CONFIG, ops)
+    state.reserve(1)
+    fork = state.fork()
+    fork.reserve(1)
+    state.save(tmp_path / "state")
+    for some in (state, fork, State.load(tmp_path / "state", ops)):
+        assert [buffer.ctypes.data % 64 for buffer in some.buffers()] == [0] * len(list(some.buffers()))
+    assert fork.delta.ctypes.data != state.delta.ctypes.data
+
+
 @pytest.mark.parametrize(("kv_dtype", "stored"), [("f32", np.float32), ("bf16", np.uint16), ("int8", np.uint8)])
 def test_reserve_grows_block_by_block_without_copying(ops, kv_dtype, stored):
     state = State(CONFIG, ops, kv_dtype)

@@ -21,16 +21,7 @@ from deltaic.ops import reference
 EPS = 2.0**-24
 CONDITION = 32  # operators add hundreds of terms, each rounded; the factor covers their square root with room
 BF16_ULP = 2.0**-7  # distance of two neighbouring bfloat16 numbers, at most, relative to their size
-ROUNDING_ISAS = ("avx512bf16",)  # of the compiled op set: they multiply bfloat16 pairs
-BYTE_PAIR_ISAS = ("avx512",)  # they multiply int8 keys and values with numbers of two bytes
-BYTE_PAIR_ULP = 2.0**-13
 UPDATED = ("conv_states", "states", "tables", "tokens")
-
-
-def cpu_isa() -> str:
-    from deltaic.ops import cpu
-
-    return cpu.isa()
 
 
 def generator(case: Case) -> np.random.Generator:
@@ -214,9 +205,10 @@ def check_gated_attention(case, inputs, arguments, found):
 def query_ulp(tables: list[Any]) -> float:
     """How the op set rounds queries and probabilities where they meet these caches; 0: not at all."""
     compiled = [t.blocks[0].dtype for t in tables if type(t).__module__ == "deltaic._core" and len(t)]
-    if cpu_isa() in ROUNDING_ISAS and any(dtype != np.float32 for dtype in compiled):
+    if _core.rounds_to_bf16 and any(dtype != np.float32 for dtype in compiled):
         return BF16_ULP
-    return BYTE_PAIR_ULP if cpu_isa() in BYTE_PAIR_ISAS and np.uint8 in compiled else 0.0
+    # Bytes count in steps of the largest number of a row, to which most are a few times smaller.
+    return 4 * 2.0 ** (1 - _core.int8_kv_bits) if _core.int8_kv_bits < 24 and np.uint8 in compiled else 0.0
 
 
 def rounded_queries(

@@ -48,6 +48,13 @@ def test_replay_is_the_calls(rng, layer):
         assert np.array_equal(other, before)
 
 
+def test_outputs_begin_cache_lines(rng, layer):
+    x = rows(rng)
+    _, output = record([x], lambda: layer(x))
+    for y in (output, layer(x), cpu.rms_norm(rows(rng, 3001), np.zeros(48, np.float32), 1e-6)):
+        assert y.ctypes.data % 64 == 0
+
+
 def test_a_result_is_the_callers_own(rng, layer):
     x, other = rows(rng), rows(rng)
     tape, output = record([x], lambda: layer(x))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ContextLengthError, StateError
+from ..ops import memory
 from ..ops.layout import KV_DTYPES, kv_head_dim, kv_width
 from .config import TextConfig
 
@@ -63,7 +64,7 @@ class State:
         c = config
         taps = c.linear_conv_kernel_dim - 1
         matrix = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set on a device makes its own arrays
+        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set makes its arrays where it computes
         self.conv: npt.NDArray[np.float32] = zeros((c.num_delta_layers, taps, c.conv_dim), np.float32)
         self.delta: npt.NDArray[np.float32] = zeros((c.num_delta_layers, *matrix), np.float32)
         self.kv: Any = ops.BlockTable()
@@ -270,7 +271,7 @@ def _own_blocks(table: Any, entries: int, shared: int) -> int:
 
 
 def copy_array(array: Any) -> Any:
-    return array.copy() if isinstance(array, np.ndarray) else array.clone()
+    return memory.copy(array) if isinstance(array, np.ndarray) else array.clone()
 
 
 def _writeable(array: Any) -> bool:

@@ -15,6 +15,8 @@ from deltaic import _core
 from deltaic._core import BlockTable, Tape, Weight
 from deltaic.errors import ArgumentError
 
+from .memory import zeros
+
 __all__ = [
     "BlockTable",
     "Tape",
@@ -46,6 +48,7 @@ __all__ = [
     "set_num_threads",
     "swiglu",
     "vision_attention",
+    "zeros",
 ]
 
 Array = np.ndarray
