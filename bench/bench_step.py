@@ -1,10 +1,14 @@
 """Where does the time of a decoded token go: kernels, the binding that calls them, sampling, or Python?
 
-    python bench/bench_step.py MODEL [--steps 200] [--context 128] [--json]
+    python bench/bench_step.py MODEL [--steps 200] [--context 128] [--threads N] [--memory map] [--json]
 
 Decodes with the default sampling and prints medians over the steps. Kernel time is counted inside the extension, around
 the kernels alone. Every other step runs with a clock around each call of the extension as well: what such a call takes
-beyond its kernel is the binding's. The rest of a step without these clocks is Python's."""
+beyond its kernel is the binding's. The rest of a step without these clocks is Python's.
+
+Between steps the machine is asked how fast it reads a buffer in order: the bytes that a token must read (weights,
+state, keys and values: `benchmark.traffic_per_token`), at that speed, are the part of the step that nothing can save.
+Each step is compared with the bandwidth measured before it, as memory is not equally fast all the time."""
 
 from __future__ import annotations
 
@@ -19,8 +23,10 @@ from typing import Any
 import deltaic
 import numpy as np
 from deltaic import _core
+from deltaic.benchmark import PROBE_BYTES, traffic_per_token
 from deltaic.generate.sampling import Sampler, SamplingParams
 
+PROBE_STEPS = 10  # after so many the bandwidth is measured again
 SAMPLING = SamplingParams(temperature=1.0, top_k=20, top_p=0.95, presence_penalty=1.5, seed=1)
 
 
@@ -61,13 +67,23 @@ def measure(model: deltaic.Model, steps: int, context: int) -> dict[str, Any]:
     ids = np.random.default_rng(1).integers(0, min(vocabulary, 200000), context)
     prompt = model.prepare(ids.tolist())
     state = model.new_state()
-    state.reserve(context + 2 * steps + 1)
+    state.reserve(context + 3 * steps + 16)
     (hidden,) = runner.hidden(prompt, state, [context])
     sampler = Sampler(model._ops, SAMPLING, limit=vocabulary, prompt_ids=prompt.token_ids)
     hidden = hidden[-1:]
     rows: list[list[float]] = []  # step, kernels, sampling, sampling's kernel
     clocks = Clocks()
+    probe = np.ones(PROBE_BYTES, np.uint8)
+    reads: list[float] = []  # bytes per second, for each row
     gc.collect()
+
+    def read() -> float:
+        def seconds() -> float:
+            start = perf_counter()
+            model._ops.probe_read(probe)
+            return perf_counter() - start
+
+        return PROBE_BYTES / min(seconds() for _ in range(3))
 
     def step(hidden: np.ndarray) -> tuple[np.ndarray, list[float]]:
         kernels, start = _core.kernel_seconds(), perf_counter()
@@ -80,9 +96,13 @@ def measure(model: deltaic.Model, steps: int, context: int) -> dict[str, Any]:
         return hidden, [end - start, _core.kernel_seconds() - kernels, sampled - mark, after - before]
 
     for i in range(steps + 8):
+        if i % PROBE_STEPS == 8 % PROBE_STEPS:
+            bandwidth = read()
+            hidden, _ = step(hidden)
         hidden, row = step(hidden)
         if i >= 8:
             rows.append(row)
+            reads.append(bandwidth)
         if i == 7:
             clocks.calls.clear()
         with clocks:
@@ -90,9 +110,13 @@ def measure(model: deltaic.Model, steps: int, context: int) -> dict[str, Any]:
     total, kernels, sampling, sample_kernel = (1e3 * median(column) for column in zip(*rows, strict=True))
     outside = 1e3 * median(row[0] - row[1] for row in rows)
     done = len(rows)
+    needed = traffic_per_token(model, context + steps)["bytes_read_per_token"]
     binding = 1e3 * sum(entry[1] - entry[2] for entry in clocks.calls.values()) / done
     return {
         "step_ms": total,
+        "bytes_read": needed,
+        "read_bandwidth": median(reads),
+        "bandwidth_fraction": median(needed / speed / row[0] for speed, row in zip(reads, rows, strict=True)),
         "kernels_ms": kernels - sample_kernel,
         "sampling_ms": sampling,
         "sampling_kernel_ms": sample_kernel,
@@ -141,9 +165,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--memory", default="map", choices=("map", "copy"), help="see deltaic.load")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = deltaic.load(args.model, threads=args.threads, cache_bytes=0)
+    model = deltaic.load(args.model, threads=args.threads, memory=args.memory, cache_bytes=0)
     facts = measure(model, args.steps, args.context)
     facts["sampling_options_us"] = sampling_options(model)
     if args.json:
@@ -151,6 +176,9 @@ def main() -> None:
         return
     total = facts["step_ms"]
     print(f"{model.dtype}, {model._ops.isa()}, {model.threads} threads: {total:.2f} ms per token")
+    megabytes, speed = facts["bytes_read"] / 1e6, facts["read_bandwidth"] / 1e9
+    share = 100 * facts["bandwidth_fraction"]
+    print(f"reads {megabytes:.0f} MB: at the {speed:.1f} GB/s of reading in order, {share:.1f} % of the step")
     for name, key in (
         ("kernels", "kernels_ms"),
         ("sampling", "sampling_ms"),

@@ -151,6 +151,20 @@ def test_seeds_reproduce_and_differ():
     assert [t for t, _ in draw(None)] != [t for t, _ in draw(None)]
 
 
+def test_random_numbers_are_those_of_the_seed_one_by_one_whatever_is_drafted():
+    spy, plain = Spy([0] * 400), np.random.default_rng(5)
+    sampler = Sampler(spy, SamplingParams(seed=5), limit=9, prompt_ids=np.empty(0, np.int64))
+    expected = [plain.random() for _ in range(150)]
+    logits = np.zeros(9, np.float32)
+    for i in range(100):
+        sampler.next(logits)
+        assert spy.calls[-1]["uniform"] == expected[i]
+        if i % 7 == 0:
+            for ahead in range(i % 40):
+                sampler.draft(logits, ahead)
+                assert spy.calls[-1]["uniform"] == expected[i + 1 + ahead]
+
+
 def test_ids_without_a_token_are_never_sampled():
     assert max(token for token, _ in draw(3, n=200)) < 40
     likely = {token for token, _ in draw(3, n=200)}

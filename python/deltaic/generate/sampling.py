@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 32768  # the output length that the model cards recommend
 MAX_LOGPROBS = 100
+_DRAWN = 32  # random numbers that a sampler draws at a time
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -210,7 +211,7 @@ class Sampler:
         self._unused = ops.upload(index) if hasattr(ops, "upload") else index
         self._logprobs = logprobs
         self._rng = np.random.default_rng(params.seed)
-        self._uniforms: deque[float] = deque()  # drawn ahead, for drafts
+        self._uniforms: deque[float] = deque()  # drawn ahead: for drafts, and because a call costs more than a number
         repeats = params.repetition_penalty != 1.0
         self._prompt_ids = np.unique(prompt_ids).astype(np.int64) if repeats else np.empty(0, np.int64)
         self._slots: dict[int, int] = {}
@@ -248,7 +249,7 @@ class Sampler:
         if self.params.greedy:
             return 0.0
         while len(self._uniforms) <= ahead:
-            self._uniforms.append(self._rng.random())
+            self._uniforms.extend(self._rng.random(_DRAWN).tolist())  # the numbers of so many single calls
         return self._uniforms[ahead]
 
     def _choose(self, logits: np.ndarray, limit: int, uniform: float) -> int:

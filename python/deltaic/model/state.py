@@ -253,9 +253,10 @@ def _own_blocks(table: Any, entries: int, shared: int) -> int:
     """Copy the blocks of `table` that are shared (those before `shared`) and not full with `entries` entries. Returns
     how many are shared then."""
     first = entries // BLOCK_TOKENS
-    blocks = table.blocks
-    for i in range(first, shared):
-        table.replace(i, copy_array(blocks[i]))
+    if first < shared:  # seldom: the list of blocks is long where the context is
+        blocks = table.blocks
+        for i in range(first, shared):
+            table.replace(i, copy_array(blocks[i]))
     return min(first, shared)
 
 
