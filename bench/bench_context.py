@@ -4,7 +4,7 @@
                                         [--threads 2] [--steps 24] [--out bench/results/context]
 
 Decode: the cache is filled with random numbers (their values do not matter to the time), then single tokens are fed.
-What K/V explain is their bytes over the read bandwidth measured in the same run. Writes OUT.md and OUT.png.
+What K/V explain is their bytes over the read bandwidth measured between the tokens. Writes OUT.md and OUT.png.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def feed(model: Any, state: Any, count: int, rng: np.random.Generator, *, prefil
         positions = np.repeat(np.arange(state.length, state.length + count)[:, None], 3, 1)
         hidden = text.forward(text.embed(ids), positions, [state], np.array([0, count]), prefill=True)
     else:
-        hidden = text.step([ids.tolist()], [state])
+        hidden, _ = text.step([ids.tolist()], [state])
     text.logits(hidden[-1:])
 
 
@@ -52,15 +52,23 @@ def bandwidth(data: np.ndarray) -> float:
     return data.nbytes / (time.perf_counter() - start)
 
 
-def decode_seconds(model: Any, tokens: int, steps: int, rng: np.random.Generator) -> float:
-    state = model.new_state()
-    fill(state, tokens, rng)
-    times = []
+def decode_seconds(
+    model: Any, lengths: list[int], steps: int, data: np.ndarray, rng: np.random.Generator
+) -> tuple[dict[int, float], float]:
+    """Median seconds of a token for each context, all measured in turn, and the read bandwidth meanwhile: memory of a
+    shared machine is faster at one time than at another."""
+    states = {tokens: model.new_state() for tokens in lengths}
+    for tokens, state in states.items():
+        fill(state, tokens, rng)
+    times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
+    reads = []
     for _ in range(steps + 3):
-        start = time.perf_counter()
-        feed(model, state, 1, rng, prefill=False)
-        times.append(time.perf_counter() - start)
-    return median(times[3:])
+        reads.append(bandwidth(data))
+        for tokens, state in states.items():
+            start = time.perf_counter()
+            feed(model, state, 1, rng, prefill=False)
+            times[tokens].append(time.perf_counter() - start)
+    return {tokens: median(some[3:]) for tokens, some in times.items()}, median(reads[3:])
 
 
 def prefill_seconds(model: Any, tokens: int, rng: np.random.Generator) -> float:
@@ -114,33 +122,30 @@ def main() -> None:
     lengths, prompts = ([int(n) for n in text.split(",") if n] for text in (args.decode, args.prefill))
     decode: dict[str, dict[int, float]] = {}
     prefill: dict[str, dict[int, float]] = {}
-    reads, info, rows = [], {}, []
+    info: dict[str, Any] = {}
+    rows = []
     for kv in args.kv.split(","):
         model = deltaic.load(args.model, threads=args.threads, kv_dtype=kv, cache_bytes=0, speculate="off")
         info = model.info()
         decode[kv], prefill[kv] = {}, {}
         per_token = (model.new_state().bytes_for(1 << 20) - model.new_state().bytes_for(0)) / (1 << 20)
-        base = None
-        for tokens in lengths:
-            reads.append(bandwidth(data))
-            seconds = decode_seconds(model, tokens, args.steps, rng)
-            base = (tokens, seconds) if base is None else base
-            decode[kv][tokens] = 1 / seconds
-            explained = base[1] + (tokens - base[0]) * per_token / median(reads)
+        seconds, read = decode_seconds(model, lengths, args.steps, data, rng) if lengths else ({}, 0.0)
+        for tokens, each in seconds.items():
+            decode[kv][tokens] = 1 / each
+            explained = seconds[lengths[0]] + (tokens - lengths[0]) * per_token / read
             rows.append(
-                f"| {kv} | {tokens} | {1 / seconds:.1f} | {1e3 * seconds:.1f} | {tokens * per_token / 1e6:.0f} MB | "
-                f"{1e3 * explained:.1f} | {seconds / explained:.2f} |"
+                f"| {kv} | {tokens} | {1 / each:.1f} | {1e3 * each:.1f} | {tokens * per_token / 1e6:.0f} MB | "
+                f"{read / 1e9:.1f} | {1e3 * explained:.1f} | {each / explained:.2f} |"
             )
         for tokens in prompts:
             prefill[kv][tokens] = tokens / prefill_seconds(model, tokens, rng)
     lines = [
         f"# Speed against context: {args.model.name}, {info['isa']}, {args.threads} threads",
         "",
-        f"`python bench/bench_context.py {args.model.name}`; random weights; reads {median(reads) / 1e9:.1f} GB/s "
-        "(median of the run).",
+        f"`python bench/bench_context.py {args.model.name}`; random weights.",
         "",
-        "| K/V | tokens in cache | decode tok/s | ms | K/V read | ms that K/V explain | ratio |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| K/V | tokens in cache | decode tok/s | ms | K/V read | reads GB/s | ms that K/V explain | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
         *rows,
         "",
         "| K/V | prompt | prefill tok/s | cost of a token against the shortest |",

@@ -6,7 +6,8 @@
     python bench/bench_speculate.py equal --tokens 10000
 
 costs   seconds of verify + logits + commit by rows, beside a plain step; of drafts by depth and head; of catching up
-losing  "auto" against "off", alternating, on text that nothing predicts: a random model sampled at temperature 1
+losing  "auto" against "off", alternating, on text that nothing predicts: a random model sampled at temperature 1, and
+        the miniature at temperature 20
 copying "lookup" against "off" on a random model that is made to repeat itself, and on the miniature's "Repeat: ..."
 gain    the miniature's tokens per forward pass and tokens per second with every mode, on its own kinds of task
 equal   greedy and sampled tokens with every mode and depth against plain decoding, on the miniature and a random model
@@ -28,8 +29,9 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from deltaic.generate.runner import Drafting
-from deltaic.generate.speculate import Costs
+from deltaic.generate.costs import Costs
+from deltaic.generate.sampling import Sampler, SamplingParams
+from deltaic.generate.speculate import Drafting
 
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
 TASKS = [
@@ -91,11 +93,9 @@ def bench_costs(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
             first = state.length - rows
             state.mtp_first = first - state.mtp_length
             tokens = list(range(1, rows + 1))
-            wanted = Drafting(
-                state, first, np.repeat(hidden, rows, axis=0), tokens, depth, lambda x, i: int(x.argmax())
-            )
-            runner.draft([wanted])
+            runner.draft([Drafting(state, first, np.repeat(hidden, rows, axis=0), tokens, depth, sampler)])
 
+        sampler = Sampler(model._ops, SamplingParams(temperature=0.0), limit=model._sampled_ids[0], prompt_ids=ids)
         head, whole = runner.mtp.head, model._runner.text.weights.head
         drafts: dict[Any, Callable[[], Any]] = {d: (lambda d=d: draft(d, 1)) for d in (1, 2, 3, 4)}
         drafts["catching up, 32 rows"] = lambda: draft(0, 32)
@@ -139,11 +139,19 @@ def speeds(
     }
 
 
-def bench_losing(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
-    prompt = np.random.default_rng(0).integers(0, model._sampled_ids[0], 64).tolist()
-    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0}
-    found: dict[str, Any] = speeds(model, prompt, ("off", "auto"), args, **sampling)
-    found["auto / off"] = found["auto"]["tokens_per_second"] / found["off"]["tokens_per_second"]
+def bench_losing(model: deltaic.Model | None, args: argparse.Namespace) -> dict[str, Any]:
+    """MODEL at temperature 1, and the miniature so hot that its tokens are drawn nearly evenly."""
+    small = deltaic.load(MINIATURE, threads=args.threads, cache_bytes=0)
+    small.__dict__["end_ids"] = frozenset()
+    found: dict[str, Any] = {}
+    for name, m, temperature in (("MODEL", model, 1.0), ("miniature", small, 20.0)):
+        if m is None:
+            continue
+        prompt = np.random.default_rng(0).integers(0, m._sampled_ids[0], 64).tolist()
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0}
+        found[name] = speeds(m, prompt, ("off", "auto"), args, **sampling)
+        rates = {mode: found[name][mode]["tokens_per_second"] for mode in ("off", "auto")}
+        found[name]["auto / off"] = rates["auto"] / rates["off"]
     return found
 
 
@@ -169,59 +177,76 @@ class CostsOf(Costs):
         super().__init__()
         rows, drafts = {1: 1.0, **measured["verify"]}, {0: 0.0, **measured["drafts"]}
         del rows[1]
-        self._rows = np.interp(np.arange(10), [1, *rows], [1.0, *rows.values()])
-        self._depths = [drafts[d] for d in range(5)]
+        self._of_rows = np.interp(np.arange(10), [1, *rows], [1.0, *rows.values()])
+        self._of_drafts = [drafts[d] for d in range(5)]
         self.seconds = 0.0
 
     known = True  # type: ignore[assignment]
 
     def step(self, rows: int) -> float:
-        return float(self._rows[rows])
+        return float(self._of_rows[rows])
 
-    def draft(self, depth: int) -> float:
-        return float(self._depths[depth])
+    def rounds(self, most: int, *, at_once: bool) -> list[float]:
+        return [self.step(1 + depth) + self._of_drafts[depth] for depth in range(most + 1)]
+
+    def can_pay(self, most: int, *, at_once: bool) -> bool:
+        return True
 
     def record_step(self, rows: int, seconds: float) -> None:
         self.seconds += self.step(rows)
 
-    def record_draft(self, depth: int, seconds: float) -> None:
-        self.seconds += self.draft(depth)
+    def record_round(self, depth: int, seconds: float, *, at_once: bool) -> None:
+        self.seconds += self.rounds(depth, at_once=at_once)[depth]
 
 
 def bench_gain(other: deltaic.Model | None, args: argparse.Namespace) -> dict[str, Any]:
-    """With MODEL, also what "auto" would do if the miniature's steps cost what those of MODEL do: a step of the
-    miniature takes a tenth of a millisecond, all of it arithmetic, so that drafts cannot pay there."""
-    model = deltaic.load(MINIATURE, dtype="f32", threads=args.threads)
-    modes = ("off", "mtp", "lookup", "auto")
+    """Per kind of task the median of --repeat runs, modes in turn. With MODEL, also what "auto" would do if the
+    miniature's steps cost what those of MODEL do."""
     measured = None if other is None else bench_costs(other, args)
-    own = model._runner.costs
     found: dict[str, Any] = {}
-    for name, options in {
-        "greedy": {"temperature": 0.0},
-        "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 1.0, "presence_penalty": 0.0},
-    }.items():
-        totals: dict[str, list[float]] = {}
-        borrowed = None if measured is None else CostsOf(measured)
-        for _round in range(3):
-            for prompt in tasks(model):
-                for mode in (*modes, "auto, costs of MODEL") if borrowed else modes:
-                    model._runner.costs = borrowed if borrowed and "MODEL" in mode else own
-                    r = model.generate(prompt, seed=1, speculate=mode.split(",")[0], max_new_tokens=args.new, **options)
-                    decoded = r.completion_tokens - 1
-                    values = (decoded, r.drafted, r.accepted, decoded / (r.tokens_per_second or 1))
-                    totals[mode] = [a + b for a, b in zip(totals.get(mode, [0] * 4), values, strict=True)]
-        found[name] = {
-            mode: {
-                "tokens_per_second": n / seconds,
-                "tokens_per_forward": n / (n - accepted),
-                "accepted": accepted / max(1, drafted),
-            }
-            for mode, (n, drafted, accepted, seconds) in totals.items()
-        }
+    for dtype in ("bf16", "f32"):
+        model = deltaic.load(MINIATURE, dtype=dtype, threads=args.threads, cache_bytes=0)
+        for name, options in {
+            "greedy": {"temperature": 0.0},
+            "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 1.0, "presence_penalty": 0.0},
+        }.items():
+            found[f"{dtype}, {name}"] = gains(model, measured, options, args)
+    return found
+
+
+def gains(
+    model: deltaic.Model, measured: dict[str, Any] | None, options: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    own, borrowed = model._runner.costs, None if measured is None else CostsOf(measured)
+    modes = ["off", "mtp", "lookup", "auto", *(["auto, costs of MODEL"] if borrowed else [])]
+    prompts = list(tasks(model))
+    seconds: dict[str, list[list[float]]] = {mode: [[] for _ in prompts] for mode in modes}
+    counts = {mode: [0, 0, 0] for mode in modes}
+    for repeat in range(args.repeat + 1):
         if borrowed:
-            mode = "auto, costs of MODEL"
-            found[name][mode]["speed-up by these costs"] = totals[mode][0] / borrowed.seconds
-            del found[name][mode]["tokens_per_second"]
+            borrowed.seconds = 0.0
+        for i, prompt in enumerate(prompts):
+            for mode in modes if repeat % 2 else reversed(modes):
+                model._runner.costs = borrowed if borrowed and "MODEL" in mode else own
+                r = model.generate(prompt, seed=1, speculate=mode.split(",")[0], max_new_tokens=args.new, **options)
+                if repeat:  # the first makes tapes
+                    decoded = r.completion_tokens - 1
+                    seconds[mode][i].append(decoded / r.tokens_per_second)
+                    new = (decoded, r.drafted, r.accepted)
+                    counts[mode] = [a + b for a, b in zip(counts[mode], new, strict=True)]
+    found: dict[str, Any] = {}
+    for mode, (n, drafted, accepted) in counts.items():
+        found[mode] = {
+            "tokens_per_second": n / args.repeat / sum(statistics.median(s) for s in seconds[mode]),
+            "tokens_per_forward": n / (n - accepted),
+            "accepted": accepted / max(1, drafted),
+        }
+    found["auto / off"] = found["auto"]["tokens_per_second"] / found["off"]["tokens_per_second"]
+    if borrowed:
+        mode = "auto, costs of MODEL"
+        found[mode]["speed-up by these costs"] = counts[mode][0] / args.repeat / borrowed.seconds
+        del found[mode]["tokens_per_second"]
+    model._runner.costs = own
     return found
 
 
@@ -307,7 +332,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10_000, help="plain tokens that are compared with each mode")
     parser.add_argument("--model-tokens", type=int, default=200, help="the same for MODEL")
     parser.add_argument("--only-model", action="store_true", help="equal: not the miniature")
-    parts.run(parser, benches, describe=describe, with_model=("costs", "losing", "copying"))
+    parts.run(parser, benches, describe=describe, with_model=("costs", "copying"))
 
 
 if __name__ == "__main__":

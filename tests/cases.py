@@ -417,14 +417,18 @@ for _V, _limit in [(20, 1), (37, 30), (5003, 4999), (100_000, 99_000)]:
         add("sample", f"{_V}-{_name}", sample, V=_V, limit=_limit, **_changes)
 
 
-def argmax(rng: Rng, T: int, V: int, limit: int, ties: bool) -> dict[str, Any]:
+def sample_rows(rng: Rng, T: int, V: int, limit: int, ties: bool, **changes: Any) -> dict[str, Any]:
     logits = normal(rng, T, V)
-    return {"logits": np.round(logits) if ties else logits, "limit": limit, "tokens": np.full(T, -1)}
+    filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **changes}
+    draws, tokens = rng.integers(0, 2**53, T), np.full(T, -1)
+    return {"logits": np.round(logits) if ties else logits, "limit": limit, "draws": draws, "tokens": tokens, **filters}
 
 
 for _T, _V, _limit in [(0, 5, 5), (1, 1, 1), (1, 704, 688), (3, 5003, 4999)]:
-    add("argmax", f"{_T}x{_V}", argmax, T=_T, V=_V, limit=_limit, ties=False)
-    add("argmax", f"{_T}x{_V}-ties", argmax, T=_T, V=_V, limit=_limit, ties=True)
+    for _name in ("greedy", "plain", "first", "family", "last-top_p", "last-min_p"):
+        _changes = {k: v for k, v in _SETTINGS[_name].items() if k not in ("uniform", "presence_penalty")}
+        add("sample_rows", f"{_T}x{_V}-{_name}", sample_rows, T=_T, V=_V, limit=_limit, ties=False, **_changes)
+        add("sample_rows", f"{_T}x{_V}-{_name}-ties", sample_rows, T=_T, V=_V, limit=_limit, ties=True, **_changes)
 
 
 def log_softmax_top(rng: Rng, V: int, limit: int, k: int) -> dict[str, Any]:

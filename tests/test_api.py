@@ -27,6 +27,7 @@ from deltaic import (
     StateError,
 )
 from deltaic.generate import cache
+from deltaic.model.replay import Replay
 from PIL import Image
 
 PROMPT = "the cat sat on the mat and the dog"
@@ -342,7 +343,7 @@ def test_ctrl_c_while_computing(tiny_model, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_model._runner.text, "_run", interrupted)
+        patch.setattr(Replay, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert list(stream) == []
@@ -355,7 +356,7 @@ def test_an_interrupted_forward_makes_its_state_unusable(tiny_model, monkeypatch
     state = tiny_model.new_state()
     tiny_model.forward([1, 2], state)
     with monkeypatch.context() as patch:
-        patch.setattr(tiny_model._runner.text, "_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tiny_model._runner.text, "run_layers", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tiny_model.forward([3], state)
     with pytest.raises(StateError):

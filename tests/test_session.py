@@ -102,7 +102,7 @@ def test_after_an_error_it_stands_where_it_stood(model, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._runner.text, "_run", failing)
+        patch.setattr(model._runner.text, "run_layers", failing)
         with pytest.raises(MemoryError):
             session.say("two")
     assert session.messages == before

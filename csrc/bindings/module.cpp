@@ -136,7 +136,8 @@ PYBIND11_MODULE(_core, m) {
 
     chosen = choose_isa();
     m.attr("isa") = chosen->name;
-    m.attr("rounds_to_bf16") = chosen->rounds_to_bf16;
+    m.attr("rounds_to_bf16") = chosen->numerics->rounds_to_bf16;
+    m.attr("int8_kv_bits") = chosen->numerics->int8_kv_bits;
     py::list usable;
     int count = 0;
     const Isa* list = isa_list(&count);
@@ -214,7 +215,7 @@ PYBIND11_MODULE(_core, m) {
             },
             py::return_value_policy::reference)
         .def("__exit__", [](Tape& self, const py::args&) { self.stop(); })
-        .def("replay", &Tape::replay, py::arg("inputs"), py::arg("output"))
+        .def("replay", &Tape::replay, py::arg("inputs"), py::arg("outputs"))
         .def("__len__", &Tape::size);
     m.def(
         "empty",

@@ -135,8 +135,9 @@ class Tape {
         return buffers_.back();
     }
 
-    // Repeats all steps on other inputs of the same shapes and returns a copy of `output`, one of the tape's arrays.
-    py::array replay(const py::list& inputs, const py::array& output) {
+    // Repeats all steps on other inputs of the same shapes and returns copies of `outputs`, which are the tape's
+    // arrays.
+    py::tuple replay(const py::list& inputs, const py::tuple& outputs) {
         if (inputs.size() != inputs_.size())
             throw Error("Tape: takes " + std::to_string(inputs_.size()) + " inputs, got " +
                         std::to_string(inputs.size()));
@@ -148,16 +149,23 @@ class Tape {
                 throw Error("Tape: input " + std::to_string(i) + " is " + now[i].shown() + ", expected " +
                             inputs_[i].shown());
         }
-        const py::array result =
-            py::array(output.dtype(), std::vector<py::ssize_t>(output.shape(), output.shape() + output.ndim()));
-        void* target = const_cast<void*>(result.data());
+        py::tuple results(outputs.size());
+        std::vector<Copy> copies;
+        copies.reserve(outputs.size());
+        for (size_t i = 0; i < outputs.size(); ++i) {
+            if (!py::isinstance<py::array>(outputs[i])) throw Error("Tape: an output is not a numpy array");
+            const auto output = py::reinterpret_borrow<py::array>(outputs[i]);
+            const py::array result(output.dtype(), {output.shape(), output.shape() + output.ndim()});
+            copies.push_back({const_cast<void*>(result.data()), output.data(), static_cast<size_t>(output.nbytes())});
+            results[i] = result;
+        }
         const py::gil_scoped_release released;
         const std::lock_guard<std::mutex> alone(running_);
         for (const Place& p : places_) p.view->data = now[p.input].begin + p.offset;
         for (const TablePlace& p : table_places_) *p.table = now[p.input].table;
         for (const auto& step : steps_) step->run();
-        std::memcpy(target, output.data(), static_cast<size_t>(output.nbytes()));
-        return result;
+        for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+        return results;
     }
 
   private:
@@ -177,6 +185,11 @@ class Tape {
         View* view;
         size_t input;
         int64_t offset;
+    };
+    struct Copy {
+        void* to;
+        const void* from;
+        size_t bytes;
     };
     struct TablePlace {
         const BlockTable** table;

@@ -14,27 +14,34 @@ namespace deltaic {
 // Each is defined by cpu/table.cpp, compiled with that instruction set's flags.
 namespace baseline {
 extern const Ops kOps;
-}
+extern const Numerics kNumerics;
+}  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Ops kOps;
-}
+extern const Numerics kNumerics;
+}  // namespace avx2
 namespace avx512 {
 extern const Ops kOps;
-}
+extern const Numerics kNumerics;
+}  // namespace avx512
 namespace avx512bf16 {
 extern const Ops kOps;
-}
+extern const Numerics kNumerics;
+}  // namespace avx512bf16
 #elif defined(__aarch64__)
 namespace neon {
 extern const Ops kOps;
-}
+extern const Numerics kNumerics;
+}  // namespace neon
 namespace neon_dot {
 extern const Ops kOps;
-}
+extern const Numerics kNumerics;
+}  // namespace neon_dot
 namespace neon_i8mm {
 extern const Ops kOps;
-}
+extern const Numerics kNumerics;
+}  // namespace neon_i8mm
 #endif
 
 #if defined(__aarch64__) && defined(__APPLE__)
@@ -61,10 +68,10 @@ const Isa* isa_list(int* count) {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512vnni");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-    static const Isa list[] = {{"avx512bf16", has_bf16, true, &avx512bf16::kOps},
-                               {"avx512", has_avx512, false, &avx512::kOps},
-                               {"avx2", has_avx2, false, &avx2::kOps},
-                               {"baseline", true, false, &baseline::kOps}};
+    static const Isa list[] = {{"avx512bf16", has_bf16, &avx512bf16::kNumerics, &avx512bf16::kOps},
+                               {"avx512", has_avx512, &avx512::kNumerics, &avx512::kOps},
+                               {"avx2", has_avx2, &avx2::kNumerics, &avx2::kOps},
+                               {"baseline", true, &baseline::kNumerics, &baseline::kOps}};
 #elif defined(__aarch64__)
 #if defined(__linux__)
     const bool has_dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
@@ -76,12 +83,12 @@ const Isa* isa_list(int* count) {
 #else
     const bool has_dot = false, has_i8mm = false;
 #endif
-    static const Isa list[] = {{"neon_i8mm", has_i8mm, true, &neon_i8mm::kOps},
-                               {"neon_dot", has_dot, false, &neon_dot::kOps},
-                               {"neon", true, false, &neon::kOps},
-                               {"baseline", true, false, &baseline::kOps}};
+    static const Isa list[] = {{"neon_i8mm", has_i8mm, &neon_i8mm::kNumerics, &neon_i8mm::kOps},
+                               {"neon_dot", has_dot, &neon_dot::kNumerics, &neon_dot::kOps},
+                               {"neon", true, &neon::kNumerics, &neon::kOps},
+                               {"baseline", true, &baseline::kNumerics, &baseline::kOps}};
 #else
-    static const Isa list[] = {{"baseline", true, false, &baseline::kOps}};
+    static const Isa list[] = {{"baseline", true, &baseline::kNumerics, &baseline::kOps}};
 #endif
     *count = static_cast<int>(sizeof(list) / sizeof(list[0]));
     return list;

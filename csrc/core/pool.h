@@ -31,7 +31,7 @@ DELTAIC_INLINE void parallel_for(int64_t n, int64_t grain, const F& body) {
 
 // The grain for work that reads so many bytes: all of it where one thread is done before others would have met it.
 DELTAIC_INLINE int64_t grain_for(int64_t bytes, int64_t n, int64_t grain) {
-    constexpr int64_t kAlone = int64_t{1} << 18;
+    constexpr int64_t kAlone = int64_t{1} << 16;
     return bytes < kAlone && n > grain ? n : grain;
 }
 

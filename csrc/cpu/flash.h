@@ -106,6 +106,8 @@ struct FloatProducts {
                                           Vector (&value)[GROUPS]) {
         for (int g = 0; g < GROUPS; ++g) value[g] = load_row<format>(rows[0], d + g * 16, D);
     }
+    static DELTAIC_INLINE int64_t value_place(int64_t d) { return d; }
+    static constexpr int64_t kPlaces = 16;  // so many neighbours lie together
 
     template <int NB, int NT>
     static DELTAIC_INLINE void tile(const float* w, int64_t block_stride, const float* x, int64_t x_stride,
@@ -152,18 +154,16 @@ struct PairProducts {
     static DELTAIC_INLINE Vector load_lanes(const uint16_t* p) { return load_pairs(p); }
     static DELTAIC_INLINE Vector set(const uint16_t* p) { return set_pair(p); }
     static DELTAIC_INLINE f32x16 dot(Vector a, Vector b, f32x16 acc) { return dot_pairs(a, b, acc); }
-    // The same of two neighbouring values, or of one beside zeros.
+    // The same of two neighbouring values, or of one beside zeros, number d in place value_place(d). GROUPS is even.
     template <Stored format, int GROUPS>
     static DELTAIC_INLINE void load_value(const uint8_t* const* rows, bool both, int64_t d, int64_t D,
                                           Vector (&value)[GROUPS]) {
-        for (int g = 0; g < GROUPS; g += 2) {
-            const Vector first = load_lanes<format>(rows[0], d + g * 16, D);
-            Vector low, high;
-            interleave(first, both ? load_lanes<format>(rows[1], d + g * 16, D) : no_pairs(), low, high);
-            value[g] = low;
-            if (g + 1 < GROUPS) value[g + 1] = high;
-        }
+        for (int g = 0; g < GROUPS; g += 2)
+            zip(load_lanes<format>(rows[0], d + g * 16, D),
+                both ? load_lanes<format>(rows[1], d + g * 16, D) : no_pairs(), value[g], value[g + 1]);
     }
+    static DELTAIC_INLINE int64_t value_place(int64_t d) { return d / 32 * 32 + zip_place(d % 32); }
+    static constexpr int64_t kPlaces = kZipRun;
 
     template <int NB, int NT>
     static DELTAIC_INLINE void tile(const float* w, int64_t block_stride, const uint16_t* x, int64_t x_stride,
@@ -288,46 +288,49 @@ DELTAIC_INLINE void flash_values(const FlashTile<Products>& t, const float* valu
     }
 }
 
-// The scores of kFlashRows rows from `row` on, of which a row sees the first visible(row), become 2^(score - highest),
-// zero where it does not see.
-template <class Products, class Visible>
-DELTAIC_INLINE void flash_softmax(const FlashTile<Products>& t, int64_t row, int64_t keys, const Visible& visible) {
+// Scores of up to 16 rows, scores [rows][stride], become 2^(score - highest) in their place: of `keys` keys a row sees
+// the first seen[row], and gets zeros beyond. `highest` [rows] is raised where a score is higher, and then the row's
+// sums, totals [rows][16] and out [rows][dims], are scaled.
+template <class Products>
+DELTAIC_INLINE void softmax_rows(int64_t rows, float* scores, int64_t stride, int64_t keys, const int64_t* seen,
+                                 float* highest, float* totals, float* out, int64_t dims) {
     const int64_t end = round_up(keys, 16);
-    int64_t seen[kFlashRows];
     f32x16 most[16];
-    for (int i = kFlashRows; i < 16; ++i) most[i] = zero();
-    for (int i = 0; i < kFlashRows; ++i) {
-        float* s = t.scores + (row + i) * Products::kKeys;
-        seen[i] = row + i < t.rows ? visible(row + i) : 0;
+    for (int64_t i = 0; i < 16; ++i) {
+        if (i >= rows) {
+            most[i] = zero();
+            continue;
+        }
+        float* s = scores + i * stride;
         for (int64_t j = seen[i]; j < end; ++j) s[j] = -INFINITY;
         most[i] = load(s);
         for (int64_t j = 16; j < end; j += 16) most[i] = max(most[i], load(s + j));
     }
     alignas(64) float now[16];
     store(now, reduce_max(most));
-    for (int i = 0; i < kFlashRows; ++i) {
-        const float* s = t.scores + (row + i) * Products::kKeys;
-        typename Products::Number* p = t.probabilities(row + i);
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* s = scores + i * stride;
+        typename Products::Number* p = reinterpret_cast<typename Products::Number*>(scores + i * stride);
         if (seen[i] == 0) {  // the highest may be -inf still
             for (int64_t j = 0; j < end; j += 16) Products::store_number(p + j, zero(), 16);
             continue;
         }
-        const float before = t.highest[row + i], rounded = ceilf(now[i]);
-        float* sums = t.total + (row + i) * 16;
+        const float before = highest[i], rounded = ceilf(now[i]);
+        float* sums = totals + i * 16;
         f32x16 total = load(sums);
         if (!(rounded <= before)) {
-            t.highest[row + i] = rounded;
+            highest[i] = rounded;
             const f32x16 scale = exp2(set1(before - rounded));
             if (before != -INFINITY) {
-                float* out = t.out + (row + i) * t.dims;
-                for (int64_t d = 0; d < t.dims; d += 16) store(out + d, mul(load(out + d), scale));
+                float* o = out + i * dims;
+                for (int64_t d = 0; d < dims; d += 16) store(o + d, mul(load(o + d), scale));
                 total = mul(total, scale);
             }
         }
-        const f32x16 highest = set1(t.highest[row + i]);
+        const f32x16 most_seen = set1(highest[i]);
         const int64_t whole = seen[i] / 16 * 16;
         for (int64_t j = 0; j < whole; j += 16) {
-            const f32x16 e = exp2(sub(load(s + j), highest));
+            const f32x16 e = exp2(sub(load(s + j), most_seen));
             total = add(total, e);
             Products::store_number(p + j, e, 16);
         }
@@ -338,13 +341,22 @@ DELTAIC_INLINE void flash_softmax(const FlashTile<Products>& t, int64_t row, int
             }
             // 2^x need not become zero for -inf
             alignas(64) float lanes[16];
-            store(lanes, exp2(sub(load(s + j), highest)));
+            store(lanes, exp2(sub(load(s + j), most_seen)));
             for (int64_t k = seen[i] - j; k < 16; ++k) lanes[k] = 0.0f;
             total = add(total, load(lanes));
             Products::store_number(p + j, load(lanes), 16);
         }
         store(sums, total);
     }
+}
+
+// The scores of kFlashRows rows from `row` on, of which a row sees the first visible(row).
+template <class Products, class Visible>
+DELTAIC_INLINE void flash_softmax(const FlashTile<Products>& t, int64_t row, int64_t keys, const Visible& visible) {
+    int64_t seen[kFlashRows];
+    for (int i = 0; i < kFlashRows; ++i) seen[i] = row + i < t.rows ? visible(row + i) : 0;
+    softmax_rows<Products>(kFlashRows, t.scores + row * Products::kKeys, Products::kKeys, keys, seen, t.highest + row,
+                           t.total + row * 16, t.out + row * t.dims, t.dims);
 }
 
 // Adds a block of up to Products::kKeys keys; visible(row) of them, 0..keys, are seen by a row. `stride`: floats

@@ -9,6 +9,13 @@
 #include "core/pool.h"
 #include "cpu/kv_int8.h"
 
+// GCC on x86 copies accumulators around in the loops of integer sums, for want of registers that it has.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define DELTAIC_KEEP_TILES __attribute__((optimize("no-tree-coalesce-vars")))
+#else
+#define DELTAIC_KEEP_TILES
+#endif
+
 namespace deltaic {
 namespace DELTAIC_ISA {
 
@@ -47,7 +54,7 @@ struct Attention {
 
 // One unit of parallel work of a decode step: a piece of the keys, and where its partial results go.
 struct Item {
-    int32_t sequence, kv_head;
+    int32_t sequence, head, heads;  // key-value heads head .. head + heads - 1
     int64_t piece, partial;
 };
 
@@ -172,23 +179,27 @@ void prefill_sequence(const Attention& a, int64_t b) {
     }
 }
 
-// Partial results of one piece: rows x dims sums, then the highest score and the total of each row.
+// Partial results of one piece of one key-value head.
 DELTAIC_INLINE int64_t piece_floats(const Attention& a, int64_t b) {
-    return round_up(a.new_rows(b) * a.G * (a.dims + 2), 16);
+    return PieceSums::floats(a.new_rows(b) * a.G, a.dims);
 }
 
+// partial: of the item's sequence, [Hkv][pieces][piece_floats].
 template <class Rows>
-void decode_piece(const Attention& a, const Item& item, float* partial, float* memory) {
-    const int64_t b = item.sequence, rows = a.new_rows(b) * a.G;
-    const BlockTable& table = a.tables[b];
-    const CacheRows keys(table, a.layer, 0, item.kv_head), values(table, a.layer, 1, item.kv_head);
+DELTAIC_KEEP_TILES void decode_piece(const Attention& a, const Item& item, float* partial, float* memory) {
+    const int64_t b = item.sequence, rows = a.new_rows(b) * a.G, pieces = a.pieces(b);
     const int64_t begin = piece_begin(item.piece),
                   end = min64(piece_begin(item.piece + 1), a.starts[b] + a.new_rows(b));
     const Piece piece{begin, end - begin, a.starts[b] + 1 - begin, a.G};
-    float* out = partial + item.partial;
-    float* highest = out + rows * a.dims;
-    attend_piece<Rows>(keys, values, piece, a.queries<Rows>(item.kv_head, a.cut[b]), a.q_stride<Rows>(), rows, a.D,
-                       memory, out, highest, highest + rows);
+    for (int64_t done = 0; done < item.heads; done += kPieceHeads) {
+        const int64_t first = item.head + done;
+        attend_piece<Rows>(
+            a.tables[b], a.layer, first, min64(kPieceHeads, item.heads - done), piece,
+            [&](int64_t h) { return a.queries<Rows>(first + h, a.cut[b]); }, a.q_stride<Rows>(), rows, a.D, memory,
+            [&](int64_t h) {
+                return PieceSums(partial + ((first + h) * pieces + item.piece) * piece_floats(a, b), rows, a.dims);
+            });
+    }
 }
 
 // Adds up the pieces that one row sees, in order. partial: of this sequence and key-value head, [pieces][piece_floats].
@@ -196,7 +207,8 @@ void decode_piece(const Attention& a, const Item& item, float* partial, float* m
 void combine(const Attention& a, int64_t b, int64_t t, int64_t kv_head, int64_t g, const float* partial, float* o) {
     const int64_t row = (t - a.cut[b]) * a.G + g, rows = a.new_rows(b) * a.G, stride = piece_floats(a, b);
     const int64_t pieces = piece_of(a.starts[b] + t - a.cut[b]) + 1;
-    const float* highest = partial + rows * a.dims + row;
+    const PieceSums first(const_cast<float*>(partial), rows, a.dims);
+    const float *highest = first.highest + row, *totals = first.total + row;
     float most = highest[0], total = 0.0f;
     for (int64_t p = 1; p < pieces; ++p) most = highest[p * stride] > most ? highest[p * stride] : most;
     for (int64_t d = 0; d < a.dims; ++d) o[d] = 0.0f;
@@ -205,7 +217,7 @@ void combine(const Attention& a, int64_t b, int64_t t, int64_t kv_head, int64_t 
         const f32x16 scale = exp2(set1(highest[p * stride] - most));
         float lanes[16];
         store(lanes, scale);
-        total += lanes[0] * highest[p * stride + rows];
+        total += lanes[0] * totals[p * stride];
         for (int64_t d = 0; d < a.dims; d += 16) store(o + d, fma(load(sums + d), scale, load(o + d)));
     }
     finish(a, t, kv_head * a.G + g, o, total);
@@ -229,24 +241,27 @@ void decode_sequences(const Attention& a, int64_t first, int64_t last) {
     if (items == 0) return;
     Item* item = static_cast<Item*>(scratch(static_cast<size_t>(items) * sizeof(Item)));
     float* partial = scratch_f32(partials);
-    const int64_t memory = round_up(kPieceRows * kLongPiece + DecodedInt8::floats(a.D), 16);
+    const int64_t memory = piece_memory<DecodedInt8>(a.D);  // the most that any of the rows wants
     float* work = scratch_f32(thread_count() * memory);
 
-    // The last pieces of a sequence, which may be the longest, come first.
+    // All heads of a piece lie together; one at a time they keep more threads busy. The result is the same. The last
+    // pieces of a sequence, which may be the longest, come first.
+    const int64_t heads = items / a.Hkv >= 8 * thread_count() ? a.Hkv : 1;
     items = 0;
     for (int64_t b = first; b < last; ++b) {
         if (!a.decodes(b) || a.new_rows(b) == 0) continue;
         for (int64_t p = a.pieces(b) - 1; p >= 0; --p)
-            for (int64_t h = 0; h < a.Hkv; ++h)
-                item[items++] = {static_cast<int32_t>(b), static_cast<int32_t>(h), p,
-                                 offsets[b - first] + (h * a.pieces(b) + p) * piece_floats(a, b)};
+            for (int64_t h = 0; h < a.Hkv; h += heads)
+                item[items++] = {static_cast<int32_t>(b), static_cast<int32_t>(h),
+                                 static_cast<int32_t>(min64(heads, a.Hkv - h)), p, offsets[b - first]};
     }
     int64_t products = 0;  // of a row and a key
     for (int64_t b = first; b < last; ++b) products += a.new_rows(b) * (a.starts[b] + a.new_rows(b));
     parallel_for(items, grain_for(products * a.Hkv * a.D * 4, items, 1), [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i)
-            with_rows(a, item[i].sequence,
-                      [&](auto rows) { decode_piece<decltype(rows)>(a, item[i], partial, work + thread * memory); });
+            with_rows(a, item[i].sequence, [&](auto rows) {
+                decode_piece<decltype(rows)>(a, item[i], partial + item[i].partial, work + thread * memory);
+            });
     });
     const int64_t t0 = a.cut[first];
     parallel_for((a.cut[last] - t0) * a.Hq, 16, [&](int64_t begin, int64_t end, int thread) {

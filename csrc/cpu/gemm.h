@@ -15,7 +15,10 @@ DELTAIC_INLINE void tile_f32(const float* w, int64_t block_stride, int64_t k_str
                              int64_t K, f32x16 (&acc)[NB][NT]) {
     for (int64_t k = 0; k < K; ++k) {
         f32x16 wk[NB];
-        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) wk[b] = load(w + b * block_stride + k * k_stride);
+        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+            wk[b] = load(w + b * block_stride + k * k_stride);
+            if (NT == 2 || NT == 3) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) keep(wk[b].part[i]);
+        }
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
             const f32x16 xk = set1(x[t * x_stride + k]);
             DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] = fma(wk[b], xk, acc[b][t]);

@@ -61,103 +61,99 @@ DELTAIC_INLINE void row_tiles(int64_t n, const F& f) {
 
 // Register tiles of the decode path: keys x query rows of a dot product; query rows x groups of 16 dimensions of the
 // sum.
-constexpr int kDotKeys = kTileTokens >= 2 ? 2 : 1;
+constexpr int kDotKeys = kTileTokens >= 12 ? 4 : kTileTokens >= 2 ? 2 : 1;
 constexpr int kDotRows = kTileTokens >= 12 ? 4 : 2;
 constexpr int kSumGroups = kTileTokens >= 12 ? 4 : 1;
 constexpr int64_t kPieceRows = 16;  // query rows that share one pass over the keys
-constexpr int64_t kAhead = 16;      // keys or values between what is worked on and what is called from memory
+constexpr int64_t kPieceHeads = 4;  // key-value heads of a piece that are worked on in the order in which they lie
+constexpr int64_t kRunKeys = 128;   // keys of a head, then their values, that are read before the next head's
+
+// Rows first..first + count - 1 if they lie together, which are then called from memory ahead of their turn; else null.
+DELTAIC_INLINE const uint8_t* together(const CacheRows& cache, int64_t first, int64_t count) {
+    return first % cache.tokens + count <= cache.tokens ? cache.row(first) : nullptr;
+}
+// Calls `bytes` bytes from memory, line by line.
+DELTAIC_INLINE void call_lines(const uint8_t* from, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) call_line(from + byte);
+}
 
 // sums[r * 4 + k] = q[r] . key[k] for up to 4 rows and 4 keys; q [rows][q_stride], zero past D.
 // `ahead`: the rows that are read next, or null. Rows of several keys at once are no pattern that the hardware
-// recognises, so while one group of rows is worked on the group after it is called from memory, line by line in order.
+// recognises, so while one group of rows is worked on the group after it is called from memory, in order.
 template <class Products, Stored format, int KEYS, int ROWS>
 DELTAIC_INLINE void dot_tile(const uint8_t* const* keys, const typename Products::Number* q, int64_t q_stride,
                              int64_t D, const uint8_t* ahead, f32x16 (&sums)[16], int first_key, int first_row) {
     constexpr int64_t bytes = stored_bytes(format), step = 16 * Products::kNumbers;
     f32x16 acc[ROWS][KEYS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int k = 0; k < KEYS; ++k) acc[r][k] = zero();
-    const auto add = [&](int64_t d, int64_t end) {
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) DELTAIC_UNROLL for (int k = 0; k < KEYS; ++k) acc[r][k] = zero();
+    const auto add = [&](int64_t d, int64_t end) __attribute__((always_inline)) {
         typename Products::Vector key[KEYS];
-        for (int k = 0; k < KEYS; ++k) key[k] = Products::template load_lanes<format>(keys[k], d, end);
-        for (int r = 0; r < ROWS; ++r) {
+        DELTAIC_UNROLL for (int k = 0; k < KEYS; ++k) key[k] = Products::template load_lanes<format>(keys[k], d, end);
+        DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) {
             const typename Products::Vector x = Products::load_lanes(q + r * q_stride + d);
-            for (int k = 0; k < KEYS; ++k) acc[r][k] = Products::dot(key[k], x, acc[r][k]);
+            DELTAIC_UNROLL for (int k = 0; k < KEYS; ++k) acc[r][k] = Products::dot(key[k], x, acc[r][k]);
         }
     };
     const int64_t whole = D / step * step;
     for (int64_t d = 0; d < whole; d += step) {
-        if (ahead)
-            for (int64_t byte = 0; byte < KEYS * step * bytes; byte += 64)
-                prefetch_far(ahead + d * KEYS * bytes + byte);
+        if (ahead) call_lines(ahead + d * KEYS * bytes, KEYS * step * bytes);
         add(d, d + step);  // this bound drops the loads of a ragged end
     }
     if (whole < D) add(whole, D);
-    for (int r = 0; r < ROWS; ++r)
-        for (int k = 0; k < KEYS; ++k) sums[(first_row + r) * 4 + first_key + k] = acc[r][k];
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) DELTAIC_UNROLL for (int k = 0; k < KEYS; ++k)
+        sums[(first_row + r) * 4 + first_key + k] = acc[r][k];
 }
 
-// scores[r * stride + k] = q[r] . key[k]: ROWS query rows (1, 2 or 4), `count` keys (1..4)
+// scores[r * stride + k] = q[r] . key[k]: ROWS query rows (1, 2 or 4), 4 keys
 template <class Products, Stored format, int ROWS>
-DELTAIC_INLINE void score_rows(const uint8_t* const* keys, int64_t count, const typename Products::Number* q,
-                               int64_t q_stride, int64_t D, const uint8_t* ahead, float* scores, int64_t stride) {
+DELTAIC_INLINE void score_rows(const uint8_t* const* keys, const typename Products::Number* q, int64_t q_stride,
+                               int64_t D, const uint8_t* ahead, float* scores, int64_t stride) {
     constexpr int R = ROWS < kDotRows ? ROWS : kDotRows;
     f32x16 sums[16];
-    for (int i = 0; i < 16; ++i) sums[i] = zero();
-    if (count == 4) {
-        for (int r = 0; r < ROWS; r += R)
-            for (int k = 0; k < 4; k += kDotKeys)
-                dot_tile<Products, format, kDotKeys, R>(keys + k, q + r * q_stride, q_stride, D,
-                                                        r || !ahead ? nullptr : ahead + k * D * stored_bytes(format),
-                                                        sums, k, r);
-    } else {
-        for (int r = 0; r < ROWS; r += R)
-            for (int k = 0; k < count; ++k)
-                dot_tile<Products, format, 1, R>(keys + k, q + r * q_stride, q_stride, D, nullptr, sums, k, r);
-    }
+    DELTAIC_UNROLL for (int i = ROWS * 4; i < 16; ++i) sums[i] = zero();
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; r += R) DELTAIC_UNROLL for (int k = 0; k < 4; k += kDotKeys)
+        dot_tile<Products, format, kDotKeys, R>(keys + k, q + r * q_stride, q_stride, D,
+                                                r || !ahead ? nullptr : ahead + k * D * stored_bytes(format), sums, k,
+                                                r);
     float lanes[16];
     store(lanes, reduce_add(sums));
-    for (int r = 0; r < ROWS; ++r)
-        for (int64_t k = 0; k < count; ++k) scores[r * stride + k] = lanes[r * 4 + k];
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) memcpy(scores + r * stride, lanes + r * 4, 16);
 }
 
 // out[r] += sum over `count` values of weights[r * stride + i] * value[i], in order. `stride`: numbers.
-template <class Products, Stored format, int ROWS, int GROUPS>
+// out rows have `width` numbers, in the order of Products::value_place. WHOLE: `count` is even.
+template <class Products, Stored format, int ROWS, int GROUPS, bool WHOLE>
 DELTAIC_INLINE void sum_tile(const uint8_t* const* values, int64_t count, const typename Products::Number* weights,
-                             int64_t stride, int64_t d, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
+                             int64_t stride, int64_t d, int64_t D, const uint8_t* ahead, float* out, int64_t width) {
     constexpr int64_t bytes = stored_bytes(format);
     f32x16 acc[ROWS][GROUPS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int g = 0; g < GROUPS; ++g) acc[r][g] = load(out + r * dims + d + g * 16);
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) DELTAIC_UNROLL for (int g = 0; g < GROUPS; ++g) acc[r][g] =
+        load(out + r * width + d + g * 16);
     for (int64_t i = 0; i < count; i += Products::kNumbers) {
         typename Products::Vector value[GROUPS];
-        Products::template load_value<format, GROUPS>(values + i, i + 1 < count, d, D, value);
-        if (ahead)
-            for (int64_t byte = 0; byte < Products::kNumbers * GROUPS * 16 * bytes; byte += 64)
-                prefetch_far(ahead + (d + i * GROUPS) * 16 * bytes + byte);
-        for (int r = 0; r < ROWS; ++r) {
+        Products::template load_value<format, GROUPS>(values + i, WHOLE || i + 1 < count, d, D, value);
+        if (ahead && d + GROUPS * 16 <= D)
+            call_lines(ahead + (d + i * GROUPS) * 16 * bytes, Products::kNumbers * GROUPS * 16 * bytes);
+        DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) {
             const typename Products::Vector p = Products::set(weights + r * stride + i);
-            for (int g = 0; g < GROUPS; ++g) acc[r][g] = Products::dot(value[g], p, acc[r][g]);
+            DELTAIC_UNROLL for (int g = 0; g < GROUPS; ++g) acc[r][g] = Products::dot(value[g], p, acc[r][g]);
         }
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int g = 0; g < GROUPS; ++g) store(out + r * dims + d + g * 16, acc[r][g]);
+    DELTAIC_UNROLL for (int r = 0; r < ROWS; ++r) DELTAIC_UNROLL for (int g = 0; g < GROUPS; ++g)
+        store(out + r * width + d + g * 16, acc[r][g]);
 }
 
-template <class Products, Stored format, int ROWS>
+template <class Products, Stored format, int ROWS, bool WHOLE>
 DELTAIC_INLINE void sum_rows(const uint8_t* const* values, int64_t count, const typename Products::Number* weights,
-                             int64_t stride, int64_t D, const uint8_t* ahead, float* out, int64_t dims) {
-    constexpr int G = Products::kNumbers == 2 ? 2 : 1;
+                             int64_t stride, int64_t D, const uint8_t* ahead, float* out, int64_t width) {
+    constexpr int G = Products::kNumbers;
     int64_t d = 0;
     // The bound says the groups are whole, so that the compiler drops the loads of a ragged end.
     for (; d + kSumGroups * 16 <= D; d += kSumGroups * 16)
-        sum_tile<Products, format, ROWS, kSumGroups>(values, count, weights, stride, d, d + kSumGroups * 16, ahead, out,
-                                                     dims);
-    for (; d + G * 16 <= dims; d += G * 16)
-        sum_tile<Products, format, ROWS, G>(values, count, weights, stride, d, D, ahead, out, dims);
-    if constexpr (G > 1)
-        for (; d < D; d += 16)
-            sum_tile<Products, format, ROWS, 1>(values, count, weights, stride, d, D, ahead, out, dims);
+        sum_tile<Products, format, ROWS, kSumGroups, WHOLE>(values, count, weights, stride, d, d + kSumGroups * 16,
+                                                            ahead, out, width);
+    for (; d < width; d += G * 16)
+        sum_tile<Products, format, ROWS, G, WHOLE>(values, count, weights, stride, d, D, ahead, out, width);
 }
 
 // A piece of the keys seen by up to 32 tokens x `group` query heads, rows in (token, head) order.
@@ -168,8 +164,45 @@ struct Piece {
     DELTAIC_INLINE int64_t visible(int64_t row) const { return max64(0, min64(keys, seen + row / group)); }
 };
 
-// The two products of a piece by `Products` on rows stored as `format`; what else may stand in its place is in
-// cpu/kv_int8.h. `memory`: what attend_piece was given beside the scores.
+// A run of up to kRunKeys keys and values that n query rows meet.
+struct Run {
+    int64_t first, keys;          // first key, and keys that the last row sees
+    int64_t rows;                 // query rows, up to kPieceRows
+    int64_t visible[kPieceRows];  // keys of the run that a row sees; no fewer than the row before it
+};
+
+// The rows of a run. Where they lie in one block, as they do unless its size is odd, no division is needed for them.
+struct RunRows {
+    const CacheRows& cache;
+    int64_t first, keys;
+    const uint8_t* base;  // null where they do not lie together
+
+    DELTAIC_INLINE RunRows(const CacheRows& rows, const Run& run)
+        : cache(rows), first(run.first), keys(run.keys), base(together(rows, run.first, run.keys)) {}
+    // Rows k .. k + 15; the last row of the run again beyond it.
+    DELTAIC_INLINE void get(int64_t k, const uint8_t** out) const {
+        if (!base) {
+            const uint8_t* some[16];
+            cache.rows(first + min64(k, keys - 1), max64(1, min64(16, keys - k)), some);
+            memcpy(out, some, sizeof some);
+        } else {
+            const uint8_t* last = base + (keys - 1) * cache.row_bytes;
+            const uint8_t* p = base + k * cache.row_bytes;
+            for (int64_t i = 0; i < 16; ++i, p += cache.row_bytes) out[i] = p < last ? p : last;
+        }
+    }
+    // `count` rows from row k on if they lie together; beyond the run those at `next`, unless that is null.
+    DELTAIC_INLINE const uint8_t* ahead(int64_t k, int64_t count, const uint8_t* next) const {
+        const int64_t beyond = k - round_up(keys, count);
+        if (beyond >= 0) return next ? next + beyond * cache.row_bytes : nullptr;
+        if (!base) return together(cache, first + k, count);
+        return k + count <= keys ? base + k * cache.row_bytes : together(cache, first + k, count);
+    }
+};
+
+// The two products of a run by `Products` on rows stored as `format`; what else may stand in its place is in
+// cpu/kv_int8.h. `memory`: what attend_piece was given for them. `next`: what is read after the run, kAhead rows that
+// lie together, or null.
 template <class P, Stored format>
 struct StoredRows {
     using Products = P;
@@ -177,7 +210,17 @@ struct StoredRows {
     using Probabilities = Products;            // how they are stored
     static constexpr Stored kFormat = format;
     static constexpr bool kPrefills = true;
+    static constexpr bool kPlainSums = Products::kPlaces == 16;  // the sums of a row are in the order of its dimensions
+    static constexpr int64_t kAhead = 16;                        // rows
 
+    // Of a row of sums, in numbers.
+    static DELTAIC_INLINE int64_t width(int64_t D) { return round_up(D, 16 * Products::kNumbers); }
+    static DELTAIC_INLINE void plain_sums(const float* sums, int64_t n, int64_t D, float* out) {
+        for (int64_t r = 0; r < n; ++r)
+            for (int64_t d = 0; d < D; d += Products::kPlaces)
+                memcpy(out + r * round_up(D, 16) + d, sums + r * width(D) + Products::value_place(d),
+                       sizeof(float) * Products::kPlaces);
+    }
     static DELTAIC_INLINE int64_t query_bytes(int64_t D) {
         return round_up(D, 32) * static_cast<int64_t>(sizeof(Number));
     }
@@ -186,100 +229,133 @@ struct StoredRows {
         for (int64_t d = 0; d < round_up(D, 32); d += 16)
             Products::store_number(q + d, d < D ? mul(load_n(x + d, D - d), set1(factor)) : zero(), 16);
     }
-    static DELTAIC_INLINE int64_t floats(int64_t) { return 0; }  // of memory beside the scores
+    static DELTAIC_INLINE int64_t floats(int64_t) { return 0; }  // of memory
 
-    // scores[r * kLongPiece + k] = q[r] . key k, for n query rows and the first `count` keys of a piece.
-    static DELTAIC_INLINE void scores(const CacheRows& keys, const CacheRows& values, const Piece& piece, int64_t count,
-                                      const Number* q, int64_t q_stride, int64_t n, int64_t D, float* scores, float*) {
-        for (int64_t k = 0; k < min64(kAhead, piece.keys); ++k)
-            for (int64_t byte = 0; byte < keys.row_bytes; byte += 64) prefetch_far(keys.row(piece.first + k) + byte);
-        for (int64_t k = 0; k < count; k += 16) {
-            const int64_t some = min64(16, count - k);
-            const uint8_t* at[16];
-            keys.rows(piece.first + k, some, at);
-            const int64_t beyond = k + kAhead - round_up(count, 16);  // after the last keys come the first values
-            const uint8_t* ahead = beyond < 0 ? keys.row(piece.first + min64(k + kAhead, count - 1))
-                                              : values.row(piece.first + min64(beyond, count - 1));
-            for (int64_t i = 0; i < some; i += 4)
-                row_tiles(n, [&](auto constant, int64_t r) {
+    // scores[r * kRunKeys + k] = q[r] . key k
+    static DELTAIC_INLINE void scores(const CacheRows& keys, const Run& run, const Number* q, int64_t q_stride,
+                                      int64_t D, const uint8_t* next, float* scores, float*) {
+        const RunRows rows(keys, run);
+        for (int64_t k = 0; k < run.keys; k += 16) {
+            const uint8_t *at[16], *ahead = rows.ahead(k + 16, 16, next);
+            rows.get(k, at);
+            for (int64_t i = 0; i < min64(16, run.keys - k); i += 4)  // beyond the last key the last again
+                row_tiles(run.rows, [&](auto constant, int64_t r) {
                     score_rows<Products, format, decltype(constant)::value>(
-                        at + i, min64(4, some - i), q + r * q_stride, q_stride, D,
-                        r ? nullptr : ahead + i * keys.row_bytes, scores + r * kLongPiece + k + i, kLongPiece);
+                        at + i, q + r * q_stride, q_stride, D, r || !ahead ? nullptr : ahead + i * keys.row_bytes,
+                        scores + r * kRunKeys + k + i, kRunKeys);
                 });
         }
     }
 
-    // out[r] += sum over the keys that row row0 + r sees of its probabilities * value; the last row sees `count`.
-    static DELTAIC_INLINE void values(const CacheRows& values, const Piece& piece, int64_t count, int64_t row0,
-                                      int64_t n, int64_t D, const float* scores, float*, float* out) {
-        constexpr int64_t stride = kLongPiece * Products::kNumbers;
-        const int64_t dims = round_up(D, 16);
-        for (int64_t k = 0; k < count; k += 16) {
-            const uint8_t* at[16];
-            values.rows(piece.first + k, min64(16, count - k), at);
-            const uint8_t* next = k + kAhead < count ? values.row(piece.first + k + kAhead) : nullptr;
-            row_tiles(n, [&](auto constant, int64_t r) {
+    // out[r] += sum over the keys that row r sees of its probabilities * value
+    static DELTAIC_INLINE void values(const CacheRows& values, const Run& run, int64_t D, const uint8_t* next,
+                                      const float* scores, float*, float* out) {
+        constexpr int64_t stride = kRunKeys * Products::kNumbers;
+        const int64_t out_stride = width(D);
+        const RunRows rows(values, run);
+        for (int64_t k = 0; k < run.keys; k += 16) {
+            const uint8_t *at[16], *ahead = rows.ahead(k + 16, 16, next);
+            rows.get(k, at);
+            row_tiles(run.rows, [&](auto constant, int64_t r) {
                 constexpr int ROWS = decltype(constant)::value;
-                float* o = out + r * dims;
+                float* o = out + r * out_stride;
                 const Number* p = reinterpret_cast<const Number*>(scores) + r * stride + k;
+                if (k + 16 <= run.visible[r])
+                    return sum_rows<Products, format, ROWS, true>(at, 16, p, stride, D, r ? nullptr : ahead, o,
+                                                                  out_stride);
                 // The rows see different numbers of keys only at the end of the sequence: there each adds the rest
                 // alone. Whole lanes only are common, since nobody may touch a later row's value.
-                const int64_t fewest = max64(0, min64(16, piece.visible(row0 + r) - k));
+                const int64_t fewest = max64(0, run.visible[r] - k);
                 const int64_t common = ROWS == 1 ? fewest : fewest / Products::kNumbers * Products::kNumbers;
-                if (common) sum_rows<Products, format, ROWS>(at, common, p, stride, D, r ? nullptr : next, o, dims);
+                if (common) sum_rows<Products, format, ROWS, false>(at, common, p, stride, D, nullptr, o, out_stride);
                 for (int i = 0; ROWS > 1 && i < ROWS; ++i) {
-                    const int64_t own = min64(16, piece.visible(row0 + r + i) - k);
+                    const int64_t own = min64(16, run.visible[r + i] - k);
                     if (own > common)
-                        sum_rows<Products, format, 1>(at + common, own - common, p + i * stride + common, stride, D,
-                                                      nullptr, o + i * dims, dims);
+                        sum_rows<Products, format, 1, false>(at + common, own - common, p + i * stride + common, stride,
+                                                             D, nullptr, o + i * out_stride, out_stride);
                 }
             });
         }
     }
 };
 
-// Partial attention of the rows q [rows][q_stride] over one piece: out [rows][dims] = sum of 2^(score - highest) *
-// value, and per row the highest score (rounded up) and the sum of the exponentials. Every row adds its keys in order,
-// so it gets the same bits in any company. memory: kPieceRows * kLongPiece floats, and what `Rows` wants beside them.
+// What is known of one key-value head of a piece: out [rows][dims] = sum of 2^(score - highest) * value, and per row
+// the highest score (rounded up) and the sum of the exponentials.
+struct PieceSums {
+    float *out, *highest, *total;
+    DELTAIC_INLINE PieceSums(float* memory, int64_t rows, int64_t dims)
+        : out(memory), highest(out + rows * dims), total(highest + rows) {}
+    static DELTAIC_INLINE int64_t floats(int64_t rows, int64_t dims) { return round_up(rows * (dims + 2), 16); }
+};
+
+// Work space of attend_piece: scores, sums of exponentials, and what Rows wants.
 template <class Rows>
-DELTAIC_INLINE void attend_piece(const CacheRows& keys, const CacheRows& values, const Piece& piece,
-                                 const typename Rows::Number* q, int64_t q_stride, int64_t rows, int64_t D,
-                                 float* memory, float* out, float* highest, float* total) {
+DELTAIC_INLINE int64_t piece_memory(int64_t D) {
+    const int64_t sums = Rows::kPlainSums ? 0 : Rows::width(D);
+    return round_up(kPieceHeads * kPieceRows * (kRunKeys + 16 + sums) + Rows::floats(D), 16);
+}
+
+// Partial attention of the rows q(head) [rows][q_stride] over one piece of `heads` neighbouring key-value heads, into
+// sums(head). Every row adds its keys in order, in runs that depend on the key index alone, so it gets the same bits in
+// any company.
+template <class Rows, class Query, class Sums>
+DELTAIC_INLINE void attend_piece(const BlockTable& table, int64_t layer, int64_t first_head, int64_t heads,
+                                 const Piece& piece, const Query& q, int64_t q_stride, int64_t rows, int64_t D,
+                                 float* memory, const Sums& sums) {
     using Probabilities = typename Rows::Probabilities;
-    using Number = typename Probabilities::Number;
+    constexpr int64_t head_floats = kPieceRows * kRunKeys, row_floats = kPieceRows * 16;
     const int64_t dims = round_up(D, 16);
-    float *scores = memory, *more = memory + kPieceRows * kLongPiece;
+    const int64_t width = Rows::width(D), own_floats = Rows::kPlainSums ? 0 : kPieceRows * width;
+    float *totals = memory + kPieceHeads * head_floats, *own = totals + kPieceHeads * row_floats,
+          *more = own + kPieceHeads * own_floats;
+    const auto cache = [&](int64_t which, int64_t h)
+                           __attribute__((always_inline)) { return CacheRows(table, layer, which, first_head + h); };
     for (int64_t row0 = 0; row0 < rows; row0 += kPieceRows) {
-        const int64_t n = min64(kPieceRows, rows - row0), last = piece.visible(row0 + n - 1);
-        if (last == 0) continue;
-        Rows::scores(keys, values, piece, last, q + row0 * q_stride, q_stride, n, D, scores, more);
-        for (int64_t r = 0; r < n; ++r) {
-            const int64_t visible = piece.visible(row0 + r);
-            float* s = scores + r * kLongPiece;
-            float* o = out + (row0 + r) * dims;
-            for (int64_t d = 0; d < dims; ++d) o[d] = 0.0f;
-            if (visible == 0) continue;  // nobody reads this row's partial result
-            const int64_t end = round_up(visible, 16);
-            for (int64_t i = visible; i < end; ++i) s[i] = -INFINITY;
-            f32x16 most = load(s);
-            for (int64_t i = 16; i < end; i += 16) most = max(most, load(s + i));
-            highest[row0 + r] = ceilf(reduce_max(most));
-            f32x16 sum = zero();
-            Number* p = reinterpret_cast<Number*>(s);
-            for (int64_t i = 0; i < end; i += 16) {
-                f32x16 e = exp2(sub(load(s + i), set1(highest[row0 + r])));
-                if (i + 16 > visible) {
-                    float lanes[16];
-                    store(lanes, e);
-                    for (int64_t j = visible - i; j < 16; ++j) lanes[j] = 0.0f;
-                    e = load(lanes);
-                }
-                sum = add(sum, e);
-                Probabilities::store_number(p + i, e, 16);
+        Run run;
+        run.rows = min64(kPieceRows, rows - row0);
+        const int64_t end = piece.visible(row0 + run.rows - 1);
+        const auto out = [&](int64_t h) __attribute__((always_inline)) {
+            return Rows::kPlainSums ? sums(h).out + row0 * dims : own + h * own_floats;
+        };
+        for (int64_t h = 0; h < heads; ++h) {
+            for (int64_t i = 0; i < run.rows * width; i += 16) store(out(h) + i, zero());
+            for (int64_t r = 0; r < run.rows; ++r) {
+                store(totals + h * row_floats + r * 16, zero());
+                sums(h).highest[row0 + r] = -INFINITY;
             }
-            total[row0 + r] = reduce_add(sum);
         }
-        Rows::values(values, piece, last, row0, n, D, scores, more, out + row0 * dims);
+        if (const uint8_t* begin = end ? together(cache(0, 0), piece.first, Rows::kAhead) : nullptr)
+            for (int64_t byte = 0; byte < Rows::kAhead * cache(0, 0).row_bytes; byte += 64) prefetch_far(begin + byte);
+        for (int64_t key = 0; key < end; key += kRunKeys) {
+            run.first = piece.first + key, run.keys = min64(kRunKeys, end - key);
+            for (int64_t r = 0; r < run.rows; ++r)
+                run.visible[r] = max64(0, min64(run.keys, piece.visible(row0 + r) - key));
+            // In the order in which they lie: keys of all heads, values of all heads, then the next block.
+            for (int64_t h = 0; h < heads; ++h) {
+                const uint8_t* next = together(h + 1 < heads ? cache(0, h + 1) : cache(1, 0), run.first, Rows::kAhead);
+                Rows::scores(cache(0, h), run, q(h) + row0 * q_stride, q_stride, D, next, memory + h * head_floats,
+                             more);
+            }
+            if (const uint8_t* begin = together(cache(1, 0), run.first + Rows::kAhead, Rows::kAhead))
+                for (int64_t byte = 0; byte < Rows::kAhead * cache(1, 0).row_bytes; byte += 64)
+                    prefetch_far(begin + byte);
+            for (int64_t h = 0; h < heads; ++h)
+                softmax_rows<Probabilities>(run.rows, memory + h * head_floats, kRunKeys, run.keys, run.visible,
+                                            sums(h).highest + row0, totals + h * row_floats, out(h), width);
+            for (int64_t h = 0; h < heads; ++h) {
+                const uint8_t* next = nullptr;
+                if (h + 1 < heads)
+                    next = together(cache(1, h + 1), run.first, Rows::kAhead);
+                else if (key + kRunKeys < end)
+                    next = together(cache(0, 0), run.first + kRunKeys, Rows::kAhead);
+                Rows::values(cache(1, h), run, D, next, memory + h * head_floats, more, out(h));
+            }
+        }
+        for (int64_t h = 0; h < heads; ++h) {
+            for (int64_t r = 0; r < run.rows; ++r)
+                sums(h).total[row0 + r] = reduce_add(load(totals + h * row_floats + r * 16));
+            if constexpr (!Rows::kPlainSums) Rows::plain_sums(out(h), run.rows, D, sums(h).out + row0 * dims);
+        }
     }
 }
 

@@ -402,7 +402,10 @@ DELTAIC_INLINE void chunk_bf16(const uint8_t* w, int64_t stride, int64_t far, in
         DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
             const uint8_t* p = w + b * stride + line * 64;
             if (kAhead) prefetch_far(p + far);
-            DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) wb[b][i] = i_load(p + i * kWidth * 4);
+            DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+                wb[b][i] = i_load(p + i * kWidth * 4);
+                if (NT == 2 || NT == 3) keep(wb[b][i]);
+            }
         }
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
             const ivec at = i_set1(load_i32(a + t * (kWordBytes / 2) + line * 2));

@@ -1,4 +1,4 @@
-// sample, argmax and log_softmax_top: what is done with the 248,320 logits of one token.
+// sample, sample_rows and log_softmax_top: what is done with the 248,320 logits of one token.
 //
 // Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes
 // the maxima of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits
@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kRows = 64;           // logits of one group: one lane of 64 vectors
 constexpr int64_t kStrip = kRows * 16;  // 16 groups, logits [strip * 1024 + row * 16 + lane]
 constexpr int64_t kFirstGroups = 64;    // groups gathered at first where top_k does not say how many
+constexpr int64_t kInserted = 64;       // candidates up to which an insertion sort is faster than counting digits
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = 3.40282347e38f;
 
@@ -128,6 +129,16 @@ float threshold(const float* x, int64_t n, int64_t k) {
     return number(low);
 }
 
+// A value that at least k logits reach (or all, if there are fewer), and not many more: seen from the maxima, or from
+// the logits themselves where there are not so many maxima.
+float reached_by(const Logits& l, int64_t k) {
+    if (k <= l.groups) return threshold(l.maxima, l.groups, k);
+    const int64_t n = round_up(l.limit, 16);
+    float* values = scratch_f32(n);
+    for (int64_t i = 0; i < n; i += 16) store(values + i, l.lanes(i));
+    return threshold(values, n, k);
+}
+
 // One step of a stable radix sort; false if all digits are equal and nothing was moved.
 template <class Digit>
 bool distribute(const Candidate* from, Candidate* to, int64_t n, const Digit& digit) {
@@ -152,7 +163,19 @@ struct Ordered {
 
 // Sorts the `n` candidates in a; b is room for as many.
 Ordered in_order(Candidate* a, Candidate* b, int64_t n, int64_t limit) {
-    if (n == 0) return {a, 0};
+    if (n <= kInserted) {
+        for (int64_t i = 1; i < n; ++i) {
+            const Candidate c = a[i];
+            int64_t place = i;
+            for (; place > 0; --place) {
+                const Candidate& before = a[place - 1];
+                if (before.key < c.key || (before.key == c.key && before.id < c.id)) break;
+                a[place] = before;
+            }
+            a[place] = c;
+        }
+        return {a, n};
+    }
     const auto step = [&](const auto& digit) {
         if (distribute(a, b, n, digit)) {
             Candidate* sorted = b;
@@ -353,21 +376,63 @@ class Ranges {
 
 bool is_finite(double value) { return value - value == 0.0; }
 
+// What is asked of a distribution after its penalties.
+struct Choice {
+    double temperature;
+    int64_t top_k;
+    double top_p, min_p, uniform;
+};
+
+void check(const char* op, const Choice& c, int64_t limit, int64_t logits) {
+    if (limit < 1 || limit > logits) fail(op, "limit must be between 1 and the number of logits");
+    if (!(c.temperature >= 0.0) || !is_finite(c.temperature)) fail(op, "temperature must be a finite number >= 0");
+    if (c.top_k < 0) fail(op, "top_k must be >= 0 (0: off)");
+    if (!(c.top_p >= 0.0 && c.top_p <= 1.0)) fail(op, "top_p must be between 0 and 1 (1: off)");
+    if (!(c.min_p >= 0.0 && c.min_p <= 1.0)) fail(op, "min_p must be between 0 and 1 (0: off)");
+    if (!(c.uniform >= 0.0 && c.uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
+}
+
+int64_t choose(const char* op, Logits& l, const Choice& choice) {
+    const double temperature = choice.temperature, top_p = choice.top_p, min_p = choice.min_p, uniform = choice.uniform;
+    take_maxima(op, l);
+    if (temperature == 0.0) return largest(l);
+    const Filter filter{temperature, top_p, min_p};
+    if (choice.top_k > 0) {
+        Ordered c = gather(l, reached_by(l, choice.top_k));
+        c.size = min64(c.size, choice.top_k);
+        double mass = 0.0;
+        for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
+        return c.items[draw(c, true, mass, filter, uniform)].id;
+    }
+    const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
+    // No logit below this passes min_p; the rounding of float is left to the draw.
+    float lowest = -kInfinity;
+    if (min_p > 0.0) {
+        const double edge = l.top + temperature * ::log(min_p);
+        lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
+    }
+    for (int64_t groups = kFirstGroups;; groups *= 16) {
+        float least = reached_by(l, groups);
+        if (!(least > lowest)) least = lowest;
+        const bool all = least == lowest;
+        const Ordered c = gather(l, least);
+        const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
+        if (chosen >= 0) return c.items[chosen].id;
+        if (min_p <= 0.0) return Ranges(l, temperature).draw(top_p, uniform);
+    }
+}
+
 }  // namespace
 
 void sample(View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,
             double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,
             int64_t limit, double uniform, View token) {
     const char* const op = "sample";
-    if (limit < 1 || limit > logits.shape[0]) fail(op, "limit must be between 1 and the number of logits");
-    if (!(temperature >= 0.0) || !is_finite(temperature)) fail(op, "temperature must be a finite number >= 0");
-    if (top_k < 0) fail(op, "top_k must be >= 0 (0: off)");
-    if (!(top_p >= 0.0 && top_p <= 1.0)) fail(op, "top_p must be between 0 and 1 (1: off)");
-    if (!(min_p >= 0.0 && min_p <= 1.0)) fail(op, "min_p must be between 0 and 1 (0: off)");
+    const Choice choice{temperature, top_k, top_p, min_p, uniform};
+    check(op, choice, limit, logits.shape[0]);
     if (!(repetition_penalty > 0.0) || !is_finite(repetition_penalty))
         fail(op, "repetition_penalty must be a finite number > 0");
     if (!is_finite(presence_penalty) || !is_finite(frequency_penalty)) fail(op, "penalties must be finite");
-    if (!(uniform >= 0.0 && uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
 
     Logits l{logits.f32(), limit};
     const bool repetition = repetition_penalty != 1.0;
@@ -396,50 +461,17 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
         }
     }
 
-    take_maxima(op, l);
-    if (temperature == 0.0) {
-        token.i64()[0] = largest(l);
-        return;
-    }
-    const Filter filter{temperature, top_p, min_p};
-    if (top_k > 0) {
-        Ordered c = gather(l, threshold(l.maxima, l.groups, top_k));
-        c.size = min64(c.size, top_k);
-        double mass = 0.0;
-        for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
-        token.i64()[0] = c.items[draw(c, true, mass, filter, uniform)].id;
-        return;
-    }
-    const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
-    // No logit below this passes min_p; the rounding of float is left to the draw.
-    float lowest = -kInfinity;
-    if (min_p > 0.0) {
-        const double edge = l.top + temperature * ::log(min_p);
-        lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
-    }
-    for (int64_t groups = kFirstGroups;; groups *= 16) {
-        float least = threshold(l.maxima, l.groups, groups);
-        if (!(least > lowest)) least = lowest;
-        const bool all = least == lowest;
-        const Ordered c = gather(l, least);
-        const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
-        if (chosen >= 0) {
-            token.i64()[0] = c.items[chosen].id;
-            return;
-        }
-        if (min_p <= 0.0) {
-            token.i64()[0] = Ranges(l, temperature).draw(top_p, uniform);
-            return;
-        }
-    }
+    token.i64()[0] = choose(op, l, choice);
 }
 
-void argmax(View logits, int64_t limit, View tokens) {
-    if (limit < 1 || limit > logits.shape[1]) fail("argmax", "limit must be between 1 and the number of logits");
+void sample_rows(View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View draws,
+                 View tokens) {
     for (int64_t t = 0; t < logits.shape[0]; ++t) {
+        const double uniform = static_cast<double>(draws.i64()[t]) * 0x1p-53;
+        const Choice choice{temperature, top_k, top_p, min_p, uniform};
+        check("sample_rows", choice, limit, logits.shape[1]);
         Logits l{logits.f32() + t * logits.shape[1], limit};
-        take_maxima("argmax", l);
-        tokens.i64()[t] = largest(l);
+        tokens.i64()[t] = choose("sample_rows", l, choice);
     }
 }
 
@@ -454,7 +486,7 @@ void log_softmax_top(View logits, int64_t limit, int64_t k, int64_t token, View 
     const double log_sum = ::log(sum_exp(l, 1.0));
     logprob.f32()[0] = static_cast<float>(static_cast<double>(l.values[token]) - l.top - log_sum);
     if (k == 0) return;
-    const Ordered c = gather(l, threshold(l.maxima, l.groups, k));
+    const Ordered c = gather(l, reached_by(l, k));
     for (int64_t i = 0; i < k; ++i) {
         top_ids.i64()[i] = c.items[i].id;
         top_logprobs.f32()[i] = static_cast<float>(value_of(c.items[i].key) - l.top - log_sum);

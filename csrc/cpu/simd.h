@@ -29,6 +29,17 @@ struct f32x16 {
     vec part[kParts];
 };
 
+// Keeps what was loaded in its register. For a few rows GCC takes it from memory again for every multiplication, which
+// is an instruction less; but a processor that multiplies one vector of 64 bytes per cycle also loads no more than one.
+template <class Vector>
+DELTAIC_INLINE void keep(Vector& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#else
+    (void)v;
+#endif
+}
+
 #define DELTAIC_PARTS(expression)                              \
     f32x16 r;                                                  \
     for (int i = 0; i < kParts; ++i) r.part[i] = (expression); \
@@ -115,21 +126,28 @@ DELTAIC_INLINE void transpose(f32x16 (&a)[16]) {
             for (int r = 0; r < kWidth; ++r) a[j * kWidth + r].part[i] = tile[i][j][r];
 }
 
-// Lane i of the result is the sum of all lanes of a[i]. Every lane adds in the same order.
-DELTAIC_INLINE f32x16 reduce_add(const f32x16 (&a)[16]) {
+// Lane i of the result is all lanes of a[i] folded by f (of two registers), in one fixed order for every instruction
+// set: halves first.
+template <class F>
+DELTAIC_INLINE f32x16 fold_each(const f32x16 (&a)[16], const F& f) {
     f32x16 r;
     for (int i = 0; i < kParts; ++i) {
         vec t[kWidth];
         for (int j = 0; j < kWidth; ++j) {
             t[j] = a[i * kWidth + j].part[0];
-            for (int k = 1; k < kParts; ++k) t[j] = v_add(t[j], a[i * kWidth + j].part[k]);
+            for (int k = 1; k < kParts; ++k) t[j] = f(t[j], a[i * kWidth + j].part[k]);
         }
-        v_transpose(t);
-        for (int step = kWidth / 2; step > 0; step /= 2)
-            for (int j = 0; j < step; ++j) t[j] = v_add(t[j], t[j + step]);
+        v_fold(t, f);
         r.part[i] = t[0];
     }
     return r;
+}
+// Lane i of the result is the sum, or the largest, of all lanes of a[i].
+DELTAIC_INLINE f32x16 reduce_add(const f32x16 (&a)[16]) {
+    return fold_each(a, [](vec x, vec y) __attribute__((always_inline)) { return v_add(x, y); });
+}
+DELTAIC_INLINE f32x16 reduce_max(const f32x16 (&a)[16]) {
+    return fold_each(a, [](vec x, vec y) __attribute__((always_inline)) { return v_max(x, y); });
 }
 
 // Sum and maximum of all lanes, in one fixed order for every instruction set: halves are added (compared) lane by lane.
@@ -178,23 +196,6 @@ DELTAIC_INLINE i32x16 load_u8(const uint8_t* p) {
 DELTAIC_INLINE f32x16 to_float(i32x16 a) {
     f32x16 r;
     for (int i = 0; i < kParts; ++i) r.part[i] = i_to_float(a.part[i]);
-    return r;
-}
-
-// Lane i of the result is the largest lane of a[i].
-DELTAIC_INLINE f32x16 reduce_max(const f32x16 (&a)[16]) {
-    f32x16 r;
-    for (int i = 0; i < kParts; ++i) {
-        vec t[kWidth];
-        for (int j = 0; j < kWidth; ++j) {
-            t[j] = a[i * kWidth + j].part[0];
-            for (int k = 1; k < kParts; ++k) t[j] = v_max(t[j], a[i * kWidth + j].part[k]);
-        }
-        v_transpose(t);
-        for (int step = kWidth / 2; step > 0; step /= 2)
-            for (int j = 0; j < step; ++j) t[j] = v_max(t[j], t[j + step]);
-        r.part[i] = t[0];
-    }
     return r;
 }
 
@@ -280,6 +281,13 @@ DELTAIC_INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high
     for (int i = 0; i < kParts; ++i) i_interleave(a.part[i], b.part[i], &all[2 * i], &all[2 * i + 1]);
     for (int i = 0; i < kParts; ++i) low.part[i] = all[i], high.part[i] = all[kParts + i];
 }
+// The same in the order that costs least: number i goes to lane zip_place(i), counted through low and high.
+DELTAIC_INLINE void zip(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high) {
+    ivec all[2 * kParts];
+    for (int i = 0; i < kParts; ++i) i_zip(a.part[i], b.part[i], &all[2 * i], &all[2 * i + 1]);
+    for (int i = 0; i < kParts; ++i) low.part[i] = all[i], high.part[i] = all[kParts + i];
+}
+DELTAIC_INLINE int64_t zip_place(int64_t i) { return i / kZipRun % 2 * 16 + i / (2 * kZipRun) * kZipRun + i % kZipRun; }
 #endif
 
 }  // namespace DELTAIC_ISA

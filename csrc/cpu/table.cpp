@@ -1,4 +1,5 @@
 // The operators of one instruction set, gathered into a table. Compiled once per instruction set.
+#include "core/isa.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -15,6 +16,9 @@ const Ops kOps = {
     DELTAIC_OPS(X)
 #undef X
 };
+
+extern const Numerics kNumerics;
+const Numerics kNumerics = {kBf16Dot, kInt8KvBits};
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

@@ -149,7 +149,7 @@ def test_several_sequences_get_what_they_get_alone(load):
     states = [model.new_state() for _ in prompts]
     for state, prompt in zip(states, prompts, strict=True):
         model.forward(prompt, state)
-    hidden = array(model._runner.decode([ids[0] for ids in alone], states))
+    hidden = array(model._runner.decode([ids[0] for ids in alone], states)[0])
     for i, (prompt, ids) in enumerate(zip(prompts, alone, strict=True)):
         state = model.new_state()
         model.forward(prompt, state)

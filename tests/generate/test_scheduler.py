@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, ImageError, PromptError, StateError
 from deltaic.generate import cache as cache_module
+from deltaic.generate.costs import Costs
 from deltaic.generate.scheduler import Load, Scheduler
-from deltaic.generate.speculate import Costs, share_rows
+from deltaic.generate.speculate import share_rows
+from deltaic.model.replay import Replay
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -272,9 +274,9 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
         sizes.append((len(x), prefill))
         return forward(x, positions, states, cuts, prefill=prefill)
 
-    def decode(tokens, states, trace=None):
+    def decode(tokens, states, trace=None, **options):
         sizes.append((sum(map(len, tokens)), False))
-        return step(tokens, states, trace)
+        return step(tokens, states, trace, **options)
 
     monkeypatch.setattr(text, "forward", read)
     monkeypatch.setattr(text, "step", decode)
@@ -430,13 +432,13 @@ def test_closing_while_a_step_is_computed(model, monkeypatch):
     said = [request.result.completion_tokens for request in requests]
     decode = model._runner.decode
 
-    def closing(tokens, states):
+    def closing(tokens, states, **options):
         requests[0].close()
         thread = threading.Thread(target=requests[1].close)
         thread.start()
         thread.join()
         assert not requests[0].ended
-        return decode(tokens, states)
+        return decode(tokens, states, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(model._runner, "decode", closing)
@@ -505,7 +507,8 @@ def test_an_error_of_a_whole_step_leaves_a_scheduler_that_works(model, monkeypat
     requests = [scheduler.submit([i], max_new_tokens=4, **GREEDY) for i in range(3)]
     scheduler.step()
     with monkeypatch.context() as patch:
-        patch.setattr(model._runner.text, "_run", lambda *a: (_ for _ in ()).throw(RuntimeError("bad")))
+        for owner, name in ((Replay, "__call__"), (model._runner.text, "run_layers")):
+            patch.setattr(owner, name, lambda *a: (_ for _ in ()).throw(RuntimeError("bad")))
         scheduler.step()
     assert [type(request.error) for request in requests] == [RuntimeError, RuntimeError, type(None)]
     assert requests[2].finish().completion_tokens == 4
@@ -513,7 +516,8 @@ def test_an_error_of_a_whole_step_leaves_a_scheduler_that_works(model, monkeypat
     waiting = [scheduler.submit([i], max_new_tokens=2, **GREEDY) for i in range(2)]
     scheduler.step()
     with monkeypatch.context() as patch:
-        patch.setattr(model._runner.text, "_run", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        for owner, name in ((Replay, "__call__"), (model._runner.text, "run_layers")):
+            patch.setattr(owner, name, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             scheduler.step()
     assert isinstance(again.error, StateError)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from deltaic import cli
 from deltaic.errors import ArgumentError, CheckpointError
-from deltaic.generate.speculate import LOOKUP_DEPTH, MATCHES, MTP_DEPTH, Acceptance, Costs, Lookup, Speculator
+from deltaic.generate.costs import Acceptance, Costs
+from deltaic.generate.lookup import LOOKUP_DEPTH, MATCHES, Lookup
+from deltaic.generate.speculate import MTP_DEPTH, Speculator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -303,7 +305,7 @@ class Simulated:
 
     def __init__(self, mode, *, row=0.1, draft=0.05, right=0.0, seed=0):
         self.mtp, self.costs, self.acceptances, self.fixed_depth = object(), Costs(), [], None
-        self.row, self.cost_of_draft, self.right = row, draft, right
+        self.row, self.cost_of_draft, self.right, self.rests = row, draft, right, 0
         self.speculator = Speculator(self, None, [], mode)
         self.rng = np.random.default_rng(seed)
         self.depths, self.tokens, self.seconds = [], 0, 0.0
@@ -313,11 +315,8 @@ class Simulated:
         source, depth = speculator._choose(None, 4)
         assert source == 0
         speculator._chosen = 0 if depth else None
-        if depth:
-            self.costs.record_draft(depth, depth * self.cost_of_draft)
-            self.seconds += depth * self.cost_of_draft
         accepted = sum(itertools.takewhile(bool, (int(self.rng.random() < self.right) for _ in range(depth))))
-        seconds = 1 + depth * self.row
+        seconds = 1 + depth * (self.row + self.cost_of_draft)
         speculator.learn(depth, accepted, seconds)
         self.seconds += seconds
         self.tokens += 1 + accepted

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -101,16 +100,16 @@ class Suite {
   public:
     Suite(const Isa& isa, const char* name)
         : ops(*isa.ops),
-          rounds_to_bf16(isa.rounds_to_bf16),
-          byte_pairs(std::strcmp(isa.name, "avx512") == 0),
+          rounds_to_bf16(isa.numerics->rounds_to_bf16),
+          int8_kv_bits(isa.numerics->int8_kv_bits),
           name_(name) {}
 
     const Ops& ops;
     // Whether it multiplies bfloat16 pairs where an operator is free to: what meets bf16 matrices without
     // float_activations, and in attention.
     const bool rounds_to_bf16;
-    // Whether int8 keys and values meet numbers of two bytes, although nothing is rounded to bfloat16.
-    const bool byte_pairs;
+    // Bits of what the int8 keys and values of a decoded row meet; 24 of a float.
+    const int int8_kv_bits;
     int passed = 0, failed = 0;
     uint64_t hash = 1469598103934665603ull;  // of every output compared
 

@@ -1,4 +1,4 @@
-// sample, argmax, log_softmax_top
+// sample, sample_rows, log_softmax_top
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -178,27 +178,43 @@ void test_sample(Suite& t) {
     refuses("a negative id", [](Floats&, Request& r) { r.repetition = 2.0, r.prompt = {-1}; });
 }
 
-void test_argmax(Suite& t) {
+void test_sample_rows(Suite& t) {
     Random random(14);
     for (const int64_t T : {0, 1, 3})
         for (const int64_t V : {1, 16, 100, 1025, 5000}) {
             Floats logits = normal(random, {T, V}, 2.0);
             for (float& x : logits.data) x = std::round(x);  // so that there are ties
             const int64_t limit = 1 + random.below(V);
-            Integers tokens({T});
-            t.call([&] { t.ops.argmax(logits.view(), limit, tokens.view()); });
-            bool right = true;
-            for (int64_t i = 0; i < T; ++i) {
-                const float* row = logits.data.data() + i * V;
-                right = right && tokens[i] == std::max_element(row, row + limit) - row;
+            Integers tokens({T}), draws({T});
+            for (int64_t i = 0; i < T; ++i) draws[i] = (int64_t{1} << 21) * random.below(int64_t{1} << 32);
+            for (const double temperature : {0.0, 0.8}) {
+                t.call([&] {
+                    t.ops.sample_rows(logits.view(), temperature, 20, 0.9, 0.0, limit, draws.view(), tokens.view());
+                });
+                bool right = true;
+                for (int64_t i = 0; i < T; ++i) {
+                    Floats row({V});
+                    std::copy_n(logits.data.begin() + i * V, V, row.data.begin());
+                    Request r;
+                    r.temperature = temperature, r.top_k = 20, r.top_p = 0.9, r.limit = limit;
+                    r.uniform = static_cast<double>(draws[i]) / 9007199254740992.0;
+                    right = right && tokens[i] == drawn(t, row, r);
+                }
+                t.check(right, "V=" + std::to_string(V) + " limit=" + std::to_string(limit));
             }
-            t.check(right, "V=" + std::to_string(V) + " limit=" + std::to_string(limit));
         }
     Floats logits = normal(random, {2, 10});
-    Integers tokens({2});
+    Integers tokens({2}), draws({2});
+    draws[0] = draws[1] = 0;
     logits[14] = std::numeric_limits<float>::quiet_NaN();
-    t.refuses("NaN", [&] { t.call([&] { t.ops.argmax(logits.view(), 5, tokens.view()); }); });
-    t.refuses("no logits", [&] { t.call([&] { t.ops.argmax(logits.view(), 0, tokens.view()); }); });
+    const auto rows = [&](int64_t limit) {
+        t.call([&] { t.ops.sample_rows(logits.view(), 0.0, 0, 1.0, 0.0, limit, draws.view(), tokens.view()); });
+    };
+    t.refuses("NaN", [&] { rows(5); });
+    t.refuses("no logits", [&] { rows(0); });
+    draws[1] = int64_t{1} << 53;
+    logits[14] = 0.0f;
+    t.refuses("a draw of 1", [&] { rows(5); });
 }
 
 void test_log_softmax_top(Suite& t) {

@@ -7,6 +7,7 @@ from itertools import pairwise
 import deltaic
 import numpy as np
 import pytest
+from deltaic.model.mtp import Choice
 from deltaic.model.state import BLOCK_TOKENS
 from PIL import Image
 from safetensors.numpy import load_file
@@ -154,9 +155,9 @@ def test_the_layer_is_that_of_the_specification(model, expected, rng):
         state = model.new_state()
         mtp.read(hidden[: cuts[0]], embed(ids[: cuts[0]]), positions[: cuts[0]], state, 0)
         for a, b in pairwise(cuts):
-            found = mtp.extend(hidden[a:b], [ids[a:b].tolist()], [state], [a])
+            found, found_logits = mtp.extend(hidden[a:b], [ids[a:b].tolist()], [state], [a], head=True)
             assert error(found, m[a:b]) < TOLERANCE
-            assert error(mtp.logits(found), logits[a:b]) < TOLERANCE
+            assert error(found_logits, logits[a:b]) < TOLERANCE
         assert error(entries(state)[0], keys) < TOLERANCE
         assert error(entries(state)[1], values) < TOLERANCE
 
@@ -167,11 +168,11 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
     cuts = np.cumsum([0, *lengths])
     hidden = rng.normal(size=(cuts[-1], 64)).astype(np.float32)
     ids = rng.integers(0, len(expected.embed), cuts[-1])
-    m = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
+    m, _ = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
     more = rng.integers(0, len(expected.embed), 3)
     for _ in range(2):  # drafts are overwritten by the same ones, as they would be by others
-        drafted = mtp.draft(m[cuts[1:] - 1], more.tolist(), states, 0)
-        further = mtp.draft(drafted, more.tolist(), states, 1)
+        drafted, _ = mtp.draft(m[cuts[1:] - 1], more.tolist(), states, 0)
+        further, _ = mtp.draft(drafted, more.tolist(), states, 1)
     h, x, more = mtp._final_norm(hidden), expected.embed[ids], expected.embed[more]
     for b, n in enumerate(lengths):
         rows = slice(cuts[b], cuts[b + 1])
@@ -184,19 +185,39 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
         assert (states[b].mtp_first, states[b].mtp_length) == (0, n)
 
 
-def test_greedy_drafts_are_those_made_one_by_one(model, rng):
-    mtp, limit = model._runner.mtp, 200
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature):
+    """And the step that verifies them in the same replay is the step by itself."""
+    mtp, text, limit = model._runner.mtp, model._runner.text, 200
+    choice = Choice(temperature, 7, 0.9, 0.0, limit)
+    filters = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    filters |= {name: np.empty(0, np.int64) for name in ("output_ids", "output_counts", "prompt_ids")}
     one, other = model.new_state(), model.new_state()
     for n, depth in ((3, 1), (1, 4), (2, 3), (40, 2), (1, 4)):
         hidden = rng.normal(size=(n, 64)).astype(np.float32)
         ids, first = rng.integers(0, 250, n).tolist(), one.mtp_length
-        drafts = mtp.draft_greedily(hidden, ids, one, first, depth, limit)
-        m, expected = mtp.extend(hidden, [ids], [other], [first])[-1:], []
+        for state in (one, other):  # with so many tokens, of which the first are all the same
+            state.reserve(first + n)
+            state.length = first + n
+        draws = rng.integers(0, 2**53, depth)
+        c = text.config
+        traces = [np.zeros((c.num_delta_layers, depth + 1, c.delta_trace_width), np.float32) for _ in range(2)]
+        drafts, verified = mtp.draft_at_once(hidden, ids, one, first, choice, draws, traces[0] if n < 40 else None)
+        m, expected = mtp.extend(hidden, [ids], [other], [first])[0][-1:], []
         for ahead in range(depth):
             if ahead:
-                m = mtp.draft(m, expected[-1:], [other], ahead - 1)
-            expected.append(int(mtp.logits(m)[0, :limit].argmax()))
+                m, _ = mtp.draft(m, expected[-1:], [other], ahead - 1)
+            uniform = float(draws[ahead]) / 2**53
+            expected.append(text.ops.sample(mtp.logits(m)[0], **choice._asdict(), **filters, uniform=uniform))
         assert drafts == expected
+        assert len(verified) == (2 if n < 40 else 0)
+        if verified:
+            step = text.step([[ids[-1], *drafts]], [other], traces[1], head=True)
+            for found, plain in zip((*verified, traces[0]), (*step, traces[1]), strict=True):
+                if text.ops.SPLIT_INVARIANT:
+                    np.testing.assert_array_equal(found, plain)
+                else:
+                    assert error(found, plain) < TOLERANCE
         assert one.mtp_length == other.mtp_length == first + n
         np.testing.assert_array_equal(entries(one), entries(other))
 

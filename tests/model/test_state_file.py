@@ -291,7 +291,7 @@ def test_half_written_states_are_neither_forked_nor_saved(model, fed, monkeypatc
 
     twin = fed.fork()
     with monkeypatch.context() as patch:
-        patch.setattr(model._runner.text, "_run", interrupted)
+        patch.setattr(model._runner.text, "run_layers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.forward([1, 2], fed)
     for action in (fed.fork, lambda: fed.save(tmp_path / "state")):

@@ -214,18 +214,22 @@ def test_replayed_steps_are_the_calls_themselves(rng, name):
 
     model = model_of(name, cpu)
     plain = TextModel(model.config, model.weights, cpu)
-    plain._replay = None
+    plain.replay = lambda key, rows, inputs, run: run()
     states = {m: [State(model.config, cpu) for _ in range(3)] for m in (model, plain)}
     for members in ([0], [1], [0], [0, 1], [2, 0], [2], [1, 2], [0, 1, 2], [2, 1, 0]):
         ids = random_ids(rng, len(members))
         rows = []
         for m in (model, plain):
             chosen = [states[m][i] for i in members]
-            rows.append(m.step(ids[:, None].tolist(), chosen))
-        assert np.array_equal(*rows)
+            rows.append(m.step(ids[:, None].tolist(), chosen, head=len(members) > 1))
+        assert np.array_equal(rows[0][0], rows[1][0])
+        assert (rows[0][1] is None) == (len(members) == 1)
+        if len(members) > 1:
+            assert np.array_equal(rows[0][1], rows[1][1])
+            assert np.array_equal(rows[0][1], m.logits(rows[0][0]))
     for a, b in zip(states[model], states[plain], strict=True):
         assert_same_state(a, b, 1e-30)
-    assert len(model._replay._tapes) >= 3
+    assert len(model.replay._tapes) >= 3
 
 
 def test_angles_of_one_text_token_are_those_of_many():

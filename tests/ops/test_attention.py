@@ -36,10 +36,13 @@ class Sequence:
         with np.errstate(invalid="ignore"):
             self.blocks = kv_encode(values, stored)
 
-    def table(self) -> ops.BlockTable:
+    def table(self, tokens: int = BLOCK) -> ops.BlockTable:
+        """A copy, in blocks of so many tokens."""
         table = ops.BlockTable()
-        for block in self.blocks:
-            table.append(block.copy())
+        rows = np.concatenate(list(self.blocks), axis=3)
+        rows = np.pad(rows, [(0, 0)] * 3 + [(0, -rows.shape[3] % tokens), (0, 0)])
+        for block in np.split(rows, rows.shape[3] // tokens, axis=3):
+            table.append(np.ascontiguousarray(block))
         return table
 
 
@@ -71,6 +74,20 @@ def test_decoded_rows_have_the_same_bits_in_any_company(rng, dtype, start):
     np.testing.assert_array_equal(some, together)
     beside = attend([(other, 0, 70), (one, 0, 32), (other, 0, 1)], [other.table(), one.table(), other.table()])[1]
     np.testing.assert_array_equal(beside, together)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("start", [100, 5000])
+def test_neither_the_size_of_blocks_nor_threads_change_a_bit(rng, dtype, start):
+    """Rows that lie in one block are called from memory ahead; few threads take all heads of a piece together."""
+    step = Sequence(rng, start, 3, dtype)
+    found = []
+    for threads in (1, 2, 7):
+        ops.set_num_threads(threads)
+        for tokens in (5, BLOCK, 128, 300):
+            found.append(attend([(step, 0, 3)], [step.table(tokens)])[0])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])

@@ -21,16 +21,7 @@ from deltaic.ops import reference
 EPS = 2.0**-24
 CONDITION = 32  # operators add hundreds of terms, each rounded; the factor covers their square root with room
 BF16_ULP = 2.0**-7  # distance of two neighbouring bfloat16 numbers, at most, relative to their size
-ROUNDING_ISAS = ("avx512bf16",)  # of the compiled op set: they multiply bfloat16 pairs
-BYTE_PAIR_ISAS = ("avx512",)  # they multiply int8 keys and values with numbers of two bytes
-BYTE_PAIR_ULP = 2.0**-13
 UPDATED = ("conv_states", "states", "tables", "tokens")
-
-
-def cpu_isa() -> str:
-    from deltaic.ops import cpu
-
-    return cpu.isa()
 
 
 def generator(case: Case) -> np.random.Generator:
@@ -214,9 +205,10 @@ def check_gated_attention(case, inputs, arguments, found):
 def query_ulp(tables: list[Any]) -> float:
     """How the op set rounds queries and probabilities where they meet these caches; 0: not at all."""
     compiled = [t.blocks[0].dtype for t in tables if type(t).__module__ == "deltaic._core" and len(t)]
-    if cpu_isa() in ROUNDING_ISAS and any(dtype != np.float32 for dtype in compiled):
+    if _core.rounds_to_bf16 and any(dtype != np.float32 for dtype in compiled):
         return BF16_ULP
-    return BYTE_PAIR_ULP if cpu_isa() in BYTE_PAIR_ISAS and np.uint8 in compiled else 0.0
+    # Bytes count in steps of the largest number of a row, to which most are a few times smaller.
+    return 4 * 2.0 ** (1 - _core.int8_kv_bits) if _core.int8_kv_bits < 24 and np.uint8 in compiled else 0.0
 
 
 def rounded_queries(
@@ -287,13 +279,13 @@ def check_sample(case, inputs, arguments, found):
     assert found in allowed
 
 
-def check_argmax(case, inputs, arguments, found):
-    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "uniform": 0.0, "repetition_penalty": 1.0}
-    greedy |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-    none = np.empty(0, np.int64)
-    for token, row in zip(arguments["tokens"], inputs["logits"], strict=True):
-        seen = {"output_ids": none, "output_counts": none, "prompt_ids": none}
-        assert token == reference.sample(row, **greedy, **seen, limit=inputs["limit"])
+def check_sample_rows(case, inputs, arguments, found):
+    none, names = np.empty(0, np.int64), ("temperature", "top_k", "top_p", "min_p", "limit")
+    given = {name: inputs[name] for name in names}
+    given |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    given |= {"output_ids": none, "output_counts": none, "prompt_ids": none}
+    for token, row, draw in zip(arguments["tokens"], inputs["logits"], inputs["draws"], strict=True):
+        check_sample(case, given | {"logits": row, "uniform": draw / 2**53}, {}, int(token))
 
 
 def check_log_softmax_top(case, inputs, arguments, found):
@@ -319,7 +311,7 @@ CHECKS = {
     "moe": check_moe,
     "patch_embed": check_patch_embed,
     "sample": check_sample,
-    "argmax": check_argmax,
+    "sample_rows": check_sample_rows,
     "log_softmax_top": check_log_softmax_top,
 }
 
@@ -361,10 +353,10 @@ def test_sampling_refuses_logits_that_are_not_numbers(ops, bad):
     arguments["logits"][29] = bad
     with pytest.raises(ValueError, match="logits"):
         ops.sample(**arguments)
-    arguments = drawn(ops, "argmax-3x5003")
+    arguments = drawn(ops, "sample_rows-3x5003-plain")
     arguments["logits"][2, 4998] = bad
     with pytest.raises(ValueError, match="logits"):
-        ops.argmax(**arguments)
+        ops.sample_rows(**arguments)
     arguments = drawn(ops, "log_softmax_top-37-5")
     arguments["logits"][0] = bad
     with pytest.raises(ValueError, match="logits"):

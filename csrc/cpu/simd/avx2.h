@@ -11,6 +11,7 @@ namespace DELTAIC_ISA {
 constexpr int kWidth = 8;
 constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 2;
+constexpr int kInt8KvBits = 24;  // int8 keys and values meet floats
 using vec = __m256;
 using ivec = __m256i;
 DELTAIC_INLINE vec v_set1(float a) { return _mm256_set1_ps(a); }
@@ -82,10 +83,27 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
         a[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
     }
 }
+// Lane i of a[0] becomes all lanes of a[i] folded by f, halves first: two halves of two registers at a time.
+template <class F>
+DELTAIC_INLINE void v_fold(vec (&a)[kWidth], const F& f) {
+    for (int i = 0; i < 4; ++i)  // a[i] | a[i + 4], four lanes each
+        a[i] = f(_mm256_permute2f128_ps(a[i], a[i + 4], 0x20), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    for (int i = 0; i < 4; i += 2) {
+        const __m256d x = _mm256_castps_pd(a[i]), y = _mm256_castps_pd(a[i + 1]);
+        a[i] = f(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+    }
+    a[0] = f(_mm256_shuffle_ps(a[0], a[2], 0x88), _mm256_shuffle_ps(a[0], a[2], 0xdd));
+}
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 DELTAIC_INLINE void prefetch_far(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }  // second level
+// A line that is read soon, of many in a row: a load that nobody waits for. Prefetches hold one of the few places for
+// lines that the first level misses; loads in order also set off what fetches lines into the second level by itself.
+DELTAIC_INLINE void call_line(const void* p) {
+    const vec line = v_load(static_cast<const float*>(p));
+    asm volatile("" : : "v"(line));
+}
 // Sum and maximum of all lanes: halves are added (compared) lane by lane.
 template <class F>
 DELTAIC_INLINE float fold(__m256 h, const F& f) {

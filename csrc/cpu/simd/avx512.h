@@ -12,6 +12,8 @@ constexpr int kWidth = 16;
 constexpr int kParts = 16 / kWidth;
 // Register tile of matrix products: blocks of 16 rows x tokens; accumulators + operands fill 32 registers.
 constexpr int kTileTokens = 12;
+#define DELTAIC_BYTE_PAIRS       // sums of four products of bytes
+constexpr int kInt8KvBits = 16;  // int8 keys and values meet numbers of two bytes
 using vec = __m512;
 using ivec = __m512i;
 DELTAIC_INLINE vec v_set1(float a) { return _mm512_set1_ps(a); }
@@ -86,10 +88,34 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
         a[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
     }
 }
+// Lane i of a[0] becomes all lanes of a[i] folded by f, halves first: two halves of two registers at a time.
+template <class F>
+DELTAIC_INLINE void v_fold(vec (&a)[kWidth], const F& f) {
+    for (int i = 0; i < 4; ++i)  // a[i] | a[i + 4] | a[i + 8] | a[i + 12], four lanes each
+    {
+        vec pair[2];
+        for (int j = 0; j < 2; ++j) {
+            const vec x = a[i + 8 * j], y = a[i + 8 * j + 4];
+            pair[j] = f(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+        }
+        a[i] = f(_mm512_shuffle_f32x4(pair[0], pair[1], 0x88), _mm512_shuffle_f32x4(pair[0], pair[1], 0xdd));
+    }
+    for (int i = 0; i < 4; i += 2) {
+        const __m512d x = _mm512_castps_pd(a[i]), y = _mm512_castps_pd(a[i + 1]);
+        a[i] = f(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    a[0] = f(_mm512_shuffle_ps(a[0], a[2], 0x88), _mm512_shuffle_ps(a[0], a[2], 0xdd));
+}
 DELTAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 DELTAIC_INLINE void prefetch_far(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }  // second level
+// A line that is read soon, of many in a row: a load that nobody waits for. Prefetches hold one of the few places for
+// lines that the first level misses; loads in order also set off what fetches lines into the second level by itself.
+DELTAIC_INLINE void call_line(const void* p) {
+    const vec line = v_load(static_cast<const float*>(p));
+    asm volatile("" : : "v"(line));
+}
 // Sum and maximum of all lanes: halves are added (compared) lane by lane.
 template <class F>
 DELTAIC_INLINE float fold(__m256 h, const F& f) {
@@ -125,6 +151,12 @@ DELTAIC_INLINE void i_interleave(ivec a, ivec b, ivec* low, ivec* high) {
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     *low = _mm512_permutex2var_epi16(a, first, b);
     *high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
+}
+// The same in the order that costs least: kZipRun numbers of `a` by turns to low and to high.
+constexpr int64_t kZipRun = 4;
+DELTAIC_INLINE void i_zip(ivec a, ivec b, ivec* low, ivec* high) {
+    *low = _mm512_unpacklo_epi16(a, b);
+    *high = _mm512_unpackhi_epi16(a, b);
 }
 #else
 constexpr bool kBf16Dot = false;

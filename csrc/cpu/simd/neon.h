@@ -11,6 +11,7 @@ namespace DELTAIC_ISA {
 constexpr int kWidth = 4;
 constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 2;
+constexpr int kInt8KvBits = 24;  // int8 keys and values meet floats
 using vec = float32x4_t;
 using ivec = int32x4_t;
 DELTAIC_INLINE vec v_set1(float a) { return vdupq_n_f32(a); }
@@ -62,8 +63,15 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     a[2] = vcombine_f32(vget_high_f32(t0), vget_high_f32(t2));
     a[3] = vcombine_f32(vget_high_f32(t1), vget_high_f32(t3));
 }
+// Lane i of a[0] becomes all lanes of a[i] folded by f, halves first.
+template <class F>
+DELTAIC_INLINE void v_fold(vec (&a)[kWidth], const F& f) {
+    v_transpose(a);
+    a[0] = f(f(a[0], a[2]), f(a[1], a[3]));
+}
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
+DELTAIC_INLINE void call_line(const void* p) { prefetch_far(p); }  // a line that is read soon, of many in a row
 // Sum and maximum of all lanes: halves are added (compared) lane by lane.
 DELTAIC_INLINE float v_reduce_add(const vec (&a)[kParts]) {
     const vec four = vaddq_f32(vaddq_f32(a[0], a[2]), vaddq_f32(a[1], a[3]));
@@ -105,6 +113,9 @@ DELTAIC_INLINE void i_interleave(ivec a, ivec b, ivec* low, ivec* high) {
     *low = vreinterpretq_s32_u16(vzip1q_u16(x, y));
     *high = vreinterpretq_s32_u16(vzip2q_u16(x, y));
 }
+// The same in the order that costs least: kZipRun numbers of `a` by turns to low and to high.
+constexpr int64_t kZipRun = 16;
+DELTAIC_INLINE void i_zip(ivec a, ivec b, ivec* low, ivec* high) { i_interleave(a, b, low, high); }
 #else
 constexpr bool kBf16Dot = false;
 DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }

@@ -9,6 +9,7 @@ namespace DELTAIC_ISA {
 constexpr int kWidth = 4;
 constexpr int kParts = 16 / kWidth;
 constexpr int kTileTokens = 1;
+constexpr int kInt8KvBits = 24;  // int8 keys and values meet floats
 typedef float vec __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(16)));
 DELTAIC_INLINE vec v_set1(float a) { return vec{a, a, a, a}; }
@@ -64,8 +65,15 @@ DELTAIC_INLINE void v_transpose(vec (&a)[kWidth]) {
     const vec b[4] = {a[0], a[1], a[2], a[3]};
     for (int i = 0; i < 4; ++i) a[i] = vec{b[0][i], b[1][i], b[2][i], b[3][i]};
 }
+// Lane i of a[0] becomes all lanes of a[i] folded by f, halves first.
+template <class F>
+DELTAIC_INLINE void v_fold(vec (&a)[kWidth], const F& f) {
+    v_transpose(a);
+    a[0] = f(f(a[0], a[2]), f(a[1], a[3]));
+}
 DELTAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 DELTAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // second level
+DELTAIC_INLINE void call_line(const void* p) { prefetch_far(p); }  // a line that is read soon, of many in a row
 // Sum and maximum of all lanes: halves are added (compared) lane by lane.
 DELTAIC_INLINE float v_reduce_add(const vec (&a)[kParts]) {
     const vec four = (a[0] + a[2]) + (a[1] + a[3]);

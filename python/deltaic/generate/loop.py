@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .result import TokenLogprobs
     from .runner import Runner, Verification
     from .sampling import Sampler
-    from .speculate import Speculator
+    from .speculate import Drafting, Speculator
 
 
 def generate_ids(
@@ -72,53 +72,61 @@ class _Steps:
         self._row = 0
         self._verification: Verification | None = None
         self._logits: np.ndarray | None = None
-        self._seconds: float | None = None  # of this step
+        self._seconds: float | None = None  # of this step, with all that drafts cost; None: not worth knowing
 
     def logits(self) -> np.ndarray:
         """Logits [vocab] for the next token."""
         if self._logits is None:
-            began = perf_counter()
             self._logits = self._runner.logits(self._hidden)
-            if self._speculator is not None:
-                self._runner.wait()
-            if self._seconds is not None:
-                self._seconds += perf_counter() - began
         return self._logits[self._row]
 
     def go_on(self, token: int, room: int) -> None:
         """`token` was chosen, and at most `room` more are wanted: the next row, or the next step."""
-        if self._row < len(self._drafts) and self._drafts[self._row] == token:
-            self._row += 1
-            return
-        rows, drafts = self._settle(), self._drafts
-        self._drafts = []
-        if self._speculator is not None:
-            if self._seconds is not None:
-                self._speculator.learn(len(drafts), self._row, self._seconds)
-            self._speculator.observe(rows, [*drafts[: self._row], token])
-            space = self._state.context - self._state.length
-            self._drafts = self._speculator.draft(self._state, min(room, space) - 1)
-        began = perf_counter()
         if self._drafts:
-            self._verification = self._runner.verify([self._state], [[token, *self._drafts]])
-            self._hidden = self._verification.hidden
+            if self._row < len(self._drafts) and self._drafts[self._row] == token:
+                self._row += 1
+                return
+        elif self._speculator is None or self._speculator.passes(self._hidden, token, self._seconds):
+            self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
+            self._seconds = None
+            return
+        began, rows, drafts, before = 0.0, self._hidden[: self._row + 1], self._drafts, self._verification
+        self._drafts, self._verification = [], None
+        if before is not None:
+            self._runner.count(before, [self._row + 1])
+        speculator, recordings = self._speculator, 0
+        plan: list[int] | Drafting = []
+        if speculator is not None:
+            speculator.learn(len(drafts), self._row, self._seconds)
+            if speculator.measures:
+                began, recordings = perf_counter(), self._runner.recordings
+            speculator.observe(rows, [*drafts[: self._row], token])
+            space = self._state.context - self._state.length
+            plan = speculator.draft(self._state, min(room, space) - 1)
+        if plan:
+            if isinstance(plan, list):
+                if before is not None:
+                    self._runner.write(before)
+                v = self._runner.verify([self._state], [[token, *plan]], head=True)
+            else:
+                v = self._runner.draft_and_verify(plan, before)
+            self._verification, self._hidden, self._logits, self._drafts = v, v.hidden, v.logits, v.tokens[0][1:]
         else:
-            self._hidden = self._runner.step(token, self._state)
-        self._seconds, self._logits, self._row = perf_counter() - began, None, 0
-
-    def _settle(self) -> np.ndarray:
-        """Let the state have the rows whose tokens were asked for, and return these rows."""
-        if self._verification is not None:
-            began = perf_counter()
-            self._runner.commit(self._verification, [self._row + 1])
-            self._verification = None
-            assert self._seconds is not None
-            self._seconds += perf_counter() - began
-        return self._hidden[: self._row + 1]
+            if before is not None:
+                self._runner.write(before)
+            self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
+        self._row, self._seconds = 0, None
+        if began:
+            self._runner.wait()
+            if self._runner.recordings == recordings:
+                self._seconds = perf_counter() - began
 
     def close(self) -> np.ndarray:
         """Leave the state as it is when the last token that was sampled has not been fed; its hidden row [1, H]."""
-        rows = self._settle()
+        rows = self._hidden[: self._row + 1]
+        if self._verification is not None:
+            self._runner.commit(self._verification, [self._row + 1])
+            self._verification = None
         if self._speculator is not None:
             self._speculator.count(len(self._drafts), self._row)
             self._speculator.observe(rows[:-1], self._drafts[: self._row])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from ..errors import PromptError
 from ..ops.devices import ops_lock
-from ..ops.layout import row_bounds
+from ..ops.layout import row_bounds, row_counts
 from .cache import FeatureCache, image_places
+from .costs import Costs
 from .prefill import PromptReader
-from .speculate import Costs
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from ..model.state import State
     from ..model.text import TextModel
     from ..model.vision import VisionModel
-    from .speculate import Acceptance
+    from .costs import Acceptance
+    from .speculate import Drafting
+
+
+MAX_TRACES = 4  # that are kept
 
 
 @dataclass(slots=True)
@@ -32,30 +36,24 @@ class Verification:
 
     tokens  per sequence the token that comes next and the drafts after it
     hidden  [T, H] (before the final norm): of sequence b rows cu_seqlens[b] .. cu_seqlens[b + 1], one per token
+    logits  [T, vocab], where they were asked for
     """
 
     states: list[State]
     tokens: list[list[int]]
     cu_seqlens: np.ndarray
     hidden: np.ndarray
+    logits: np.ndarray | None
     trace: np.ndarray
-    buffer: np.ndarray  # that the trace lies on
+    counts: np.ndarray | None = None  # int64 [B], how many of each sequence's tokens its state has got
 
 
-@dataclass(slots=True)
-class Drafting:
-    """What the MTP layer needs to draft for one sequence: the hidden rows [n, H] (before the final norm) of tokens
-    first .. first + n - 1, the token after each, and how many drafts are wanted (0: none, only keep the layer's entries
-    up to date). choose: takes logits of the first ids and the number of drafts before this one, and returns a
-    draft; greedy: where it is the largest of so many first logits."""
-
-    state: State
-    first: int
-    hidden: np.ndarray
-    tokens: list[int]
-    depth: int
-    choose: Callable[[np.ndarray, int], int]
-    greedy: int | None = None
+def _owed(verification: Verification | None) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """What `TextModel.write` has to do for one that has been counted."""
+    if verification is None:
+        return None
+    assert verification.counts is not None
+    return verification.cu_seqlens, verification.counts, verification.trace
 
 
 class Runner:
@@ -91,9 +89,10 @@ class Runner:
             self._graph = DecodeGraph(text, ops)
         self._concatenate = getattr(ops, "concatenate", np.concatenate)
         self._zeros = getattr(ops, "zeros", np.zeros)
-        self._traces: list[np.ndarray] = []  # buffers that no verification uses
+        self._traces: dict[int, np.ndarray] = {}  # that no verification uses, by their rows
         self.costs = Costs()
         self.acceptances: list[Acceptance] = []  # of the sources of drafts, in the sequence that ended last
+        self.rests = 0  # how long it rested, see Speculator
         self.fixed_depth: int | None = None  # see Speculator.depth
         self._lock = ops_lock(ops)
 
@@ -178,24 +177,33 @@ class Runner:
 
     def step(self, token: int, state: State) -> np.ndarray:
         """Feed one token; hidden row [1, H] (before the final norm)."""
-        return self.decode([token], [state])
+        return self.decode([token], [state])[0]
 
-    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> np.ndarray:
-        """Feed one token to each of B states; hidden rows [B, H] (before the final norm)."""
+    def decode(
+        self, tokens: Sequence[int], states: Sequence[State], *, head: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Feed one token to each of B states; hidden rows [B, H] (before the final norm), and their logits [B, vocab],
+        None without `head`."""
         with self._lock:
             self._set_threads()
             if self._graph is not None and self._graph.takes([[token] for token in tokens]):
-                return self._graph.decode(tokens, states)
-            hidden = self.text.step([[token] for token in tokens], states)
+                hidden = self._graph.decode(tokens, states)
+                return hidden, self.text.logits(hidden) if head else None
+            found = self.text.step([[token] for token in tokens], states, head=head)
             for token, state in zip(tokens, states, strict=True):
                 state.token_ids.append(token)
-        return hidden
+        return found
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [n, vocab] of hidden rows [n, H]."""
         with self._lock:
             self._set_threads()
             return self.text.logits(hidden)
+
+    @property
+    def recordings(self) -> int:
+        """How many tapes have been made: the time of a step that made one tells nothing of the next."""
+        return self.text.replay.recordings + (0 if self.mtp is None else self.mtp.replay.recordings)
 
     def wait(self) -> None:
         """Let a device finish what it was given, before time is taken."""
@@ -210,65 +218,109 @@ class Runner:
 
     # ------------------------------------------------------------------------------- drafts
 
-    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]]) -> Verification:
+    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]], *, head: bool = False) -> Verification:
         """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
-        it. tokens: per sequence 1 to 64 ids. `commit` the result, or drop it."""
+        it. tokens: per sequence 1 to 64 ids. head: with logits. `commit` the result, or drop it."""
         cu_seqlens = row_bounds(*map(len, tokens))
         with self._lock:
             self._set_threads()
-            buffer, trace = self._take_trace(sum(map(len, tokens)))
+            trace = self._take_trace(sum(map(len, tokens)))
             if self._graph is not None and self._graph.takes(tokens):
                 hidden = self._graph.verify(tokens, states, trace)
+                logits = self.text.logits(hidden) if head else None
             else:
-                hidden = self.text.step(tokens, states, trace)
-        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, trace, buffer)
+                hidden, logits = self.text.step(tokens, states, trace, head=head)
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, trace)
+
+    def draft_and_verify(self, wanted: Drafting, before: Verification | None = None) -> Verification:
+        """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
+        these drafts; with logits. before: a verification that has been counted and is to be written first."""
+        w = wanted
+        if self._graph is not None or w.choice is None:
+            if before is not None:
+                self.write(before)
+            return self.verify([w.state], [[w.tokens[-1], *self.draft([w])[0]]], head=True)
+        assert self.mtp is not None
+        with self._lock:
+            self._set_threads()
+            trace = self._take_trace(1 + w.depth)
+            drafts, (hidden, logits) = self.mtp.draft_at_once(
+                w.hidden, w.tokens, w.state, w.first, w.choice, w.sampler.draws(w.depth), trace, _owed(before)
+            )
+            if before is not None:
+                self._traces[before.trace.shape[1]] = before.trace
+        tokens = [[w.tokens[-1], *drafts]]
+        return Verification([w.state], tokens, row_bounds(1 + w.depth), hidden, logits, trace)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:
         """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
         verification, and only while the states are where they were when it was made."""
+        self.count(verification, counts)
+        self.write(verification)
+
+    def count(self, verification: Verification, counts: Sequence[int]) -> None:
+        """The first half of `commit`, which computes nothing: the states have these tokens, and nobody may use them
+        before `write`."""
         v = verification
+        v.counts = row_counts(*counts)
+        self.text.count(v.states, counts)
+        for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
+            state.token_ids += ids[:n]
+
+    def write(self, verification: Verification) -> None:
+        """The other half."""
+        v = verification
+        assert v.counts is not None
         with self._lock:
             self._set_threads()
-            self.text.commit(v.states, v.cu_seqlens, np.array(counts, np.int64), v.trace)
-            self._traces.append(v.buffer)
-        for state, ids, n in zip(v.states, v.tokens, counts, strict=True):
-            state.token_ids.extend(ids[:n])
+            self.text.write(v.states, v.cu_seqlens, v.counts, v.trace)
+            self._traces[v.trace.shape[1]] = v.trace
+        for state in v.states:
+            state.intact = True
 
-    def _take_trace(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """A buffer, one that was used before if that is large enough, and a trace of `rows` rows on it."""
-        c = self.text.config
-        size = c.num_delta_layers * rows * c.delta_trace_width
-        buffer = self._traces.pop() if self._traces else None
-        if buffer is None or buffer.shape[0] < size:
-            buffer = self._zeros((size,), np.float32)
-        return buffer, buffer[:size].reshape(c.num_delta_layers, rows, c.delta_trace_width)
+    def _take_trace(self, rows: int) -> np.ndarray:
+        """A trace of `rows` rows, one that was used before if there is one."""
+        trace = self._traces.pop(rows, None)
+        if trace is None:
+            c = self.text.config
+            while len(self._traces) >= MAX_TRACES:
+                self._traces.pop(next(iter(self._traces)))
+            trace = self._zeros((c.num_delta_layers, rows, c.delta_trace_width), np.float32)
+        return trace
 
     def draft(self, wanted: Sequence[Drafting]) -> list[list[int]]:
         """Drafts of the MTP layer for several sequences at once, each as many as it wants."""
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
-            if len(wanted) == 1 and wanted[0].depth and (limit := wanted[0].greedy) is not None:
+            if len(wanted) == 1 and wanted[0].depth and (choice := wanted[0].choice) is not None:
                 w = wanted[0]
-                return [self.mtp.draft_greedily(w.hidden, w.tokens, w.state, w.first, w.depth, limit)]
-            m = self.mtp.extend(
-                wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted),
+                draws = w.sampler.draws(w.depth)
+                return [self.mtp.draft_at_once(w.hidden, w.tokens, w.state, w.first, choice, draws)[0]]
+            deepest, alone = max((w.depth for w in wanted), default=0), len(wanted) == 1
+            m, logits = self.mtp.extend(
+                wanted[0].hidden if alone else self.joined(w.hidden for w in wanted),
                 [w.tokens for w in wanted],
                 [w.state for w in wanted],
                 [w.first for w in wanted],
+                0 if not deepest else 1 if alone else None,
+                head=alone and deepest > 0,
             )
             drafts: list[list[int]] = [[] for _ in wanted]
-            rows = (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
+            rows = [0] if alone else (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
             active = list(range(len(wanted)))
-            for depth in range(max((w.depth for w in wanted), default=0)):
-                kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
-                active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
+            for depth in range(deepest):
+                if not alone:
+                    kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
+                    active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
+                    rows = list(range(len(active)))
                 if depth:
                     last = [drafts[b][-1] for b in active]
-                    m = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
-                for b, logits in zip(active, self.mtp.logits(m), strict=True):
-                    drafts[b].append(wanted[b].choose(logits, depth))
-                rows = list(range(len(active)))
+                    m, logits = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
+                elif logits is None:
+                    logits = self.mtp.logits(m)
+                for b, row in zip(active, logits, strict=True):
+                    drafts[b].append(wanted[b].sampler.draft(row, depth))
             return drafts
 
     def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:

@@ -8,6 +8,7 @@ import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -19,6 +20,7 @@ from .result import TokenLogprobs
 
 if TYPE_CHECKING:
     from ..model.config import TextConfig
+    from ..model.mtp import Choice
 
 MAX_NEW_TOKENS = 32768  # the output length that the model cards recommend
 MAX_LOGPROBS = 100
@@ -240,10 +242,20 @@ class Sampler:
         nothing is counted and nothing is used up."""
         return self._choose(logits, min(self._limit, logits.shape[0]), self._uniform(ahead))
 
-    @property
-    def greedy_limit(self) -> int | None:
-        """How many of the first logits `draft` takes the largest of; None where it does something else."""
-        return self._limit if self.params.greedy and not self.params.penalised else None
+    @cached_property
+    def choice(self) -> Choice | None:
+        """How `draft` chooses, with `draws`; None where penalties make it depend on what was chosen before."""
+        from ..model.mtp import Choice
+
+        p = self.params
+        return None if p.penalised else Choice(p.temperature, p.top_k, p.top_p, p.min_p, self._limit)
+
+    def draws(self, count: int) -> np.ndarray:
+        """The random numbers of the next `count` tokens as `sample_rows` takes them: int64 [count]."""
+        if self.params.greedy:
+            return np.zeros(count, np.int64)
+        # a double that numpy draws is a multiple of 2^-53
+        return np.array([int(self._uniform(ahead) * 2**53) for ahead in range(count)], np.int64)
 
     def _uniform(self, ahead: int) -> float:
         if self.params.greedy:

@@ -18,9 +18,10 @@ from ..errors import ArgumentError, DeltaicError, StateError
 from ..memory import default_sequence_bytes
 from . import cache as cache_module
 from .answer import Answer, Job
+from .costs import Costs
 from .prefill import PromptReader, begin_reading
 from .result import GenerationResult, StreamPiece
-from .speculate import Costs, draft_together
+from .speculate import draft_together
 
 if TYPE_CHECKING:
     from ..model.state import State
@@ -265,7 +266,7 @@ class Scheduler:
         self._cancelled: deque[_Sequence] = deque()
         self._reserved = 0
         self._costs: dict[int, Costs] = {}
-        self._seconds = 0.0  # that the forward pass of this step took
+        self._seconds: float | None = None  # that the forward pass of this step took, if that is worth knowing
         self._oldest_first = True
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -412,7 +413,7 @@ class Scheduler:
         what is to be committed when it is known which drafts are right."""
         chosen = [sequence for sequence in self._running if sequence.token is not None]
         drafts = self._draft(chosen)
-        began = perf_counter()
+        began, recordings = perf_counter(), self._runner.recordings
         fed = []
         for sequence in chosen:
             with self._blaming([sequence]):
@@ -428,12 +429,12 @@ class Scheduler:
                 verification = self._runner.verify(states, tokens)
                 hidden = verification.hidden
             else:
-                hidden = self._runner.decode([ids[0] for ids in tokens], states)
+                hidden, _ = self._runner.decode([ids[0] for ids in tokens], states)
             row = 0
             for sequence, ids in zip(fed, tokens, strict=True):
                 sequence.step(hidden[row : row + len(ids)], ids[1:])
                 row += len(ids)
-        self._seconds = perf_counter() - began
+        self._seconds = perf_counter() - began if self._runner.recordings == recordings else None
         return fed, verification
 
     def _draft(self, chosen: list[_Sequence]) -> dict[_Sequence, list[int]]:
@@ -530,7 +531,7 @@ class Scheduler:
             began = perf_counter()
             self._runner.commit(verification, [sequence.row + 1 for sequence in decoded])
             seconds += perf_counter() - began
-        if decoded and not read:
+        if decoded and not read and self._seconds is not None:
             drafts = sum(len(sequence.drafts) for sequence in decoded)
             self._costs_of(len(decoded)).record_step(1 + drafts, self._seconds + seconds)
         for sequence in ready:

@@ -5,17 +5,27 @@ are the decoder's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..ops.layout import row_bounds
-from .replay import MAX_ROWS, Replay
+from .replay import Replay
 from .state import State
 from .text import Array, Batch, Ints, TextModel
 from .weights import MtpWeights
 
 DRAFT_VOCABULARY = 32768  # rows of the head that drafts are chosen from, see `MtpModel.__init__`
+
+
+class Choice(NamedTuple):
+    """How drafts are chosen from logits: arguments of ops.reference.sample_rows."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    limit: int
 
 
 class _MtpBatch(Batch):
@@ -27,14 +37,18 @@ class _MtpBatch(Batch):
 
 
 class MtpModel:
-    """The MTP layer of one model, on the op set of its decoder."""
+    """The MTP layer of one model, on the op set of its decoder.
+
+    An entry is what the layer remembers of a token: a key and a value. Rows of which no more than the entry is wanted
+    end there; what follows is computed for the others, which get the same bits on an op set that is SPLIT_INVARIANT.
+    """
 
     def __init__(self, text: TextModel, weights: MtpWeights, vocabulary: int = DRAFT_VOCABULARY):
         """vocabulary: drafts are chosen among so many first ids. A draft that misses costs a little speed and nothing
         else, and the ids of a byte-level BPE vocabulary are ordered by frequency, so the rest is not worth reading."""
         self.text, self.weights = text, weights
         self.head = text.ops.first_rows(text.weights.head, vocabulary)
-        self._replay = Replay(text.ops) if hasattr(text.ops, "Tape") else None
+        self.replay = Replay(text.ops)
 
     def read(self, hidden: Array, x: Array, positions: Ints, state: State, first: int) -> None:
         """The entries of tokens first .. first + T - 1 of a prompt. Where these do not continue those of the state,
@@ -43,38 +57,51 @@ class MtpModel:
         hidden [T, H]: rows of these tokens before the final norm; x [T, H]: embeddings of the tokens after each (what
         the vision tower saw, for placeholders); positions int64 [T, 3] of the tokens.
         """
-        counts = [len(x)]
         state.reserve_mtp(first, len(x))
-        batch = self._batch([state], counts, self.text.rope(positions), prefill=True)
-        self._layer(self._final_norm(hidden), x, batch)
+        batch = self._batch([state], [len(x)], self.text.rope(positions), prefill=True)
+        self._layer(self._final_norm(hidden), x, batch, 0)
         state.mtp_length += len(x)
 
     def extend(
-        self, hidden: Array, tokens: Sequence[Sequence[int]], states: Sequence[State], first: Sequence[int]
-    ) -> Array:
+        self,
+        hidden: Array,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[State],
+        first: Sequence[int],
+        wanted: int | None = None,
+        *,
+        head: bool = False,
+    ) -> tuple[Array, Array | None]:
         """The same for B sequences of text one after another, a few rows each: hidden [T, H]; tokens: per sequence the
         ids after its rows; first: per sequence which token its first row is.
 
-        Returns m [T, H]: what follows each of these ids, as a vector for `logits` and for `draft`.
+        Returns m [T, H]: what follows each of these ids, as a vector for `draft`; and its `logits`, None without
+        `head`. Both of the last `wanted` of all rows only, where that is given.
         """
         counts = [len(ids) for ids in tokens]
         spans = []
         for state, token, n in zip(states, first, counts, strict=True):
             state.reserve_mtp(token, n)
             spans.append((token + state.rope_delta, n))
-        ids = [token for sequence in tokens for token in sequence]
+        ids = np.array([token for sequence in tokens for token in sequence], np.int64)
         batch = self._batch(list(states), counts, self.text.rope.text(spans))
-        m = self._replayed(hidden, ids, batch, drafts=False)
+
+        def run() -> tuple[Array, ...]:
+            m = self._layer(self._final_norm(hidden), self.text.embed(ids), batch, wanted)
+            return (m, self.logits(m)) if head else (m,)
+
+        key = ("extend", len(ids), len(states), wanted, head)
+        found = self.replay(key, len(ids), _inputs(hidden, ids, batch), run)
         for state, n in zip(states, counts, strict=True):
             state.mtp_length += n
-        return m
+        return found[0], found[1] if head else None
 
-    def draft(self, m: Array, tokens: Sequence[int], states: Sequence[State], ahead: int) -> Array:
+    def draft(self, m: Array, tokens: Sequence[int], states: Sequence[State], ahead: int) -> tuple[Array, Array]:
         """One draft further for each of B sequences: the entries of drafts, which do not last.
 
         m [B, H]: what the last entry of each became; tokens: what was drafted from it; ahead: how many entries of
         drafts lie before.
-        Returns m [B, H] of these entries.
+        Returns m [B, H] of these entries, and their `logits`.
         """
         spans = []
         for state in states:
@@ -82,39 +109,79 @@ class MtpModel:
             state.reserve_mtp(token, ahead + 1)
             spans.append((token + ahead + state.rope_delta, 1))
         batch = self._batch(list(states), [1] * len(states), self.text.rope.text(spans), ahead=ahead)
-        return self._replayed(m, tokens, batch, drafts=True)
+        ids = np.array(tokens, np.int64)
 
-    def draft_greedily(
-        self, hidden: Array, tokens: Sequence[int], state: State, first: int, depth: int, limit: int
-    ) -> list[int]:
-        """`extend` for one sequence, and `depth` drafts, each the most probable of the first `limit` ids: what
-        `extend`, `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can."""
-        n, limit = len(tokens), min(limit, self.head.shape[0])
+        def run() -> tuple[Array, Array]:
+            further = self._layer(m, self.text.embed(ids), batch)
+            return further, self.logits(further)
+
+        further, logits = self.replay(("draft", len(ids)), len(ids), _inputs(m, ids, batch), run)
+        return further, logits
+
+    def draft_at_once(
+        self,
+        hidden: Array,
+        tokens: Sequence[int],
+        state: State,
+        first: int,
+        choice: Choice,
+        draws: Ints,
+        trace: Array | None = None,
+        owed: tuple[Ints, Ints, Array] | None = None,
+    ) -> tuple[list[int], tuple[Array, ...]]:
+        """`extend` for one sequence, and a draft for each of `draws` [depth] (see ops.reference.sample_rows): what
+        `extend`, `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can.
+
+        trace [L_delta, 1 + depth, config.delta_trace_width]: where given, `TextModel.step` follows in the same replay,
+        with this trace and with the last of `tokens`, which comes next, and the drafts. owed: then also what
+        `TextModel.write` has to do before, for a state whose rows have been counted.
+        Returns the drafts, and what the step returns: hidden rows [1 + depth, H] and logits [1 + depth, vocab]; without
+        a trace (). Raises what the step does.
+        """
+        text, n, depth = self.text, len(tokens), len(draws)
+        if choice.limit > self.head.shape[0]:
+            choice = choice._replace(limit=self.head.shape[0])
         state.reserve_mtp(first, n + depth - 1)
-        cos, sin = self.text.rope.text([(first + state.rope_delta, n + depth - 1)])
-        starts = np.arange(state.mtp_length + n - 1, state.mtp_length + n - 1 + depth)
-        starts[0] = state.mtp_length
-        ids, bounds, one = np.array(tokens, np.int64), row_bounds(n), row_bounds(1)
+        if trace is not None:
+            state.intact = state.intact or owed is not None
+            text.reserve([state], [1 + depth])
+            state.intact = owed is None
+        ids = np.array([*tokens, *(0,) * depth], np.int64)  # the drafts are written into it
+        # Rows 0 .. n - 1 belong to the entries that last, the n-th to the token that comes next, the others to drafts.
+        cos, sin = text.rope.text([(first + state.rope_delta, n + 1 + depth)])
+        entries = state.mtp_length
+        starts = np.array([state.length, entries, *range(entries + n, entries + n + depth - 1)], np.int64)
 
-        def run() -> Ints:
-            chosen = np.empty(depth, np.int64)
-            batch = _MtpBatch([state], bounds, [n], starts[:1], cos[:n], sin[:n], False)
-            m = self._layer(self._final_norm(hidden), self.text.embed(ids), batch)[n - 1 :]
+        def run() -> tuple[Array, ...]:
+            def batch(first: int, rows: int, draft: int) -> Batch:
+                at, start = slice(first, first + rows), slice(1 + draft, 2 + draft)
+                return _MtpBatch([state], row_bounds(rows), [rows], starts[start], cos[at], sin[at], False)
+
+            if owed is not None:
+                text.write([state], *owed)
+            m = self._layer(self._final_norm(hidden), text.embed(ids[:n]), batch(0, n, 0), 1)
             for i in range(depth):
                 if i:
-                    row = slice(n + i - 1, n + i)
-                    batch = _MtpBatch([state], one, [1], starts[i : i + 1], cos[row], sin[row], False)
-                    m = self._layer(m, self.text.embed(chosen[i - 1 : i]), batch)
-                self.text.ops.argmax(self.logits(m), limit=limit, tokens=chosen[i : i + 1])
-            return chosen
+                    m = self._layer(m, text.embed(ids[n + i - 1 : n + i]), batch(n + i - 1, 1, i))
+                text.ops.sample_rows(
+                    self.logits(m), **choice._asdict(), draws=draws[i : i + 1], tokens=ids[n + i : n + i + 1]
+                )
+            if trace is None:
+                return ()
+            step = Batch([state], row_bounds(1 + depth), [1 + depth], starts[:1], cos[n:], sin[n:], False, trace)
+            x = text.run_layers(text.embed(ids[n - 1 :]), step)
+            return x, text.logits(x)
 
-        if self._replay is None or n > MAX_ROWS:
-            chosen = run()
-        else:
-            key = ("greedily", n, depth, limit)
-            chosen = self._replay(key, [hidden, ids, cos, sin, starts, state.mtp], run)
+        inputs = [hidden, ids, cos, sin, starts, draws, state.mtp]
+        if trace is not None:
+            inputs += (trace, state.kv, state.conv, state.delta)
+        if owed is not None:
+            inputs += owed[1:]
+        key = ("at once", n, depth, choice, trace is None, 0 if owed is None else owed[2].shape[1])
+        verified = self.replay(key, n + depth, inputs, run)
         state.mtp_length += n
-        return chosen.tolist()
+        state.intact = state.intact or trace is not None
+        return ids[n:].tolist(), verified
 
     def _batch(
         self,
@@ -128,32 +195,30 @@ class MtpModel:
         starts = np.array([state.mtp_length + ahead for state in states], np.int64)
         return _MtpBatch(states, row_bounds(*counts), counts, starts, *angles, prefill)
 
-    def _replayed(self, rows: Array, tokens: Sequence[int], batch: Batch, *, drafts: bool) -> Array:
-        """The layer on rows [T, H] and the ids after them; drafts: the rows are m, not hidden rows."""
-        ids = np.array(tokens, np.int64)
-
-        def run() -> Array:
-            h = rows if drafts else self._final_norm(rows)
-            return self._layer(h, self.text.embed(ids), batch)
-
-        if self._replay is None or len(ids) > MAX_ROWS:
-            return run()
-        inputs = [rows, ids, batch.cos, batch.sin, batch.cu_seqlens, batch.starts, *batch.tables]
-        return self._replay((len(ids), len(batch.states), drafts), inputs, run)
-
     def _final_norm(self, hidden: Array) -> Array:
         return self.text.ops.rms_norm(hidden, self.text.weights.norm, self.text.config.rms_norm_eps)
 
-    def _layer(self, h: Array, x: Array, batch: Batch) -> Array:
-        """h [T, H]: vectors of tokens t after the final norm, or m where token t is a draft; x [T, H]: embeddings of
+    def _layer(self, h: Array, x: Array, batch: Batch, wanted: int | None = None) -> Array:
+        """The entries of T rows, and m of the last `wanted` of them, None: of all.
+
+        h [T, H]: vectors of tokens t after the final norm, or m where token t is a draft; x [T, H]: embeddings of
         tokens t + 1."""
         text, w = self.text, self.weights
         pairs = text.ops.rms_norm_pair(x, w.embedding_norm, h, w.hidden_norm, text.config.rms_norm_eps)
         y = text.ops.linear(pairs, w.fc)
-        y = text.attention(y, w.layer.mixer, w.layer.input_norm, 0, batch)  # type: ignore[arg-type]
+        mixer: Any = w.layer.mixer
+        if wanted == 0:
+            text.attend(y, mixer, w.layer.input_norm, 0, batch)
+            return y[:0]
+        rows = None if wanted is None or wanted == len(x) else slice(len(x) - wanted, None)
+        y = text.attention(y, mixer, w.layer.input_norm, 0, batch, rows)
         y = text.feed_forward(y, w.layer.ffn, w.layer.post_norm)
         return text.ops.rms_norm(y, w.norm, text.config.rms_norm_eps)
 
     def logits(self, m: Array) -> Array:
         """Draft logits of the first ids of the vocabulary, from rows m [n, H]."""
         return self.text.ops.linear(m, self.head)
+
+
+def _inputs(rows: Array, ids: Ints, batch: Batch) -> list[Any]:
+    return [rows, ids, batch.cos, batch.sin, batch.cu_seqlens, batch.starts, *batch.tables]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,15 @@ class TextRope:
         angles = (positions[:, self.axes].astype(np.float32) * self.inverse_frequencies).astype(np.float64)
         return _scaled(np.cos(angles), self.scale), _scaled(np.sin(angles), self.scale)
 
-    def text(self, spans: Iterable[tuple[int, int]]) -> tuple[Floats, Floats]:
+    def text(self, spans: Sequence[tuple[int, int]]) -> tuple[Floats, Floats]:
         """The same for text tokens, whose three positions are equal: for each (first, n) those from `first` on, not to
         be written. They come from angles computed for many at once: a decoded token costs a look-up."""
+        if len(spans) == 1:  # the common case
+            first, n = spans[0]
+            index, row = divmod(first, _CHUNK)
+            if row + n <= _CHUNK:
+                cos, sin = self._chunk(index)
+                return cos[row : row + n], sin[row : row + n]
         parts = []
         for first, n in spans:
             while n:
@@ -48,8 +54,6 @@ class TextRope:
                 taken = min(n, _CHUNK - row)
                 parts.append((cos[row : row + taken], sin[row : row + taken]))
                 first, n = first + taken, n - taken
-        if len(parts) == 1:
-            return parts[0]
         return np.concatenate([cos for cos, _ in parts]), np.concatenate([sin for _, sin in parts])
 
     def _chunk(self, index: int) -> tuple[Floats, Floats]:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ContextLengthError, StateError
-from ..ops.layout import KV_DTYPES, kv_head_dim, kv_width, line_copy
+from ..ops import memory
+from ..ops.layout import KV_DTYPES, kv_head_dim, kv_width
 from .config import TextConfig
 
 BLOCK_TOKENS = 128
@@ -41,9 +42,9 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "_mtp_block", "_shared", "_shared_blocks", "_shared_mtp", "_zeros", "conv", "delta",
-        "fingerprint", "images", "intact", "kv", "kv_dtype", "length", "mtp", "mtp_first", "mtp_length", "rope_delta",
-        "token_ids",
+        "_block", "_max_tokens", "_mtp_block", "_ready", "_shared", "_shared_blocks", "_shared_mtp", "_zeros", "conv",
+        "delta", "fingerprint", "images", "intact", "kv", "kv_dtype", "length", "mtp", "mtp_first", "mtp_length",
+        "rope_delta", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -63,7 +64,7 @@ class State:
         c = config
         taps = c.linear_conv_kernel_dim - 1
         matrix = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set may want its arrays in a certain place
+        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set makes its arrays where it computes
         self.conv: npt.NDArray[np.float32] = zeros((c.num_delta_layers, taps, c.conv_dim), np.float32)
         self.delta: npt.NDArray[np.float32] = zeros((c.num_delta_layers, *matrix), np.float32)
         self.kv: Any = ops.BlockTable()
@@ -76,6 +77,7 @@ class State:
         self.intact = True
         self._shared = False  # conv and delta may belong to other states too
         self._shared_blocks = 0  # blocks before this one may belong to other states too
+        self._ready = 0  # up to so many tokens there is nothing left to do for `reserve`
         self.mtp: Any = ops.BlockTable()
         self.mtp_first = 0
         self.mtp_length = 0
@@ -102,6 +104,8 @@ class State:
 
         Raises ContextLengthError beyond the model's context, StateError if memory runs out.
         """
+        if tokens <= self._ready:
+            return
         if tokens > self._max_tokens:
             raise ContextLengthError(
                 f"the sequence would hold {tokens} tokens, the model's context holds {self._max_tokens}; "
@@ -111,6 +115,8 @@ class State:
             if tokens > self.length:
                 self._own()
             self._grow(self.kv, self._block, tokens)
+            if tokens > self.length:
+                self._ready = min(len(self.kv) * BLOCK_TOKENS, self._max_tokens)
         except (MemoryError, ValueError):  # numpy raises the latter beyond the address space
             raise StateError(
                 f"no memory for the K/V of {tokens} tokens: the sequence holds {self.nbytes / 2**20:.0f} MiB "
@@ -147,7 +153,7 @@ class State:
         """
         self._check_intact("fork")
         used = -(-self.length // BLOCK_TOKENS)
-        self._shared = True
+        self._shared, self._ready = True, 0
         if isinstance(self.delta, np.ndarray):
             self.conv.flags.writeable = self.delta.flags.writeable = False
         self._shared_blocks = max(self._shared_blocks, used)
@@ -183,7 +189,7 @@ class State:
             conv, delta = _moved(self.conv, home), _moved(self.delta, home)
         except MemoryError:
             raise StateError(f"no memory on the device for a state of {self.nbytes / 2**20:.0f} MiB") from None
-        self.conv, self.delta, (self.kv, self.mtp) = conv, delta, tables
+        self.conv, self.delta, (self.kv, self.mtp), self._ready = conv, delta, tables, 0
         if moved:
             self._shared, self._shared_blocks, self._shared_mtp = False, 0, 0
         self._zeros = getattr(ops, "zeros", np.zeros)
@@ -253,18 +259,19 @@ def _own_blocks(table: Any, entries: int, shared: int) -> int:
     """Copy the blocks of `table` that are shared (those before `shared`) and not full with `entries` entries. Returns
     how many are shared then."""
     first = entries // BLOCK_TOKENS
-    if first < shared:  # seldom: the list of blocks is long where the context is
-        blocks = table.blocks
-        for i in range(first, shared):
-            table.replace(i, copy_array(blocks[i]))
-    return min(first, shared)
+    if first >= shared:
+        return shared
+    blocks = table.blocks
+    for i in range(first, shared):
+        table.replace(i, copy_array(blocks[i]))
+    return first
 
 
 # Arrays of an op set on a device are its own kind, which copies under another name and has no read-only flag.
 
 
 def copy_array(array: Any) -> Any:
-    return line_copy(array) if isinstance(array, np.ndarray) else array.clone()
+    return memory.copy(array) if isinstance(array, np.ndarray) else array.clone()
 
 
 def _writeable(array: Any) -> bool:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from ..errors import StateError
 from ..fileio import read_at
-from ..ops.layout import line_empty
+from ..ops import memory
 from .state import BLOCK_TOKENS, KV_DTYPES, State, append_block, host_array
 
 FORMAT, VERSION = "deltaic-state", "1"
@@ -144,7 +144,7 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
     state._shared_mtp = 0
     state._zeros = getattr(ops, "zeros", np.zeros)
     state._shared = False
-    state._shared_blocks = 0
+    state._shared_blocks = state._ready = 0
     state.intact = True
     return state
 
@@ -220,7 +220,7 @@ def _read_arrays(file: Any, path: Path) -> tuple[dict[str, str], Arrays]:
     with ThreadPoolExecutor(_READERS) as readers:  # most of the time goes into making new memory usable
         sums = []
         for name, (dtype, shape) in shapes.items():
-            arrays[name] = array = line_empty(shape, dtype)
+            arrays[name] = array = memory.empty(shape, dtype)
             data = array.reshape(-1).view(np.uint8)
             sums.append(_beside(readers, _read_and_sum, file, path, position, data))
             position += len(data)

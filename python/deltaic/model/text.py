@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..errors import ArgumentError, StateError
 from ..ops.layout import row_bounds
 from .config import TextConfig
-from .replay import MAX_ROWS, Replay
+from .replay import Replay
 from .rope import TextRope
 from .state import State
 from .weights import AttentionMixer, DeltaMixer, DenseFFN, SparseFFN, TextWeights
@@ -49,7 +49,7 @@ class TextModel:
     def __init__(self, config: TextConfig, weights: TextWeights, ops: ModuleType):
         self.config, self.weights, self.ops = config, weights, ops
         self.rope = TextRope(config.rope)
-        self._replay = Replay(ops) if hasattr(ops, "Tape") else None
+        self.replay = Replay(ops)
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
@@ -78,29 +78,62 @@ class TextModel:
             raise ArgumentError(
                 f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
             )
-        batch = self._batch(states, counts, cu_seqlens, self.rope(positions), prefill)
-        return self._advance(x, batch)
+        starts = self.reserve(states, counts)
+        batch = Batch(states, cu_seqlens, counts, starts, *self.rope(positions), prefill)
+        _begin_writing(states)
+        x = self.run_layers(x, batch)
+        _advance(states, counts)
+        return x
 
-    def step(self, tokens: Sequence[Sequence[int]], states: Sequence[State], trace: Array | None = None) -> Array:
+    def step(
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[State],
+        trace: Array | None = None,
+        *,
+        head: bool = False,
+    ) -> tuple[Array, Array | None]:
         """Feed B sequences the text tokens that come next, one or a few ids each: `forward` of rows that are decoded,
         replayed where the op set can. On an op set that is SPLIT_INVARIANT a row gets the same bits in any company.
 
         trace [L_delta, T, config.delta_trace_width]: where given it is filled, and the states stay where they are until
-        `commit` tells how many rows count. Dropping it instead of committing leaves the states as they were: of their
-        K/V only what lies beyond `length` is written.
-        Returns and raises what `forward` does.
+        `count` and `write` tell how many rows count. Dropping it instead leaves the states as they were: of their K/V
+        only what lies beyond `length` is written.
+        Returns what `forward` does, and the `logits` of all rows, None without `head`. Raises what `forward` does.
         """
         counts = [len(ids) for ids in tokens]
         angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
-        batch = self._batch(list(states), counts, row_bounds(*counts), angles, False, trace)
+        starts, bounds = self.reserve(states, counts), row_bounds(*counts)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
-        return self._advance(ids, batch) if trace is None else self._run(ids, batch)
 
-    def commit(self, states: list[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
-        """Advance each of the states that `verify` has seen by its first counts[b] rows, int64 [B]."""
-        for state, n in zip(states, counts.tolist(), strict=True):
+        def run() -> tuple[Array, ...]:
+            batch = Batch(list(states), bounds, counts, starts, *angles, False, trace)
+            x = self.run_layers(self.embed(ids), batch)
+            return (x, self.logits(x)) if head else (x,)
+
+        inputs = [ids, *angles, bounds, starts]
+        for state in states:
+            inputs += (state.conv, state.delta, state.kv)
+        if trace is None:
+            _begin_writing(states)
+        else:
+            inputs.append(trace)
+        found = self.replay((len(ids), len(states), trace is None, head), len(ids), inputs, run)
+        if trace is None:
+            _advance(states, counts)
+        return found[0], found[1] if head else None
+
+    def count(self, states: Sequence[State], counts: Sequence[int]) -> None:
+        """Each of the states that a `step` with a trace has seen has got its first counts[b] rows; it is half-written
+        until `write`, with the same, has followed."""
+        for state, n in zip(states, counts, strict=True):
             state.reserve(state.length + n)  # a fork may have come in between
-            state.intact = False
+        _begin_writing(states)
+        for state, n in zip(states, counts, strict=True):
+            state.length += n
+
+    def write(self, states: Sequence[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
+        """What is left to do after `count`, an operator; who calls it marks the states as intact. counts int64 [B]."""
         self.ops.gated_delta_net_commit(
             trace,
             num_k_heads=self.config.linear_num_key_heads,
@@ -109,37 +142,6 @@ class TextModel:
             conv_states=[state.conv for state in states],
             states=[state.delta for state in states],
         )
-        for state, n in zip(states, counts.tolist(), strict=True):
-            state.length += n
-            state.intact = True
-
-    def _run(self, rows: Array | Ints, batch: Batch) -> Array:
-        """Vectors [T, H] through all layers, or ids [T]: these are embedded, and few of them replayed."""
-        if rows.ndim == 2:
-            return self.run_layers(rows, batch)  # type: ignore[arg-type]
-
-        def run() -> Array:
-            return self.run_layers(self.embed(rows), batch)  # type: ignore[arg-type]
-
-        if self._replay is None or len(rows) > MAX_ROWS:
-            return run()
-        states, trace = batch.states, batch.trace
-        inputs = [rows, batch.cos, batch.sin, batch.cu_seqlens, batch.starts]
-        for state in states:
-            inputs += (state.conv, state.delta, state.kv)
-        if trace is not None:
-            inputs.append(trace)
-        return self._replay((len(rows), len(states), trace is None), inputs, run)
-
-    def _advance(self, rows: Array | Ints, batch: Batch) -> Array:
-        """`_run`, and the states have all rows."""
-        for state in batch.states:
-            state.intact = False
-        x = self._run(rows, batch)
-        for state, n in zip(batch.states, batch.counts, strict=True):
-            state.length += n
-            state.intact = True
-        return x
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
         """The arithmetic of `forward`: x [T, H] through all layers; the contents of the states change."""
@@ -179,10 +181,20 @@ class TextModel:
         )
         return ops.linear(y, m.out_proj, residual=x)
 
-    def attention(self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch) -> Array:
+    def attention(
+        self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch, rows: slice | None = None
+    ) -> Array:
+        """An attention layer without its feed-forward part. rows: those that are wanted of the output; None: all."""
+        y = self.attend(x, m, norm, i, batch)
+        if rows is not None:
+            x, y = x[rows], y[rows]
+        return self.ops.linear(y, m.o_proj, residual=x)
+
+    def attend(self, x: Array, m: AttentionMixer, norm: Array, i: int, batch: Batch) -> Array:
+        """The same up to its output projection: [T, Hq*D], and the keys and values are in the tables."""
         ops, c = self.ops, self.config
         proj = ops.linear(x, m.qkv_proj, norm=norm, eps=c.rms_norm_eps)
-        y = ops.gated_attention(
+        return ops.gated_attention(
             proj,
             m.q_norm,
             m.k_norm,
@@ -197,7 +209,6 @@ class TextModel:
             tables=batch.tables,
             prefill=batch.prefill,
         )
-        return ops.linear(y, m.o_proj, residual=x)
 
     def feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
         ops, eps = self.ops, self.config.rms_norm_eps
@@ -217,24 +228,28 @@ class TextModel:
             residual=x,
         )
 
-    def _batch(
-        self,
-        states: list[State],
-        counts: list[int],
-        cu_seqlens: Ints,
-        angles: tuple[Array, Array],
-        prefill: bool,
-        trace: Array | None = None,
-    ) -> Batch:
-        """The batch of so many rows of each state, with room made in the states. angles: cos and sin of the rows."""
-        if len({id(state) for state in states}) != len(states):
+    def reserve(self, states: Sequence[State], counts: Sequence[int]) -> Ints:
+        """Make room for so many more rows in each of the states, and return how many they have, int64 [B]. Raises
+        StateError, ContextLengthError: see `forward`."""
+        if len(states) > 1 and len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
         for state, n in zip(states, counts, strict=True):
             if not state.intact:
                 raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
             state.reserve(state.length + n)
-        starts = np.array([state.length for state in states], np.int64)
-        return Batch(states, cu_seqlens, counts, starts, *angles, prefill, trace)
+        return np.array([state.length for state in states], np.int64)
+
+
+def _begin_writing(states: Sequence[State]) -> None:
+    for state in states:
+        state.intact = False
+
+
+def _advance(states: Sequence[State], counts: Sequence[int]) -> None:
+    """The states have so many more rows each."""
+    for state, n in zip(states, counts, strict=True):
+        state.length += n
+        state.intact = True
 
 
 def _short(values: Any) -> str:

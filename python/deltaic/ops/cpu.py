@@ -14,13 +14,13 @@ import numpy as np
 from deltaic import _core
 from deltaic._core import BlockTable, Tape, Weight
 from deltaic.errors import ArgumentError
-from deltaic.ops.layout import line_zeros as zeros
+
+from .memory import zeros
 
 __all__ = [
     "BlockTable",
     "Tape",
     "Weight",
-    "argmax",
     "bpe_merge",
     "checksum",
     "embed",
@@ -44,6 +44,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_pair",
     "sample",
+    "sample_rows",
     "set_num_threads",
     "swiglu",
     "vision_attention",
@@ -336,8 +337,18 @@ def sample(
     return int(token[0])
 
 
-def argmax(logits: Array, *, limit: int, tokens: Array) -> None:
-    _core.argmax(logits, limit, tokens)
+def sample_rows(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    limit: int,
+    draws: Array,
+    tokens: Array,
+) -> None:
+    _core.sample_rows(logits, temperature, top_k, top_p, min_p, limit, draws, tokens)
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:

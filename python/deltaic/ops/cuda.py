@@ -38,7 +38,7 @@ from .cuda_memory import (
     vector,
     zeros,
 )  # fmt: skip
-from .cuda_sampling import argmax, log_softmax_top, sample, sample_on_device
+from .cuda_sampling import log_softmax_top, sample, sample_on_device, sample_rows
 from .cuda_weights import (
     BlockTable,
     Part,
@@ -62,7 +62,6 @@ __all__ = [
     "TableBatch",
     "Weight",
     "activations",
-    "argmax",
     "checksum",
     "concatenate",
     "copy_from_host",
@@ -91,6 +90,7 @@ __all__ = [
     "rope_table",
     "sample",
     "sample_on_device",
+    "sample_rows",
     "set_num_threads",
     "swiglu",
     "to_host",

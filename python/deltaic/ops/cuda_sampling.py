@@ -72,14 +72,25 @@ def sample_on_device(
     return token
 
 
-def argmax(logits: Tensor, *, limit: int, tokens: np.ndarray) -> None:
-    check("argmax", "logits", logits, [None, None], ["float32"])
-    if not 0 < limit <= logits.shape[1]:
-        raise ArgumentError(f"argmax: limit is {limit}, expected 1..{logits.shape[1]}")
-    top, ids = logits[:, :limit].max(dim=1)
-    if not top.isfinite().all():
-        raise ArgumentError("argmax: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
-    tokens[:] = ids.cpu().numpy()
+def sample_rows(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    limit: int,
+    draws: np.ndarray,
+    tokens: np.ndarray,
+) -> None:
+    check("sample_rows", "logits", logits, [None, None], ["float32"])
+    none = np.empty(0, np.int64)
+    for t in range(logits.shape[0]):
+        tokens[t] = sample(
+            logits[t], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=0.0,
+            frequency_penalty=0.0, repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none,
+            limit=limit, uniform=float(draws[t]) / 2**53,
+        )  # fmt: skip
 
 
 def log_softmax_top(logits: Tensor, *, limit: int, k: int, token: int) -> tuple[float, np.ndarray, np.ndarray]:

@@ -776,14 +776,26 @@ def sample(
     return int(order[min(place, len(p) - 1)])
 
 
-def argmax(logits: Array, *, limit: int, tokens: Ints) -> None:
-    """Fill tokens [T] with what `sample` at temperature 0 chooses from each row of logits [T, V]. Raises as it does."""
-    if not 0 < limit <= logits.shape[1]:
-        raise ArgumentError(f"argmax: limit is {limit}, expected 1..{logits.shape[1]}")
-    considered = logits[:, :limit]
-    if not (considered < np.inf).all() or (considered == -np.inf).all(axis=1).any():
-        raise ArgumentError("argmax: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
-    tokens[:] = considered.argmax(axis=1)
+def sample_rows(
+    logits: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    limit: int,
+    draws: Ints,
+    tokens: Ints,
+) -> None:
+    """Fill tokens [T] with what `sample` without penalties chooses from each row of logits [T, V], with the random
+    numbers uniform = draws / 2^53, draws [T] in [0, 2^53). Raises as it does."""
+    none = np.empty(0, np.int64)
+    for t, row in enumerate(logits):
+        tokens[t] = sample(
+            row, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=0.0,
+            frequency_penalty=0.0, repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none,
+            limit=limit, uniform=float(draws[t]) / 2**53,
+        )  # fmt: skip
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Ints, npt.NDArray[np.float32]]:
