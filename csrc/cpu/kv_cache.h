@@ -210,8 +210,9 @@ struct StoredRows {
     using Probabilities = Products;            // how they are stored
     static constexpr Stored kFormat = format;
     static constexpr bool kPrefills = true;
-    static constexpr bool kPlainSums = Products::kPlaces == 16;  // the sums of a row are in the order of its dimensions
-    static constexpr int64_t kAhead = 16;                        // rows
+    // Whether the sums of a row are in the order of its dimensions, and no wider.
+    static constexpr bool kPlainSums = Products::kNumbers == 1;
+    static constexpr int64_t kAhead = 16;  // rows
 
     // Of a row of sums, in numbers.
     static DELTAIC_INLINE int64_t width(int64_t D) { return round_up(D, 16 * Products::kNumbers); }
