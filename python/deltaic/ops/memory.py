@@ -15,9 +15,7 @@ import numpy.typing as npt
 _LINE = 64
 _HUGE_PAGE = 2 << 20
 _CELLS = 16  # arrays of one size that share a slab, at most
-_SHARED = range(
-    128 << 10, 16 << 20
-)  # sizes of arrays that lie in slabs; smaller ones are too many, larger ones too few
+_SHARED = range(128 << 10, 16 << 20)  # bytes of arrays that lie in slabs: smaller ones are too many, larger ones few
 _WASTE = 1 / 16  # of a slab: below that its arrays need not be more
 
 
