@@ -16,6 +16,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 SEED = 20260101
@@ -136,6 +138,15 @@ def run_transformers(model: str, threads: int, prompt: int, new: int, dtype: str
 ENGINES = {"deltaic": run_deltaic, "llama": run_llama, "transformers": run_transformers}
 
 
+def peak_resident_bytes() -> int:
+    """Largest memory of this process that was in RAM. getrusage would count what its parent had before."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=sorted(ENGINES))
@@ -149,7 +160,7 @@ def main() -> None:
         result = ENGINES[args.engine](args.model, args.threads, args.prompt, args.new, args.dtype)
     except Started:
         os._exit(0)
-    result["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak_resident_bytes"] = peak_resident_bytes()
     print(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # engines that take long to clean up need not
