@@ -57,6 +57,15 @@ def test_linear(device, rng, kind, format, tokens):
     assert_close(y, reference.linear(x, expected, bias=bias, activation="gelu_erf"), kind)
 
 
+@pytest.mark.parametrize("tokens", [2, 18])
+def test_a_head_gives_floats_with_every_epilogue(device, rng, tokens):
+    w, x, bias = cuda.pack([normal(rng, 9, 40)], "bf16"), rounded(normal(rng, tokens, 40), "bf16"), normal(rng, 9)
+    w.float_output = True
+    y = cuda.linear(tensor(x, "bf16"), w, bias=bias)
+    assert y.dtype == torch.float32
+    assert_close(y, reference.linear(x, reference_weight(w), bias=bias), "bf16")
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 5, 17])
