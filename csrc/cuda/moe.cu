@@ -107,12 +107,14 @@ __global__ void __launch_bounds__(kThreads)
 // -------------------------------------------------------------------------------------------------------------------
 
 constexpr int kTile = 32;  // entries (token, slot) of one expert that a block multiplies at once
+constexpr int kGroupThreads = 1024;
 
 // Entries t * top_k + slot sorted by expert, each expert's in ascending order, and the tiles that cover them: tile i
 // has entries [tiles[3i+1], tiles[3i+2]) of `sorted` and expert tiles[3i], -1 after the last. One block; `counts` has 2
 // * E numbers.
-__global__ void group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted,
-                             int64_t* tiles, int64_t max_tiles) {
+__global__ void __launch_bounds__(kGroupThreads)
+    group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles,
+                 int64_t max_tiles) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     for (int64_t e = warp; e < E; e += warps) {
         int64_t count = 0;
@@ -263,7 +265,7 @@ void moe_group(const int64_t* experts, int64_t entries, int64_t E, int64_t* coun
                int64_t max_tiles, Stream stream) {
     if (entries == 0) return;
     if (max_tiles < moe_max_tiles(entries, E)) fail("moe_group", "too little room for the tiles");
-    launch("moe_group", group_kernel, 1, 1024, 0, stream, experts, entries, E, counts, sorted, tiles, max_tiles);
+    launch("moe_group", group_kernel, 1, kGroupThreads, 0, stream, experts, entries, E, counts, sorted, tiles, max_tiles);
 }
 
 void moe_grouped(const void* x, int64_t pitch, int64_t per_row, const Matrices& w, const int64_t* sorted,

@@ -8,6 +8,7 @@ namespace deltaic {
 namespace cuda {
 
 void throw_cuda_error(const char* what, cudaError_t error) {
+    cudaGetLastError();  // the runtime keeps it, and the next launch would be blamed
     throw Error(std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
@@ -42,9 +43,10 @@ void use_device(int index) { used_device = index; }
 
 DeviceGuard::DeviceGuard() {
     int current = 0;
-    if (cudaGetDevice(&current) == cudaSuccess && current == used_device) return;
+    const bool known = cudaGetDevice(&current) == cudaSuccess;
+    if (known && current == used_device) return;
     set_device(used_device);
-    before_ = current;
+    if (known) before_ = current;
 }
 
 DeviceGuard::~DeviceGuard() {
