@@ -56,7 +56,8 @@ def chosen(tmp_path: Path, *, mode="AUTO", archs="", toolkit="13.0", known=CUDA_
         ({"cards": "8.9\\n8.9\\n7.5\\n"}, "75-real;89-real"),
         ({"cards": "12.1\\n"}, "121-real"),
         ({"cards": "12.0\\n", "toolkit": "12.0", "known": CUDA_12_0}, "90-virtual"),  # newer than the toolkit
-        ({"cards": "10.3\\n", "toolkit": "12.8", "known": "75 80 86 87 89 90 100 101 120"}, "100-real"),  # 101: other chips
+        # 101 is one of the chips with a CPU beside them
+        ({"cards": "10.3\\n", "toolkit": "12.8", "known": "75 80 86 87 89 90 100 101 120"}, "100-real"),
         ({"cards": "8.9\\n6.1\\n"}, "89-real"),  # an old card beside a usable one
         ({"mode": "ON"}, "75-real;80-real;86-real;89-real;90-real;100-real;120-real;80-virtual;121-virtual"),
         ({"mode": "ON", "toolkit": "12.0", "known": CUDA_12_0},
