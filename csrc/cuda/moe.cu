@@ -265,7 +265,8 @@ void moe_group(const int64_t* experts, int64_t entries, int64_t E, int64_t* coun
                int64_t max_tiles, Stream stream) {
     if (entries == 0) return;
     if (max_tiles < moe_max_tiles(entries, E)) fail("moe_group", "too little room for the tiles");
-    launch("moe_group", group_kernel, 1, kGroupThreads, 0, stream, experts, entries, E, counts, sorted, tiles, max_tiles);
+    launch("moe_group", group_kernel, 1, kGroupThreads, 0, stream, experts, entries, E, counts, sorted, tiles,
+           max_tiles);
 }
 
 void moe_grouped(const void* x, int64_t pitch, int64_t per_row, const Matrices& w, const int64_t* sorted,
