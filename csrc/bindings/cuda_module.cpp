@@ -114,6 +114,7 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
 
 #if defined(DELTAIC_EMULATE)
     m.attr("emulated") = true;
+    m.def("use_tensor_cores", &use_tensor_cores);
     m.def("set_order", [](const std::string& order, uint64_t seed) {
         if (order != "forward" && order != "reverse" && order != "random")
             throw Error("set_order: forward, reverse or random");

@@ -2,6 +2,7 @@
 #include <string>
 
 #include "cuda/common.cuh"
+#include "cuda/ops.h"
 #include "cuda/runtime.h"
 
 namespace deltaic {
@@ -39,7 +40,13 @@ void set_device(int index) {
 }
 }  // namespace
 
-void use_device(int index) { used_device = index; }
+void use_device(int index) {
+    used_device = index;
+    int major = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    if (error != cudaSuccess) throw_cuda_error("cudaDeviceGetAttribute", error);
+    use_tensor_cores(major >= 8);
+}
 
 DeviceGuard::DeviceGuard() {
     int current = 0;

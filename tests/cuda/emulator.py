@@ -126,6 +126,7 @@ class _Memory:
 
 # Calls of the extension that are not launches: a capture does not record them.
 HOST_CALLS = {
+    "use_tensor_cores",
     "Matrices", "KernelError", "gated_delta_net_chunk_floats", "moe_max_tiles", "guarded_alloc", "guarded_free"
 }  # fmt: skip
 # What torch may do in a captured graph here: look at memory in another way. Anything else would have to be recorded.

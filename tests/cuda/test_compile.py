@@ -14,7 +14,7 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ("80", "90", "120")
 # Kernels of a decoded token, as they appear in mangled names.
 DECODE = {
-    "linear": ("gemv_kernel",),
+    "linear": ("gemv_kernel", "gemv_mma_kernel"),
     "gated_delta_net": ("conv_kernel", "recurrent_kernel", "gated_norm_kernel", "commit_kernel", "commit_conv_kernel"),
     "gated_attention": (
         "prepare_kernel", "attend_kernelILi64ELb1", "attend_kernelILi128ELb1", "attend_kernelILi256ELb1",
