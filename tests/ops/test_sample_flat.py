@@ -18,7 +18,9 @@ def sample(ops, logits, uniform, **options):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 40.0])
-@pytest.mark.parametrize("top_p, min_p", [(1.0, 0.0), (0.95, 0.0), (0.5, 0.0), (1.0, 0.03), (0.9, 0.03), (0.6, 0.03)])
+@pytest.mark.parametrize(
+    ("top_p", "min_p"), [(1.0, 0.0), (0.95, 0.0), (0.5, 0.0), (1.0, 0.03), (0.9, 0.03), (0.6, 0.03)]
+)
 @pytest.mark.parametrize("scale", [0.0, 0.05, 1.0])
 def test_choice_is_the_definitions(rng, temperature, top_p, min_p, scale):
     """Sums of 30,000 probabilities in float32 and in float64 may disagree about a neighbour, not about more."""
