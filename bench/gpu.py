@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
 STEPS = ("build", "tests", "operators", "models", "sanitizer")
+ON_CARD = "[gpu or -gpu"  # of the tests that run in several places, those on the card
 # Of the kernels alone: what captures graphs needs the caching allocator, which would hide errors from the sanitizer.
 KERNEL_TESTS = [f"tests/cuda/test_{name}.py" for name in ("dense", "mixers", "verify", "experts_vision_sampling")]
 
@@ -152,7 +153,7 @@ def build(report: Report) -> bool:
 
 def run_tests(report: Report) -> None:
     path = str(ROOT / "python")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/cuda", "-k", "gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/cuda", "-k", ON_CARD, "-p", "no:cacheprovider"]
     report.command("kernel and model tests on the card", command, 150, PYTHONPATH=path)
 
 
@@ -163,7 +164,7 @@ def run_sanitizer(report: Report) -> None:
     if tool is None:
         report.add("- compute-sanitizer: LEFT OUT, not installed")
         return
-    tests = ["-m", "pytest", "-q", *KERNEL_TESTS, "-k", "gpu", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "-q", *KERNEL_TESTS, "-k", ON_CARD, "-p", "no:cacheprovider"]
     checks = ("memcheck", "racecheck", "initcheck", "synccheck")
     for i, check in enumerate(checks):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, *tests]
