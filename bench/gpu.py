@@ -7,7 +7,8 @@ under compute-sanitizer, measures every operator of a decoded token against the 
 prefills whole models of the released shapes with random weights, against the copy bandwidth and the measured matrix
 peak. Writes one Markdown report that starts with the card's name, line by line
 as it comes: a step that fails says so in it, and the next one runs. Steps that do not fit into the time that is left
-are reported as left out, never silently.
+are reported as left out, never silently. The step "overlap" runs the tests and the smallest model again with DELTAIC_PDL=1,
+which lets the blocks of a kernel start while the kernel before still runs (compute capability 9.0 and newer).
 
 `--rehearse` runs the measuring steps on the emulator with tiny shapes: the figures mean nothing, the script is tested.
 """
@@ -32,7 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
-STEPS = ("build", "tests", "operators", "models", "sanitizer")
+STEPS = ("build", "tests", "operators", "models", "overlap", "sanitizer")
 ON_CARD = "[gpu or -gpu"  # of the tests that run in several places, those on the card
 # Of the kernels alone: what captures graphs needs the caching allocator, which would hide errors from the sanitizer.
 KERNEL_TESTS = [f"tests/cuda/test_{name}.py" for name in ("dense", "mixers", "verify", "experts_vision_sampling")]
@@ -94,8 +95,8 @@ class Report:
             self.add(f"\n- {name}: FAILED\n\n```\n{traceback.format_exc()[-3000:].strip()}\n```\n")
             return False
 
-    def command(self, title: str, command: list[str], limit: float, **environment: str) -> bool:
-        """Run a command within the time left; its last lines go into the report."""
+    def command(self, title: str, command: list[str], limit: float, lines: int = 1, **environment: str) -> bool:
+        """Run a command within the time left; its last lines, more where it fails, go into the report."""
         limit = min(limit, self.left)
         if limit < 5:
             self.add(f"- {title}: LEFT OUT, no time left")
@@ -113,7 +114,7 @@ class Report:
             os.killpg(process.pid, signal.SIGKILL)
             said, code = process.communicate()[0], None
             verdict = "NOT FINISHED"
-        tail = "\n".join(said.strip().splitlines()[-(1 if code == 0 else 25) :])
+        tail = "\n".join(said.strip().splitlines()[-(lines if code == 0 else 25) :])
         self.add(f"- {title}: {verdict}, {time.monotonic() - start:.0f} s")
         self.add(f"\n```\n{tail}\n```\n")
         return code == 0
@@ -151,10 +152,19 @@ def build(report: Report) -> bool:
     )
 
 
-def run_tests(report: Report) -> None:
+def run_tests(report: Report, **environment: str) -> bool:
     path = str(ROOT / "python")
     command = [sys.executable, "-m", "pytest", "-q", "tests/cuda", "-k", ON_CARD, "-p", "no:cacheprovider"]
-    report.command("kernel and model tests on the card", command, 150, PYTHONPATH=path)
+    title = " ".join(["kernel and model tests on the card", *(f"{k}={v}" for k, v in environment.items())])
+    return report.command(title, command, 150, PYTHONPATH=path, **environment)
+
+
+def run_overlapped(report: Report) -> bool:
+    file = ROOT / "build" / "gpu-overlap.md"
+    skipped = [step for step in STEPS if step != "models"]
+    command = [sys.executable, "bench/gpu.py", "--report", str(file), "--sizes", "0.8B", "--seconds", "90", "--skip"]
+    passed = run_tests(report, DELTAIC_PDL="1")
+    return report.command("0.8B, DELTAIC_PDL=1", [*command, *skipped], 100, lines=8, DELTAIC_PDL="1") and passed
 
 
 def run_sanitizer(report: Report) -> None:
@@ -558,6 +568,8 @@ def main() -> int:
     if "models" in wanted:
         sizes = {"tiny": TINY} if args.rehearse else {name: SIZES[name] for name in args.sizes}
         report.step("models", lambda: measure_models(report, meter, op_set(), sizes, formats))
+    if "overlap" in wanted and torch.cuda.get_device_capability() >= (9, 0):
+        report.step("overlap", partial(run_overlapped, report))
     if "sanitizer" in wanted:  # last: it takes what time is left
         report.step("sanitizer", partial(run_sanitizer, report))
     print(f"\nWritten to {file}")

@@ -200,7 +200,7 @@ inline size_t mma_shared_bytes(int64_t runs, int64_t tokens, bool norm) {
 // Warps that share a tile: so many that the card is full, as far as that goes. A function of the shape alone.
 inline int mma_splits(int64_t tiles) {
     int splits = 1;
-    while (splits < kMmaWarps && tiles * splits < 2048) splits *= 2;
+    while (splits < kMmaWarps && tiles * splits < 1536) splits *= 2;
     return splits;
 }
 
@@ -233,6 +233,7 @@ __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float
             if (first + b * splits < end) ahead[b].load(source, first + b * splits, t, stored);
     };
     fetch(split, span);
+    grid_wait();
 
     if (norm && warp < count) {  // a warp for each token
         float sum = 0;

@@ -60,6 +60,7 @@ template <class T, int NT>
 __global__ void __launch_bounds__(kThreads,
                                   NT == 4 ? 2 : 1)  // without the 2, ptxas 13.0 spills three registers at NT = 4
     gemv_kernel(const T* x, const float* norm, float eps, Matrices w, Epilogue e, int64_t tokens) {
+    grid_begin();
     DELTAIC_DYNAMIC_SHARED(base);
     DELTAIC_SHARED(float, scratch, 32);
     const Place place = place_of(w, pair_blocks);
@@ -91,6 +92,7 @@ __host__ __device__ inline int64_t tiles_of(const Matrix& m) { return (m.rows + 
 template <Format F>
 __global__ void __launch_bounds__(kMmaThreads, Run<F>::kBlocks)
     gemv_mma_kernel(const bf16* x, const float* norm, float eps, Matrices w, Epilogue e, int splits, int64_t tokens) {
+    grid_trigger();
     DELTAIC_DYNAMIC_SHARED(base);
     DELTAIC_SHARED(float, partial, kMmaWarps * kMmaTokens * kMmaRows);
     DELTAIC_SHARED(float, scales, kMmaTokens);
@@ -108,6 +110,7 @@ __global__ void __launch_bounds__(kMmaThreads, Run<F>::kBlocks)
 // Rows first .. first+count of one part as numbers [count][columns].
 template <class T>
 __global__ void dequantise_kernel(Matrix m, int64_t first, int64_t count, T* y) {
+    grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, chunks = m.stride / 8;
     if (i >= count * chunks) return;
     const int64_t row = i / chunks, c = i % chunks;

@@ -1,4 +1,5 @@
 // What the CUDA runtime says: errors as text, the toolkit this was built with, the driver, the cards.
+#include <cstdlib>
 #include <string>
 
 #include "cuda/common.cuh"
@@ -12,6 +13,8 @@ void throw_cuda_error(const char* what, cudaError_t error) {
     cudaGetLastError();  // the runtime keeps it, and the next launch would be blamed
     throw Error(std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
+
+bool overlap_kernels = false;
 
 int toolkit_version() { return CUDART_VERSION; }
 
@@ -46,6 +49,8 @@ void use_device(int index) {
     const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
     if (error != cudaSuccess) throw_cuda_error("cudaDeviceGetAttribute", error);
     use_tensor_cores(major >= 8);
+    const char* overlap = std::getenv("DELTAIC_PDL");  // not the default before it has been measured on a card
+    overlap_kernels = major >= 9 && overlap && std::string(overlap) == "1";
 }
 
 DeviceGuard::DeviceGuard() {

@@ -26,6 +26,7 @@ __device__ __forceinline__ uint32_t key_of(float x) {
 __global__ void penalise_kernel(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output,
                                 const int64_t* counts, int64_t output_count, float repetition, float frequency,
                                 float presence, int64_t limit) {
+    grid_begin();
     for (int64_t i = threadIdx.x; i < seen_count; i += blockDim.x) {
         const int64_t id = seen[i];
         if (id >= 0 && id < limit) logits[id] = logits[id] > 0 ? logits[id] / repetition : logits[id] * repetition;
@@ -205,6 +206,7 @@ __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long>
 __global__ void __launch_bounds__(kThreads)
     choose_kernel(const float* logits, const int64_t* ids, int64_t n, float temperature, int64_t top_k, double top_p,
                   double min_p, double uniform, int64_t* token) {
+    grid_begin();
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(float, peaks, 32);
@@ -257,6 +259,7 @@ __global__ void __launch_bounds__(kThreads)
 // A NaN comes first, so it is seen later. Where there are fewer than k, -inf and an id past the end fill up.
 __global__ void __launch_bounds__(kThreads)
     shortlist_kernel(const float* logits, int64_t limit, int64_t stretch, int64_t k, float* values, int64_t* ids) {
+    grid_begin();
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(int, used, 1);

@@ -48,18 +48,24 @@ def test_commands_end_with_all_that_they_started(gpu, tmp_path):
 def test_the_steps_on_a_card_are_these_commands(gpu, tmp_path, monkeypatch):
     """Every path that a command names exists; graphs are not captured under the sanitizer."""
     said = []
-    monkeypatch.setattr(gpu.Report, "command", lambda self, title, command, *_, **env: said.append((command, env)))
+    monkeypatch.setattr(
+        gpu.Report, "command", lambda self, title, command, *_, lines=1, **env: said.append((command, env))
+    )
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/tools/{name}")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     report = gpu.Report(60)
     gpu.build(report)
     gpu.run_tests(report)
+    gpu.run_overlapped(report)
     gpu.run_sanitizer(report)
-    configure, tests, *sanitizer = said
+    configure, tests, again, model, *sanitizer = said
     assert "-DDELTAIC_CUDA_ARCHS=90" in configure[0]
     assert tests[1]["PYTHONPATH"] == str(gpu.ROOT / "python")
     assert [command[2] for command, _ in sanitizer] == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    for command, _ in said[1:]:
+    assert again == (tests[0], tests[1] | {"DELTAIC_PDL": "1"})
+    assert set(gpu.STEPS) - set(model[0]) == {"models"}
+    assert model[1]["DELTAIC_PDL"] == "1"
+    for command, _ in [tests, *sanitizer]:
         files = [word for word in command if word.startswith("tests/")]
         assert files
         assert all((gpu.ROOT / file).exists() for file in files)
