@@ -7,8 +7,8 @@ under compute-sanitizer, measures every operator of a decoded token against the 
 prefills whole models of the released shapes with random weights, against the copy bandwidth and the measured matrix
 peak. Writes one Markdown report that starts with the card's name, line by line
 as it comes: a step that fails says so in it, and the next one runs. Steps that do not fit into the time that is left
-are reported as left out, never silently. The step "overlap" runs the tests and the smallest model again with DELTAIC_PDL=1,
-which lets the blocks of a kernel start while the kernel before still runs (compute capability 9.0 and newer).
+are reported as left out, never silently. The step "overlap" runs the tests and the smallest model again with
+DELTAIC_PDL=1: the blocks of a kernel may start while the kernel before still runs (compute capability 9.0 and newer).
 
 `--rehearse` runs the measuring steps on the emulator with tiny shapes: the figures mean nothing, the script is tested.
 """
