@@ -115,7 +115,7 @@ constexpr int kGroupThreads = 1024;
 // Entries t * top_k + slot sorted by expert, each expert's in ascending order, and the tiles that cover them: tile i
 // has entries [tiles[3i+1], tiles[3i+2]) of `sorted` and expert tiles[3i], -1 after the last. One block; `counts` has 2
 // * E numbers.
-__global__ void __launch_bounds__(kGroupThreads)
+__global__ void __launch_bounds__(kGroupThreads, 1)
     group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles,
                  int64_t max_tiles) {
     grid_begin();
