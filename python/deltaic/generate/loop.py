@@ -114,6 +114,8 @@ class _Steps:
         else:
             if before is not None:
                 self._runner.write(before)
+            if began:
+                began = perf_counter()  # most plain steps come without a look at the text
             self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
         self._row, self._seconds = 0, None
         if began:
