@@ -31,7 +31,7 @@ PENDING_ROWS = 64  # hidden rows that wait for the MTP layer before their entrie
 KEPT_ROWS = 32  # rows it has seen at least before it drafts again, where it had not been of use for long
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
 SAMPLE = 8  # while nothing changes, the time of one step of so many is recorded
-FIRST_RESTS = 7  # the same in the beginning, where it rested in the sequence before
+FIRST_RESTS = 15  # the same in the beginning, where it rested in the sequence before
 # A look at the text, and a new choice, take so many seconds. While it rests they may take this share of the time, but
 # there is one in so many steps.
 LOOK_SECONDS, LOOK_SHARE, MOST_BLIND = 2e-5, 0.01, 32
@@ -134,10 +134,9 @@ class Speculator:
     def passes(self, hidden: Any, token: int, seconds: float | None) -> bool:
         """Whether nothing is to be done before a plain step that follows a plain one, but to observe what that one has
         brought: so it is in most steps while it rests, which cost next to nothing for that reason."""
-        rest = self._rest
-        if rest < 2 or rest % self._blind == 0:
+        if self._rest % self._blind == 0:
             return False
-        self._rest = rest - 1
+        self._rest -= 1
         self._step += 1
         if seconds is not None and not self._wrote:
             self._costs.record_step(1, seconds)
