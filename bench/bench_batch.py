@@ -25,7 +25,8 @@ import parts
 from bench_speculate import forever
 from deltaic import _core
 from deltaic.generate.prefill import PromptReader
-from deltaic.generate.scheduler import PREFILL_TOKENS, Request, Scheduler
+from deltaic.generate.request import Request
+from deltaic.generate.scheduler import PREFILL_TOKENS, Scheduler
 
 
 def endless(model: deltaic.Model, **limits: Any) -> Scheduler:

@@ -17,6 +17,7 @@ from .errors import ArgumentError, ContextLengthError, PromptError, StateError
 from .generate.answer import Job, TextRules
 from .generate.cache import PrefixCache, Reading, split_points
 from .generate.loop import generate_ids
+from .generate.request import BatchStream
 from .generate.runner import Runner
 from .generate.sampling import (
     MAX_NEW_TOKENS,
@@ -28,7 +29,7 @@ from .generate.sampling import (
     recommended_sampling,
     resolve_sampling,
 )
-from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
+from .generate.scheduler import MAX_SEQUENCES, Scheduler
 from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
 from .generate.stream import Stream

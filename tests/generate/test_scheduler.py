@@ -256,7 +256,7 @@ def test_whoever_waits_for_a_beginning_goes_on_when_its_reader_leaves(model):
     second = scheduler.submit([SYSTEM, user("two")], max_new_tokens=2, **GREEDY)
     for _ in range(3):
         scheduler.step()
-    assert scheduler._running[2].reader is None
+    assert scheduler._batch.running[2].reader is None
     first.close()
     assert second.finish().finish_reason == "length"
     decoding.close()
@@ -355,9 +355,9 @@ def test_memory_is_set_aside_before_a_request_starts(model):
     requests = [scheduler.submit([i] * 200, max_new_tokens=20, **GREEDY) for i in range(4)]
     together = 0
     while scheduler.step():
-        load = scheduler.load
+        load, running = scheduler.load, scheduler._batch.running
         assert load.reserved_bytes <= scheduler.max_bytes
-        assert sum(sequence.state.nbytes for sequence in scheduler._running if sequence.reader) <= load.reserved_bytes
+        assert sum(sequence.state.nbytes for sequence in running if sequence.reader) <= load.reserved_bytes
         together = max(together, load.reading + load.decoding)
     assert together == 2
     assert all(request.result.completion_tokens == 20 for request in requests)
@@ -396,7 +396,7 @@ def test_wrong_limits(model, limits):
 
 
 def states_of(scheduler):
-    return [weakref.ref(sequence.reader) for sequence in scheduler._running if sequence.reader is not None]
+    return [weakref.ref(sequence.reader) for sequence in scheduler._batch.running if sequence.reader is not None]
 
 
 def test_closing_frees_the_state_at_once(model):
