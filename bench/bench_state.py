@@ -122,8 +122,7 @@ def bench_prefixes(model: deltaic.Model, args: argparse.Namespace) -> dict[str, 
 def long_state(model: deltaic.Model, tokens: int) -> State:
     """A state of `tokens` tokens with random contents, as no prompt that long needs to be read for it."""
     rng = np.random.default_rng(0)
-    blank = model.new_state()
-    state = State(model.config.text, model._ops, blank.kv_dtype, fingerprint=blank.fingerprint)
+    state = model.new_state()
     state.reserve(tokens)
     state.delta[:] = rng.standard_normal(state.delta.shape, np.float32)
     noise = np.frombuffer(rng.bytes(state.kv.blocks[0].nbytes), state.kv.blocks[0].dtype)

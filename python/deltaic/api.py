@@ -214,17 +214,7 @@ class Model:
 
     def new_state(self) -> State:
         """An empty sequence state, to feed with `forward`."""
-        from .model.state import State
-
-        blank = self._blank_state
-        return State(
-            self.config.text,
-            self._ops,
-            blank.kv_dtype,
-            context=blank.context,
-            fingerprint=blank.fingerprint,
-            mtp=blank.with_mtp,
-        )
+        return self._blank_state.empty()
 
     def _own_state(self, state: Any) -> State:
         """`state`, bound to this model. Raises StateError where it belongs to another."""
