@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kRows = 64;           // logits of one group: one lane of 64 vectors
 constexpr int64_t kStrip = kRows * 16;  // 16 groups, logits [strip * 1024 + row * 16 + lane]
-constexpr int64_t kFirstGroups = 64;    // groups gathered at first where top_k does not say how many
+constexpr int64_t kFew = 64;            // candidates looked at first where top_k does not say how many
 constexpr int64_t kInserted = 64;       // candidates up to which an insertion sort is faster than counting digits
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLargest = 3.40282347e38f;
@@ -273,65 +273,99 @@ int64_t draw(const Ordered& c, bool all, double mass, const Filter& filter, doub
 }
 
 // For distributions so flat that the candidates would be most of the vocabulary: the mass of each small range of
-// logits, from the top down, says in which range the filter and the draw end, and only those are sorted. Masses are
-// whole numbers, so that their sums do not depend on the order.
+// logits, from the top down, says in which range the filters and the draw end, and only those are sorted. Sums do not
+// depend on the order: within a range they are of whole numbers.
 class Ranges {
   public:
     Ranges(const Logits& l, double temperature) : l_(l), temperature_(temperature), top_(static_cast<float>(l.top)) {
         const double inverse = 1.0 / temperature;
         scale_ = inverse < kLargest ? static_cast<float>(inverse) : kLargest;
-        int bits = 0;
-        while (l.limit >> bits) ++bits;
-        unit_ = static_cast<float>(int64_t{1} << (62 - bits));
-        const int64_t size = kRanges * thread_count();
-        mass_ = static_cast<int64_t*>(scratch(static_cast<size_t>(size) * sizeof(int64_t)));
-        for (int64_t i = 0; i < size; ++i) mass_[i] = 0;
+        const int64_t cells = kRanges * thread_count();
+        int64_t* sums = static_cast<int64_t*>(scratch(static_cast<size_t>(cells) * sizeof(int64_t)));
+        for (int64_t i = 0; i < cells; ++i) sums[i] = 0;
         parallel_for(l.groups / 16, 16, [&](int64_t begin, int64_t end, int thread) {
-            int64_t* mass = mass_ + thread * kRanges;
-            for (int64_t i = begin * kStrip; i < min64(l.limit, end * kStrip); i += 16) {
-                float index[16], weight[16];
-                const f32x16 below = mul(sub(set1(top_), l.lanes(i)), set1(scale_));
-                store(index, mul(below, set1(kPerUnit)));
-                store(weight, mul(exp(sub(zero(), below)), set1(unit_)));
-                for (int64_t j = 0; j < 16; ++j) mass[clamped(index[j])] += static_cast<int64_t>(weight[j]);
+            int64_t* sum = sums + thread * kRanges;
+            int32_t range[kStrip], weight[kStrip];
+            for (int64_t s = begin; s < end; ++s) {
+                const int64_t first = s * kStrip, n = min64(l.limit - first, kStrip);
+                for (int64_t i = 0; i < n; i += 16) {
+                    const f32x16 depth = depth_of(l.lanes(first + i)), index = range_of(depth);
+                    // e^-d for |d| <= 1/128, to its cube (relative error below 2e-10).
+                    const f32x16 d = fma(index, set1(-1.0f / kPerUnit), depth);
+                    const f32x16 e = fma(fma(fma(set1(-1.0f / 6), d, set1(0.5f)), d, set1(-1.0f)), d, set1(1.0f));
+                    store_rounded(range + i, index);
+                    store_rounded(weight + i, if_less(index, set1(kLast), mul(e, set1(kWhole)), zero()));
+                }
+                for (int64_t i = 0; i < n; ++i) sum[range[i]] += weight[i];
             }
         });
-        for (int64_t t = 1; t < thread_count(); ++t)
-            for (int64_t r = 0; r < kRanges; ++r) mass_[r] += mass_[t * kRanges + r];
-        for (int64_t i = 0; i < l.changes; ++i)
-            mass_[range(l.changed[i].value)] += static_cast<int64_t>(weight_of(l.changed[i].value) * unit_);
-        for (int64_t r = 0; r < kRanges; ++r) total_ += static_cast<double>(mass_[r]);
+        mass_ = static_cast<double*>(scratch(kRanges * sizeof(double)));
+        const double step = ::exp(-1.0 / kPerUnit);
+        double unit = 1.0 / kWhole;
+        for (int64_t r = 0; r < kRanges; ++r, unit *= step) {
+            int64_t sum = 0;
+            for (int64_t i = r; i < cells; i += kRanges) sum += sums[i];
+            mass_[r] = static_cast<double>(sum) * unit;
+        }
+        for (int64_t i = 0; i < l.changes; ++i) {
+            const int64_t r = range_of(l.changed[i].value);
+            if (r < kRanges - 1) mass_[r] += mass_of(l.changed[i].value);
+        }
+        for (int64_t r = 0; r < kRanges; ++r) total_ += mass_[r];
+        const size_t bytes = static_cast<size_t>(l.groups) * kRows * sizeof(Candidate);
+        found_ = static_cast<Candidate*>(scratch(bytes));
+        spare_ = static_cast<Candidate*>(scratch(bytes));
+        counts_ = static_cast<int64_t*>(scratch(static_cast<size_t>(l.groups / 16) * sizeof(int64_t)));
     }
 
-    int64_t draw(double top_p, double uniform) const {
+    int64_t draw(double top_p, double min_p, double uniform) const {
         double kept = total_;
-        if (top_p < 1.0) {
+        if (top_p < 1.0 || min_p > 0.0) {
             double before = 0.0;
-            const int64_t last = find(top_p * total_, before);
+            int64_t last = find(top_p < 1.0 ? top_p * total_ : total_, before);
+            if (min_p > 0.0) {
+                const int64_t least = range_of(l_.top + temperature_ * ::log(min_p));
+                if (least < last) last = least, before = mass_above(last);
+            }
             const Ordered c = gather(last);
-            for (int64_t i = 0; i < c.size && before < top_p * total_; ++i) before += weight(c, i);
+            for (int64_t i = 0; i < c.size && !(top_p < 1.0 && before >= top_p * total_); ++i) {
+                const double mass = mass_of(value_of(c.items[i].key));
+                if (mass < min_p) break;
+                before += mass;
+            }
             kept = before;
         }
         double before = 0.0;
         const Ordered c = gather(find(uniform * kept, before));
         int64_t i = 0;
-        while (i + 1 < c.size && (before += weight(c, i)) <= uniform * kept) ++i;
+        while (i + 1 < c.size && (before += mass_of(value_of(c.items[i].key))) <= uniform * kept) ++i;
         return c.items[i].id;
     }
 
   private:
     static constexpr int64_t kRanges = 2048;
-    static constexpr float kPerUnit = 64.0f;  // ranges per unit of logit / temperature; e^-32 and less is the last one
+    static constexpr float kPerUnit = 64.0f;     // ranges per unit of depth
+    static constexpr float kLast = kRanges - 1;  // depths of 32 and more: at most 3e-9 of the whole, which is left out
+    static constexpr float kWhole = int64_t{1} << 30;  // a weight of 1
 
-    static DELTAIC_INLINE int64_t clamped(float index) {
-        return index < static_cast<float>(kRanges - 1) ? static_cast<int64_t>(index) : kRanges - 1;
+    // (top - logit) / temperature
+    DELTAIC_INLINE f32x16 depth_of(f32x16 x) const { return mul(sub(set1(top_), x), set1(scale_)); }
+    static DELTAIC_INLINE f32x16 range_of(f32x16 depth) {
+        const f32x16 index = mul(depth, set1(kPerUnit)), last = set1(kLast);
+        return round(if_less(index, last, index, last));  // a depth that is NaN (infinity * 0) is in the last one
     }
-    DELTAIC_INLINE int64_t range(double value) const {
-        return clamped((top_ - static_cast<float>(value)) * scale_ * kPerUnit);
+    int64_t range_of(double value) const {
+        int32_t index[16];
+        store_rounded(index, range_of(depth_of(set1(static_cast<float>(value)))));
+        return index[0];
     }
-    double weight_of(double value) const { return ::exp((value - l_.top) / temperature_); }
-    double weight(const Ordered& c, int64_t i) const {
-        return weight_of(value_of(c.items[i].key)) * static_cast<double>(unit_);
+    // Of one logit; that of the largest is 1.
+    double mass_of(double value) const { return ::exp((value - l_.top) / temperature_); }
+
+    double mass_above(int64_t r) const {
+        double sum = 0.0;
+        for (int64_t i = 0; i < r; ++i) sum += mass_[i];
+        return sum;
     }
 
     // The range in which the running mass exceeds `target`, or the last that has any; `before`: the mass above it.
@@ -339,39 +373,48 @@ class Ranges {
         int64_t found = 0;
         double sum = 0.0;
         for (int64_t r = 0; r < kRanges && sum <= target; ++r) {
-            if (mass_[r] == 0) continue;
+            if (mass_[r] == 0.0) continue;
             found = r, before = sum;
-            sum += static_cast<double>(mass_[r]);
+            sum += mass_[r];
         }
         return found;
     }
 
+    // The logits of a range: those of each strip in its own room, then together.
     Ordered gather(int64_t r) const {
-        int64_t n = 0;
-        const auto visit = [&](const auto& take) {
-            for (int64_t g = 0; g < l_.groups; ++g) {
-                if (l_.maxima[g] == -kInfinity || range(static_cast<double>(l_.maxima[g])) > r) continue;
-                const int64_t first = g / 16 * kStrip + g % 16, last = min64(l_.limit, (g / 16 + 1) * kStrip);
-                for (int64_t id = first; id < last; id += 16)
-                    if (range(static_cast<double>(l_.values[id])) == r && l_.values[id] > -kInfinity && !l_.marked(id))
-                        take(static_cast<double>(l_.values[id]), id);
+        const f32x16 wanted = set1(static_cast<float>(r));
+        parallel_for(l_.groups / 16, 16, [&](int64_t begin, int64_t end, int) {
+            for (int64_t s = begin; s < end; ++s) {
+                Candidate* const room = found_ + s * kStrip;
+                int64_t n = 0;
+                for (int64_t i = s * kStrip; i < min64(l_.limit, (s + 1) * kStrip); i += 16) {
+                    const f32x16 index = range_of(depth_of(l_.lanes(i)));
+                    const uint32_t others = less_bits(index, wanted) | less_bits(wanted, index);
+                    for (uint32_t bits = ~others & 0xffffu; bits; bits &= bits - 1) {
+                        const int64_t id = i + __builtin_ctz(bits);
+                        if (id < l_.limit && l_.values[id] > -kInfinity && !l_.marked(id))
+                            room[n++] = {key_of(static_cast<double>(l_.values[id])), id};
+                    }
+                }
+                counts_[s] = n;
             }
-            for (int64_t i = 0; i < l_.changes; ++i)
-                if (range(l_.changed[i].value) == r && l_.changed[i].value > -kInfinity)
-                    take(l_.changed[i].value, l_.changed[i].id);
-        };
-        visit([&](double, int64_t) { ++n; });
-        const size_t bytes = static_cast<size_t>(n) * sizeof(Candidate);
-        Candidate *a = static_cast<Candidate*>(scratch(bytes)), *b = static_cast<Candidate*>(scratch(bytes));
-        n = 0;
-        visit([&](double value, int64_t id) { a[n++] = {key_of(value), id}; });
-        return in_order(a, b, n, l_.limit);
+        });
+        int64_t n = 0;
+        for (int64_t s = 0; s < l_.groups / 16; ++s)
+            for (int64_t i = 0; i < counts_[s]; ++i) found_[n++] = found_[s * kStrip + i];
+        for (int64_t i = 0; i < l_.changes; ++i) {
+            const Changed& c = l_.changed[i];
+            if (range_of(c.value) == r && c.value > -kInfinity) found_[n++] = {key_of(c.value), c.id};
+        }
+        return in_order(found_, spare_, n, l_.limit);
     }
 
     const Logits& l_;
     double temperature_, total_ = 0.0;
-    float top_, scale_, unit_;
-    int64_t* mass_;
+    float top_, scale_;
+    double* mass_;
+    Candidate *found_, *spare_;
+    int64_t* counts_;
 };
 
 bool is_finite(double value) { return value - value == 0.0; }
@@ -404,22 +447,23 @@ int64_t choose(const char* op, Logits& l, const Choice& choice) {
         for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
         return c.items[draw(c, true, mass, filter, uniform)].id;
     }
-    const double mass = top_p < 1.0 || min_p <= 0.0 ? sum_exp(l, temperature) : 1.0;
-    // No logit below this passes min_p; the rounding of float is left to the draw.
+    const bool summed = top_p < 1.0 || min_p <= 0.0;  // else probabilities relative to the largest are enough
+    const double mass = summed ? sum_exp(l, temperature) : 1.0;
+    // At least so many candidates are needed. No logit below `lowest` passes min_p; the draw sees to float's rounding.
+    const double needed = summed ? mass * (top_p < 1.0 ? top_p : uniform) : 0.0;
     float lowest = -kInfinity;
     if (min_p > 0.0) {
         const double edge = l.top + temperature * ::log(min_p);
         lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
     }
-    for (int64_t groups = kFirstGroups;; groups *= 16) {
-        float least = reached_by(l, groups);
+    if (needed < kFew) {
+        float least = reached_by(l, kFew);
         if (!(least > lowest)) least = lowest;
-        const bool all = least == lowest;
         const Ordered c = gather(l, least);
-        const int64_t chosen = c.size > 0 ? draw(c, all, mass, filter, uniform) : -1;
+        const int64_t chosen = c.size > 0 ? draw(c, least == lowest, mass, filter, uniform) : -1;
         if (chosen >= 0) return c.items[chosen].id;
-        if (min_p <= 0.0) return Ranges(l, temperature).draw(top_p, uniform);
     }
+    return Ranges(l, temperature).draw(top_p, min_p, uniform);
 }
 
 }  // namespace

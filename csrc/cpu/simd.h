@@ -83,6 +83,16 @@ DELTAIC_INLINE f32x16 round(f32x16 a) {
     return r;
 }
 
+DELTAIC_INLINE void store_rounded(int32_t* p, f32x16 a) {
+    for (int i = 0; i < kParts; ++i) v_store(reinterpret_cast<float*>(p) + i * kWidth, as_float(v_round(a.part[i])));
+}
+// Bit i is set where a[i] < b[i].
+DELTAIC_INLINE uint32_t less_bits(f32x16 a, f32x16 b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kParts; ++i) bits |= v_less_bits(a.part[i], b.part[i]) << (i * kWidth);
+    return bits;
+}
+
 // The first n lanes only; the others read as zero and are not written.
 DELTAIC_INLINE f32x16 load_n(const float* p, int64_t n) {
     if (n >= 16) return load(p);

@@ -9,7 +9,7 @@ from deltaic.ops import reference
 cpu = pytest.importorskip("deltaic.ops.cpu")
 
 NONE = np.empty(0, np.int64)
-OPTIONS = {"top_k": 0, "min_p": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "prompt_ids": NONE}
+OPTIONS = {"top_k": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "prompt_ids": NONE}
 
 
 def sample(ops, logits, uniform, **options):
@@ -18,9 +18,11 @@ def sample(ops, logits, uniform, **options):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 40.0])
-@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5])
+@pytest.mark.parametrize(
+    ("top_p", "min_p"), [(1.0, 0.0), (0.95, 0.0), (0.5, 0.0), (1.0, 0.03), (0.9, 0.03), (0.6, 0.03)]
+)
 @pytest.mark.parametrize("scale", [0.0, 0.05, 1.0])
-def test_choice_is_the_definitions(rng, temperature, top_p, scale):
+def test_choice_is_the_definitions(rng, temperature, top_p, min_p, scale):
     """Sums of 30,000 probabilities in float32 and in float64 may disagree about a neighbour, not about more."""
     logits = (scale * rng.standard_normal(30_000)).astype(np.float32)
     logits[rng.integers(0, 30_000, 100)] = -np.inf
@@ -31,7 +33,7 @@ def test_choice_is_the_definitions(rng, temperature, top_p, scale):
     rank = np.empty(len(logits), np.int64)
     rank[np.argsort(-values, kind="stable")] = np.arange(len(logits))
     for uniform in [0.0, *rng.random(12), 1 - 2.0**-53]:
-        options = {"temperature": temperature, "top_p": top_p, **penalty}
+        options = {"temperature": temperature, "top_p": top_p, "min_p": min_p, **penalty}
         found, expected = (sample(ops, logits, uniform, **options) for ops in (cpu, reference))
         assert abs(rank[found] - rank[expected]) <= 1
         assert logits[found] > -np.inf
@@ -43,7 +45,9 @@ def test_threads_do_not_matter(rng):
     try:
         for n in (1, 2, 3):
             cpu.set_num_threads(n)
-            chosen.append([sample(cpu, logits, u, temperature=1.0, top_p=0.9) for u in np.linspace(0, 0.999, 20)])
+            chosen.append(
+                [sample(cpu, logits, u, temperature=1.0, top_p=0.9, min_p=0.7) for u in np.linspace(0, 0.999, 20)]
+            )
     finally:
         cpu.set_num_threads(threads)
     assert chosen[0] == chosen[1] == chosen[2]

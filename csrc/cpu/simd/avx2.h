@@ -27,6 +27,9 @@ DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c);
 DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) {
     return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
+DELTAIC_INLINE uint32_t v_less_bits(vec a, vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
+}
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm256_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm256_add_epi32(a, b); }

@@ -29,6 +29,7 @@ DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c);
 DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
+DELTAIC_INLINE uint32_t v_less_bits(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 DELTAIC_INLINE ivec i_set1(int32_t a) { return _mm512_set1_epi32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return _mm512_loadu_si512(p); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }

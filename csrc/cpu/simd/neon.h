@@ -25,6 +25,10 @@ DELTAIC_INLINE vec v_max(vec a, vec b) { return vmaxq_f32(a, b); }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return vminq_f32(a, b); }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
+DELTAIC_INLINE uint32_t v_less_bits(vec a, vec b) {
+    const uint32_t bits[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcltq_f32(a, b), vld1q_u32(bits)));
+}
 DELTAIC_INLINE ivec i_set1(int32_t a) { return vdupq_n_s32(a); }
 DELTAIC_INLINE ivec i_load(const void* p) { return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
 DELTAIC_INLINE ivec i_add(ivec a, ivec b) { return vaddq_s32(a, b); }

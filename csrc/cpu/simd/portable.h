@@ -27,6 +27,11 @@ DELTAIC_INLINE vec v_max(vec a, vec b) { return a > b ? a : b; }
 DELTAIC_INLINE vec v_min(vec a, vec b) { return a < b ? a : b; }
 DELTAIC_INLINE vec v_fma(vec a, vec b, vec c) { return a * b + c; }
 DELTAIC_INLINE vec v_less(vec a, vec b, vec yes, vec no) { return a < b ? yes : no; }
+DELTAIC_INLINE uint32_t v_less_bits(vec a, vec b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(a[i] < b[i]) << i;
+    return bits;
+}
 DELTAIC_INLINE ivec i_set1(int32_t a) { return ivec{a, a, a, a}; }
 DELTAIC_INLINE ivec i_load(const void* p) {
     ivec a;
