@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent / "miniature"))
 
 import questions
 from common import MINIATURE
-from deltaic.model.config import load_config
+from deltaic.model.config_file import load_config
 
 DTYPES = ("bf16", "int8", "int4")
 ROWS, COLUMNS = 1024, 2048

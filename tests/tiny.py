@@ -146,7 +146,7 @@ def write_checkpoint(folder: Path, *, moe: bool = False) -> Path:
 def add_mtp(folder: Path, seed: int = 0) -> Path:
     """Give the checkpoint in `folder` an MTP layer, of random float32 tensors, and return the folder."""
     import numpy as np
-    from deltaic.model.config import load_config
+    from deltaic.model.config_file import load_config
     from deltaic.weights.names import expected_tensors
     from safetensors.numpy import load_file, save_file
 

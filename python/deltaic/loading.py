@@ -81,7 +81,7 @@ def load(
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
     """
-    from .model.config import load_config
+    from .model.config_file import load_config
     from .model.state import State
     from .weights.hub import find_model
     from .weights.packed import PACKED_FILE

@@ -16,7 +16,8 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from deltaic.model.config import ModelConfig, load_config
+from deltaic.model.config import ModelConfig
+from deltaic.model.config_file import load_config
 from deltaic.model.state import State
 from deltaic.model.text import TextModel
 from deltaic.model.vision import VisionModel

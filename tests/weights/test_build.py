@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, CheckpointError
-from deltaic.model.config import ModelConfig, load_config
+from deltaic.model.config import ModelConfig
+from deltaic.model.config_file import load_config
 from deltaic.model.weights import DeltaMixer, SparseFFN, weight_bytes
 from deltaic.weights.build import build_mtp, build_text, build_vision
 from deltaic.weights.checkpoint import Checkpoint, open_checkpoint
@@ -270,7 +271,7 @@ import resource, sys
 import numpy as np
 sys.path.insert(0, sys.argv[2])
 from tiny_checkpoints import FakeOps, write_safetensors
-from deltaic.model.config import load_config
+from deltaic.model.config_file import load_config
 from deltaic.model.weights import weight_bytes
 from deltaic.weights.build import build_text
 from deltaic.weights.checkpoint import open_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deltaic.model.config import load_config
+from deltaic.model.config_file import load_config
 from deltaic.weights.build import build_mtp, build_text, build_vision
 from deltaic.weights.checkpoint import INDEX_FILE, open_checkpoint
 from tiny_checkpoints import FakeOps

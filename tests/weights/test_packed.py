@@ -18,7 +18,7 @@ import deltaic
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, CheckpointError
-from deltaic.model.config import load_config
+from deltaic.model.config_file import load_config
 from deltaic.ops import reference
 from deltaic.weights import packed as packed_module
 from deltaic.weights import quantize as quantize_module

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaic.chat import image_source
-from deltaic.chat.files import read_json_object
-from deltaic.chat.resize import resize_bicubic
-from deltaic.errors import ArgumentError, ConfigError, ImageError
+from ..errors import ArgumentError, ConfigError, ImageError
+from ..fileio import read_json_object
+from . import image_source
+from .resize import resize_bicubic
 
 MAX_ASPECT_RATIO = 200  # the reference refuses anything longer
 MAX_TARGET_PIXELS = image_source.MAX_PIXELS

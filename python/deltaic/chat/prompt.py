@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaic.chat.image import ImageInput, ImageProcessor
-from deltaic.chat.template import BARE_IMAGE, ChatTemplate, clean_messages
-from deltaic.chat.tokenizer import Tokenizer
-from deltaic.errors import ArgumentError, ConfigError, PromptError
+from ..errors import ArgumentError, ConfigError, PromptError
+from .image import ImageInput, ImageProcessor
+from .template import BARE_IMAGE, ChatTemplate, clean_messages
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from deltaic.model.config import ModelConfig
+    from ..model.config import ModelConfig
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 

@@ -4,7 +4,6 @@ sequence."""
 from __future__ import annotations
 
 import difflib
-import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..arguments import integer, number
 from ..errors import ArgumentError, ConfigError
+from ..fileio import read_json_object
 from .result import TokenLogprobs
 
 if TYPE_CHECKING:
@@ -120,12 +120,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     if not path.exists():
         return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    raw = read_json_object(path)
     wanted = {name: raw[name] for name in (*_NAMES, "max_new_tokens") if name != "seed" and raw.get(name) is not None}
     try:
         SamplingParams(**{name: value for name, value in wanted.items() if name != "max_new_tokens"})

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError, CheckpointError
-from ..model.config import ModelConfig, load_config
+from ..model.config import ModelConfig
+from ..model.config_file import load_config
 from ..model.weights import Array
 from .build import mtp_weights, record_keys, text_weights, vision_weights
 from .checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
