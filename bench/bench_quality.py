@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent / "miniature"))
 
 import questions
-from common import MINIATURE
+from deltaic.cli import MINIATURE
 from deltaic.model.config_file import load_config
 
 DTYPES = ("bf16", "int8", "int4")

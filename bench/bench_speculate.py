@@ -27,7 +27,8 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from common import MINIATURE, endless, medians
+from common import endless, medians
+from deltaic.cli import MINIATURE
 from deltaic.generate.costs import Costs
 from deltaic.generate.sampling import Sampler, SamplingParams
 from deltaic.generate.speculate import Drafting

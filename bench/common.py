@@ -12,8 +12,6 @@ from typing import Any
 
 import deltaic
 
-MINIATURE = Path(deltaic.__file__).parent / "miniature"
-
 
 def timed(work: Callable[[], Any]) -> float:
     """Seconds of one call."""

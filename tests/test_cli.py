@@ -280,7 +280,7 @@ def test_demo_looks_at_the_bundled_picture(run, tiny_folder, tmp_path, picture, 
     tiny.write_json(folder / "generation_config.json", {"do_sample": False, "max_new_tokens": 5})
     (folder / "pictures").mkdir()
     bundled = shutil.copy(picture, folder / "pictures" / "two.png")
-    monkeypatch.setattr(cli, "MINIATURE", folder)
+    monkeypatch.setattr("deltaic.cli.answer.MINIATURE", folder)
     for arguments, image, question in (
         ([], bundled, cli.DEMO_QUESTION),
         (["--image", picture, "How many?"], picture, "How many?"),
