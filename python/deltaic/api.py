@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import choice, describe, integer
+from .chat.files import ChatFiles
 from .errors import ArgumentError, ContextLengthError, PromptError, StateError
 from .generate.answer import Job, TextRules
 from .generate.cache import PrefixCache, Reading, split_points
@@ -99,10 +99,7 @@ class Model:
             text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp,
         )  # fmt: skip
         self._generation_config = read_generation_config(folder)
-        self._files_lock = threading.Lock()
-        self._tokenizer: Tokenizer | None = None
-        self._template: ChatTemplate | None = None
-        self._image_processor: ImageProcessor | None = None
+        self._files = ChatFiles(folder)
 
     @property
     def dtype(self) -> str:
@@ -115,35 +112,18 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokeniser, read on first use."""
-        with self._files_lock:
-            if self._tokenizer is None:
-                from .chat.tokenizer import Tokenizer
-
-                self._tokenizer = Tokenizer.from_folder(self.folder)
-            return self._tokenizer
+        return self._files.tokenizer
 
     @property
     def template(self) -> ChatTemplate:
         """The checkpoint's chat template, read on first use."""
-        with self._files_lock:
-            if self._template is None:
-                from .chat.template import ChatTemplate
-
-                self._template = ChatTemplate.from_folder(self.folder)
-            return self._template
+        return self._files.template
 
     @property
     def image_processor(self) -> ImageProcessor | None:
         """The checkpoint's image preprocessing, read on first use; None where the checkpoint has none."""
-        files = ("preprocessor_config.json", "processor_config.json")
-        if self.config.vision is None or not any((self.folder / name).is_file() for name in files):
-            return None
-        with self._files_lock:
-            if self._image_processor is None:
-                from .chat.image import ImageProcessor
-
-                self._image_processor = ImageProcessor.from_folder(self.folder)
-            return self._image_processor
+        see = self.config.vision is not None and self._files.has_image_processor
+        return self._files.image_processor if see else None
 
     @property
     def context_length(self) -> int:
@@ -167,7 +147,7 @@ class Model:
 
         Messages are rendered with the checkpoint's template, to which template_variables go; a string is raw text in
         which special tokens are honoured. min_pixels and max_pixels replace the checkpoint's limits of a picture's
-        area.         Raises PromptError, ImageError, ArgumentError or ContextLengthError.
+        area. Raises PromptError, ImageError, ArgumentError or ContextLengthError.
         """
         from .chat.prompt import Prompt, prepare
 
@@ -183,34 +163,22 @@ class Model:
             given = [name for name, value in settings.items() if value is not None]
             if given:
                 raise ArgumentError(f"{given[0]}: belongs to Model.prepare; this Prompt is prepared already")
-            return self._checked(prompt)
-        made = prepare(
-            prompt,
-            config=self.config,
-            tokenizer=self.tokenizer if (self.folder / "tokenizer.json").exists() else None,
-            template=self.template,
-            image_processor=self.image_processor,
-            **settings,
-        )
-        return self._checked(made)
-
-    def _checked(self, prompt: Prompt) -> Prompt:
-        """The prompt, if the model can run it whatever its author did to it."""
-        ids, positions = prompt.token_ids, prompt.position_ids
-        for name, array, shape in (("token_ids", ids, (len(ids),)), ("position_ids", positions, (len(ids), 3))):
-            if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.shape != shape:
-                raise PromptError(f"{name}: expected an int64 array of shape {shape}, found {describe(array)}")
-        if not len(ids):
-            raise PromptError("the prompt is empty; expected at least one token")
-        vocabulary = self.config.text.vocab_size
-        wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
-        if len(wrong):
-            raise PromptError(f"token {wrong[0]} is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}")
-        if len(ids) > self.context_length:
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens, the context has room for {self.context_length}; shorten the prompt"
+            made = prompt
+        else:
+            made = prepare(
+                prompt,
+                config=self.config,
+                tokenizer=self.tokenizer if self._files.has_tokenizer else None,
+                template=self.template,
+                image_processor=self.image_processor,
+                **settings,
             )
-        return prompt
+        made.check(self.config.text.vocab_size)
+        if len(made) > self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(made)} tokens, the context has room for {self.context_length}; shorten the prompt"
+            )
+        return made
 
     def new_state(self) -> State:
         """An empty sequence state, to feed with `forward`."""
@@ -234,7 +202,7 @@ class Model:
     @cached_property
     def _border_id(self) -> int | None:
         """The token after which a message ends; None without a tokeniser, or one that does not know messages."""
-        return self.tokenizer.id_of("<|im_end|>") if (self.folder / "tokenizer.json").exists() else None
+        return self.tokenizer.id_of("<|im_end|>") if self._files.has_tokenizer else None
 
     def forward(self, prompt: Any, state: State | None = None) -> np.ndarray:
         """Logits after every token of `prompt` (anything `prepare` takes): float32 [T, vocab].
@@ -433,7 +401,7 @@ class Model:
         """How `prompt` goes through the cache."""
         from .chat.prompt import mrope_positions
 
-        grids = [(image.grid[1] // image.merge_size, image.grid[2] // image.merge_size) for image in prompt.images]
+        grids = [image.token_grid for image in prompt.images]
         image_token_id = self.config.image_token_id
         try:
             implied = mrope_positions(prompt.token_ids, grids, image_token_id)
