@@ -17,19 +17,10 @@ from deltaic.generate.speculate import share_rows
 from deltaic.model.replay import Replay
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from tiny import picture, user
 
 GREEDY = {"temperature": 0.0}
 SYSTEM = {"role": "system", "content": "the cat sat on the mat. " * 4}
-
-
-def user(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
-
-
-def picture(seed=0, height=70):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, 100, 3), np.uint8))
 
 
 @pytest.fixture(params=["dense", "moe"])

@@ -121,10 +121,6 @@ class PackedFile:
         """SHA-256 over the header, which holds a checksum of every tensor."""
         return self._file.metadata["digest"]
 
-    def part_bytes(self, prefixes: tuple[str, ...] | None) -> int:
-        """Bytes of the decoder (None), or of the part under `prefixes`."""
-        return sum(tensor.nbytes for tensor in self._part(prefixes))
-
     def source(self, config: ModelConfig, ops: Any, activations: str = "int8") -> PackedSource:
         """The weights for an op set."""
         return PackedSource(self, config, ops, activations)
