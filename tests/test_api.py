@@ -26,7 +26,7 @@ from deltaic import (
     State,
     StateError,
 )
-from deltaic.generate import cache
+from deltaic.generate import prefix
 from deltaic.model.replay import Replay
 from tiny import picture
 
@@ -153,7 +153,7 @@ def test_long_prompts_are_fed_in_chunks(tiny_model, monkeypatch):
     monkeypatch.setattr(
         tiny_model._runner.text, "forward", lambda x, *a, **k: sizes.append(len(x)) or forward(x, *a, **k)
     )
-    monkeypatch.setattr(cache, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefix, "PREFILL_TOKENS", 16)
     ends = [*range(16, border, 16), border, *range(border + 16, len(ids), 16), len(ids)]
     chunked = tiny_model.forward(ids)
     assert np.cumsum(sizes).tolist() == ends

@@ -15,8 +15,10 @@ from .arguments import choice, describe, integer
 from .chat.files import ChatFiles
 from .errors import ArgumentError, ContextLengthError, PromptError, StateError
 from .generate.answer import Job, TextRules
-from .generate.cache import PrefixCache, Reading, split_points
+from .generate.cache import PrefixCache
 from .generate.loop import generate_ids
+from .generate.prefix import split_points
+from .generate.reading import Reading
 from .generate.request import BatchStream
 from .generate.runner import Runner
 from .generate.sampling import (

@@ -89,8 +89,9 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
 def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, list[float], list[int]]:
     """Seconds of prefill, and of each decoded token after the first (sampling included), and how often other processes
     took the processor while it was computed."""
-    from .generate.cache import PrefixCache, Reading
+    from .generate.cache import PrefixCache
     from .generate.loop import generate_ids
+    from .generate.reading import Reading
     from .generate.sampling import Sampler, SamplingParams
 
     vocabulary = model.config.text.vocab_size

@@ -13,17 +13,10 @@ import deltaic
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, StateError
-from deltaic.generate import cache as cache_module
-from deltaic.generate.cache import (
-    Checkpoint,
-    FeatureCache,
-    PrefixCache,
-    PrefixDigest,
-    sequence_keys,
-    shared_length,
-    split_points,
-)
+from deltaic.generate import prefix
+from deltaic.generate.cache import Checkpoint, FeatureCache, PrefixCache
 from deltaic.generate.loop import generate_ids
+from deltaic.generate.prefix import PrefixDigest, sequence_keys, shared_length, split_points
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import picture, user
@@ -73,8 +66,8 @@ def folder(request):
 @pytest.fixture
 def small_steps(monkeypatch):
     """Short prompts have what otherwise only long ones have: pauses and checkpoints inside messages."""
-    monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 16)
-    monkeypatch.setattr(cache_module, "CHECKPOINT_TOKENS", 32)
+    monkeypatch.setattr(prefix, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefix, "CHECKPOINT_TOKENS", 32)
 
 
 @pytest.fixture

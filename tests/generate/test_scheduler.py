@@ -10,7 +10,7 @@ import deltaic
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, ImageError, PromptError, StateError
-from deltaic.generate import cache as cache_module
+from deltaic.generate import prefix
 from deltaic.generate.costs import Costs
 from deltaic.generate.scheduler import Load, Scheduler
 from deltaic.generate.speculate import share_rows
@@ -113,8 +113,8 @@ def test_each_gets_the_bits_that_it_gets_alone(
     if dtype == "int4" and not ops.SPLIT_INVARIANT:
         pytest.skip("there are no bits to compare")
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "PREFILL_TOKENS", 32)
-        patch.setattr(cache_module, "CHECKPOINT_TOKENS", 64)
+        patch.setattr(prefix, "PREFILL_TOKENS", 32)
+        patch.setattr(prefix, "CHECKPOINT_TOKENS", 64)
         model, cold = models(folder, device, dtype)
         model.cache.clear()
         model.cache.budget = 64 << 20 if cached else 0
@@ -295,7 +295,7 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
 
 
 def test_a_short_prompt_overtakes_a_long_one(model, monkeypatch):
-    monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefix, "PREFILL_TOKENS", 16)
     scheduler = model.scheduler(prefill_tokens=16)
     decoding = scheduler.submit([1], max_new_tokens=200, **GREEDY)
     next(decoding)

@@ -19,6 +19,7 @@ DEMO_QUESTION = "Describe the picture."
 
 
 def run(args: argparse.Namespace) -> int:
+    """Answer a question, from the arguments or piped in."""
     options = generation_options(args)
     images = [image_file(name) for name in args.image]
     piped = piped_stdin()
@@ -51,6 +52,7 @@ def _result_facts(result: GenerationResult) -> dict[str, Any]:
 
 
 def demo(args: argparse.Namespace) -> int:
+    """Let the bundled miniature look at a picture."""
     pictures = sorted((MINIATURE / "pictures").glob("*.png"))
     image = image_file(args.image) if args.image else pictures[0]
     model = load_model(str(MINIATURE), args)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def chat(args: argparse.Namespace) -> int:
+    """Talk, and keep the conversation in the file of --session."""
     options = generation_options(args)
     if args.thinking is not None:
         options["thinking"] = args.thinking

@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
     return " ".join(str(error).split())
 
 
 def say(text: str, *, end: str = "\n") -> None:
+    """Print on stderr."""
     print(text, end=end, file=sys.stderr, flush=True)
 
 
 def dim(text: str) -> str:
+    """Faint on a terminal that shows colours; as it is elsewhere."""
     return f"\x1b[2m{text}\x1b[0m" if text and sys.stderr.isatty() and "NO_COLOR" not in os.environ else text
 
 
@@ -46,6 +49,7 @@ def write_answer(stream: Stream) -> GenerationResult:
 
 
 def figures(result: GenerationResult) -> str:
+    """Counts and speeds of an answer, in one line."""
     return (
         f"{result.prompt_tokens} prompt tokens"
         + (f" ({result.cached_tokens} from the cache)" if result.cached_tokens else "")
@@ -56,6 +60,7 @@ def figures(result: GenerationResult) -> str:
 
 
 def readable(name: str, value: Any) -> str:
+    """A fact of `deltaic info` for people; its name tells the unit."""
     if value is None:
         return "unknown"
     if isinstance(value, bool):

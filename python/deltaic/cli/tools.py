@@ -10,6 +10,7 @@ from .terminal import readable, say
 
 
 def quantize(args: argparse.Namespace) -> int:
+    """Pack a checkpoint into a folder."""
     from ..weights.quantize import quantize as pack
 
     folder = pack(
@@ -26,6 +27,7 @@ def quantize(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
+    """Measure a model."""
     from ..benchmark import as_table, check_lengths, measure
 
     check_lengths(args.prompt, args.new, args.repeat)
@@ -35,6 +37,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def info(args: argparse.Namespace) -> int:
+    """Tell about the installation, and about a checkpoint."""
     from ..facts import checkpoint_facts, installation_facts
 
     facts = {"deltaic": installation_facts()}

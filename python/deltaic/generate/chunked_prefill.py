@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from . import cache as cache_module
+from . import prefix
 
 if TYPE_CHECKING:
     from ..model.state import State
@@ -59,7 +59,7 @@ class ChunkedPrefill:
         """What this step reads: of whose prompt, by its reader, up to which token. The pictures up to there have been
         encoded and there is room in the states. alone: nobody decodes meanwhile."""
         invariant = self._runner.ops.SPLIT_INVARIANT
-        room = cache_module.PREFILL_TOKENS if alone or not invariant else self._tokens
+        room = prefix.PREFILL_TOKENS if alone or not invariant else self._tokens
         chunks: list[tuple[ScheduledSequence, PromptReader, int]] = []
         for sequence in reading:
             with batch.blaming([sequence]):

@@ -14,7 +14,7 @@ from ..model.state import copy_array
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..model.state import State
-    from .cache import Reading
+    from .reading import Reading
     from .runner import Runner
 
 Ints = npt.NDArray[np.int64]

@@ -11,9 +11,10 @@ import numpy as np
 from ..errors import PromptError
 from ..ops.devices import ops_lock
 from ..ops.layout import row_bounds, row_counts
-from .cache import FeatureCache, image_places
+from .cache import FeatureCache
 from .costs import Costs
 from .prefill import PromptReader
+from .prefix import image_places
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput

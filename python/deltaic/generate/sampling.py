@@ -93,10 +93,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most probable token is always chosen."""
         return self.temperature == 0.0
 
     @property
     def penalised(self) -> bool:
+        """Whether logits depend on the tokens used before."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 

@@ -211,6 +211,7 @@ class TextModel:
         )
 
     def feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
+        """x [T, H] plus what the feed-forward part makes of it."""
         ops, eps = self.ops, self.config.rms_norm_eps
         if isinstance(f, DenseFFN):
             return ops.linear(ops.swiglu(x, f.gate_up, norm=norm, eps=eps), f.down, residual=x)
