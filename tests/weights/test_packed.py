@@ -21,7 +21,7 @@ from deltaic.errors import ArgumentError, CheckpointError
 from deltaic.model.config_file import load_config
 from deltaic.ops import reference
 from deltaic.weights import packed as packed_module
-from deltaic.weights import quantize as quantize_module
+from deltaic.weights import streaming
 from deltaic.weights.build import mtp_weights, text_weights, vision_weights
 from deltaic.weights.checkpoint import open_checkpoint
 from deltaic.weights.packed import PACKED_FILE, PackedFile, PackedWriter
@@ -100,7 +100,7 @@ def test_mixed_formats_mtp_fused_experts_and_slabs(
     mtp = mtp_tensors(model.config.get_text_config(), per_expert=True)
     state = {name: tensor if bfloat16 else tensor.half() for name, tensor in {**model.state_dict(), **mtp}.items()}
     save_state(source, model, state)  # fused experts, and float16 in the second round
-    monkeypatch.setattr(quantize_module, "SLAB_BYTES", slab)
+    monkeypatch.setattr(streaming, "SLAB_BYTES", slab)
     check_round_trip(source, tmp_path / "packed", cpu, MIXED, "int8")
 
 
@@ -449,7 +449,8 @@ def test_a_failure_leaves_what_was_there(
 
 KILLED = """
 import os, sys
-from deltaic.weights import packed, quantize
+from deltaic import packing
+from deltaic.weights import packed
 write = packed.PackedWriter.write
 count = 0
 def killed(self, data):
@@ -458,7 +459,7 @@ def killed(self, data):
     if count == 30: os._exit(9)
     write(self, data)
 packed.PackedWriter.write = killed
-quantize.quantize(sys.argv[1], sys.argv[2], overwrite=True, threads=1)
+packing.quantize(sys.argv[1], sys.argv[2], overwrite=True, threads=1)
 """
 
 
@@ -477,12 +478,12 @@ def test_a_killed_process_leaves_what_was_there(plain: Path, tmp_path: Path) -> 
 PEAK_MEMORY = """
 import sys
 import tqdm
-from deltaic.weights import quantize
+from deltaic import packing
 from deltaic.machine import resident_bytes
 from deltaic.ops.devices import op_set
 op_set("cpu").set_num_threads(1)
 before = resident_bytes()["peak"]
-quantize.quantize(sys.argv[1], sys.argv[2], dtype="int4", threads=1)
+packing.quantize(sys.argv[1], sys.argv[2], dtype="int4", threads=1)
 print(resident_bytes()["peak"] - before)
 """
 

@@ -11,7 +11,7 @@ from .terminal import readable, say
 
 def quantize(args: argparse.Namespace) -> int:
     """Pack a checkpoint into a folder."""
-    from ..weights.quantize import quantize as pack
+    from ..packing import quantize as pack
 
     folder = pack(
         args.model,

@@ -113,7 +113,7 @@ class PackedFile:
 
     @property
     def fingerprint(self) -> str:
-        """Which checkpoint this was packed from: see weights/quantize.py."""
+        """Which checkpoint this was packed from: see weights/streaming.py."""
         return self._file.metadata["source"]
 
     @property
