@@ -447,8 +447,8 @@ class Model:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those the files of the checkpoint name, and the template's own (spec 12.3: the
-        files disagree between releases, so the union counts)."""
+        """Tokens that end an answer: those the files of the checkpoint name, and the template's own. The files disagree
+        between releases, so the union counts."""
         tokenizer = self.tokenizer
         own = (tokenizer.eos_token_id, tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<|endoftext|>"))
         return frozenset(self.config.eos_token_ids) | {i for i in own if i is not None}
