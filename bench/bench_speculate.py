@@ -30,7 +30,8 @@ import parts
 from common import endless, medians
 from deltaic.cli import MINIATURE
 from deltaic.generate.costs import Costs
-from deltaic.generate.sampling import Sampler, SamplingParams
+from deltaic.generate.options import SamplingParams
+from deltaic.generate.sampling import Sampler
 from deltaic.generate.speculate import Drafting
 
 TASKS = [

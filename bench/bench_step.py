@@ -24,7 +24,8 @@ import deltaic
 import numpy as np
 from deltaic import _core
 from deltaic.benchmark import PROBE_BYTES, read_bandwidth, traffic_per_token
-from deltaic.generate.sampling import Sampler, SamplingParams
+from deltaic.generate.options import SamplingParams
+from deltaic.generate.sampling import Sampler
 
 PROBE_STEPS = 10  # after so many the bandwidth is measured again
 SAMPLING = SamplingParams(temperature=1.0, top_k=20, top_p=0.95, presence_penalty=1.5, seed=1)

@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import choice, describe, integer
+from .arguments import choice, describe
 from .chat.files import ChatFiles
 from .errors import ArgumentError, ContextLengthError, PromptError, StateError
 from .generate.answer import Job, TextRules
 from .generate.cache import PrefixCache
 from .generate.loop import generate_ids
-from .generate.prefix import split_points
-from .generate.reading import Reading
-from .generate.request import BatchStream
-from .generate.runner import Runner
-from .generate.sampling import (
+from .generate.options import (
     MAX_NEW_TOKENS,
-    Sampler,
     check_logprobs,
-    check_option_names,
+    check_options,
     is_small,
     read_generation_config,
     recommended_sampling,
     resolve_sampling,
 )
+from .generate.prefix import split_points
+from .generate.reading import Reading
+from .generate.request import BatchStream
+from .generate.runner import Runner
+from .generate.sampling import Sampler
 from .generate.scheduler import MAX_SEQUENCES, Scheduler
 from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from .chat.template import ChatTemplate
     from .chat.tokenizer import Tokenizer
     from .generate.cache import Checkpoint
+    from .generate.options import GenerationOptions
     from .generate.result import GenerationResult, TokenLogprobs
-    from .generate.sampling import GenerationOptions
     from .generate.spill import SpillFolder
     from .model.config import ModelConfig
     from .model.mtp import MtpModel
@@ -63,7 +63,7 @@ class Model:
     """A loaded checkpoint; made by `deltaic.load`. May be used from several threads: computation takes turns, token by
     token.
 
-    Every method that takes generation options knows those of `deltaic.generate.sampling.GenerationOptions`:
+    Every method that takes generation options knows those of `deltaic.generate.options.GenerationOptions`:
     max_new_tokens, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, seed,
     stop, logprobs, speculate.
     """
@@ -362,13 +362,8 @@ class Model:
     ) -> Job:
         """What is to be generated, with every argument checked."""
         began = perf_counter()
-        check_option_names(options)
-        stop = check_stop(options.get("stop"))
-        logprobs = check_logprobs(options.get("logprobs"))
+        check_options(options)
         mode = self._speculation(options.get("speculate"))
-        resolve_sampling(options, {}, {})  # a wrong option is reported before a long prompt is prepared
-        if options.get("max_new_tokens") is not None:
-            integer("max_new_tokens", options["max_new_tokens"], 1, 2**31 - 1)
         made = self.prepare(prompt, thinking=thinking, images=images, tools=tools)
         in_thinking = self.template.starts_in_thinking(made.text)
         recommended = recommended_sampling(
@@ -377,16 +372,18 @@ class Model:
         params = resolve_sampling(options, self._generation_config, recommended)
         max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
         limit, unused = self._sampled_ids
+        logprobs = check_logprobs(options.get("logprobs"))
         sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
+        stop = StopStrings(check_stop(options.get("stop")))
         return Job(
-            made,
-            self._reading(made, also),
-            sampler,
-            TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop)),
-            self.end_ids,
-            max_new_tokens,
-            None if mode == "off" else Speculator(self._runner, sampler, made.token_ids.tolist(), mode),
-            perf_counter() - began,
+            prompt=made,
+            reading=self._reading(made, also),
+            sampler=sampler,
+            rules=TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), stop),
+            end_ids=self.end_ids,
+            max_new_tokens=max_new_tokens,
+            speculator=None if mode == "off" else Speculator(self._runner, sampler, made.token_ids.tolist(), mode),
+            prepare_seconds=perf_counter() - began,
         )
 
     def _speculation(self, mode: str | None) -> str:

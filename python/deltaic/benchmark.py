@@ -91,8 +91,9 @@ def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, lis
     took the processor while it was computed."""
     from .generate.cache import PrefixCache
     from .generate.loop import generate_ids
+    from .generate.options import SamplingParams
     from .generate.reading import Reading
-    from .generate.sampling import Sampler, SamplingParams
+    from .generate.sampling import Sampler
 
     vocabulary = model.config.text.vocab_size
     ids = np.random.default_rng(seed).integers(0, vocabulary, prompt)

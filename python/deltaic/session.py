@@ -12,7 +12,7 @@ import numpy as np
 
 from .arguments import describe, integer
 from .errors import ArgumentError, ContextLengthError, PromptError, StateError
-from .generate.sampling import check_option_names
+from .generate.options import check_option_names
 
 if TYPE_CHECKING:
     from .api import Model

@@ -65,16 +65,11 @@ def size_in_bytes(name: str, text: str | None) -> int | None:
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """Generation options given on the command line, checked before a model is loaded for minutes."""
-    from ..arguments import integer
-    from ..generate.sampling import GenerationOptions, resolve_sampling
-    from ..generate.stop import check_stop
+    from ..generate.options import GenerationOptions, check_options
 
     options = {name: getattr(args, name, None) for name in GenerationOptions.__annotations__ if name != "speculate"}
     options = {name: value for name, value in options.items() if value is not None}
-    resolve_sampling(options, {}, {})
-    check_stop(options.get("stop"))
-    if "max_new_tokens" in options:
-        integer("max_new_tokens", options["max_new_tokens"], 1, 2**31 - 1)
+    check_options(options)
     return options
 
 

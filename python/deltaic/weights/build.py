@@ -1,4 +1,4 @@
-"""What is a model made of? Asks a source of weights (a checkpoint that is packed on the way, or a packed folder that is
+"""Which weights does a model have? Asks a source (a checkpoint that is packed on the way, or a packed folder that is
 mapped) for every matrix and vector of the decoder, the vision tower and the multi-token-prediction layer."""
 
 from __future__ import annotations
