@@ -234,7 +234,7 @@ def plot(part: str, f: dict[str, Any], figure: Any, axis: Any) -> None:
 
 
 def main() -> None:
-    benches = {"sizes": bench_sizes, "stall": bench_stall, "equal": bench_equal}
+    benches: dict[str, parts.Bench] = {"sizes": bench_sizes, "stall": bench_stall, "equal": bench_equal}
     benches = {name: without_ends(bench) for name, bench in benches.items()}
     parser = parts.parser(__doc__ or "", benches)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="sizes: sequences in one step")

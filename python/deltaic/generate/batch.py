@@ -29,7 +29,7 @@ class _Decoded:
     seconds: float | None = None
 
 
-class Batch:
+class RunningBatch:
     """The sequences that run, in the order in which they started. An error of one ends it and no other."""
 
     def __init__(self, runner: Runner, prefill: ChunkedPrefill) -> None:

@@ -9,7 +9,7 @@ from . import prefix
 
 if TYPE_CHECKING:
     from ..model.state import State
-    from .batch import Batch
+    from .batch import RunningBatch
     from .prefill import PromptReader
     from .runner import Runner
     from .sequence import ScheduledSequence
@@ -30,7 +30,7 @@ class ChunkedPrefill:
         self._tokens = tokens
         self._oldest_first = True
 
-    def step(self, batch: Batch) -> list[ScheduledSequence]:
+    def step(self, batch: RunningBatch) -> list[ScheduledSequence]:
         """Read one chunk; the sequences whose prompt is complete with it."""
         reading = [sequence for sequence in batch.running if sequence.reads]
         if not reading:
@@ -54,7 +54,7 @@ class ChunkedPrefill:
         return reading
 
     def _plan(
-        self, batch: Batch, reading: list[ScheduledSequence], alone: bool
+        self, batch: RunningBatch, reading: list[ScheduledSequence], alone: bool
     ) -> list[tuple[ScheduledSequence, PromptReader, int]]:
         """What this step reads: of whose prompt, by its reader, up to which token. The pictures up to there have been
         encoded and there is room in the states. alone: nobody decodes meanwhile."""
@@ -83,7 +83,7 @@ class ChunkedPrefill:
                 break
         return chunks
 
-    def _begin(self, batch: Batch, sequence: ScheduledSequence) -> PromptReader | None:
+    def _begin(self, batch: RunningBatch, sequence: ScheduledSequence) -> PromptReader | None:
         """Let it take what the cache holds of its prompt. None if another one is about to leave more there."""
         reading = sequence.job.reading
         ahead = max(

@@ -1,5 +1,5 @@
 """Which requests run, and who computes? Several generations at once: requests join and leave between any two steps, and
-what a step (`Batch`) computes for one of them is what it would get alone, bit for bit."""
+what a step (`RunningBatch`) computes for one of them is what it would get alone, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import integer
 from ..errors import ArgumentError, StateError
 from ..memory import default_sequence_bytes
-from .batch import Batch
+from .batch import RunningBatch
 from .chunked_prefill import ChunkedPrefill
 from .request import Request
 from .sequence import ScheduledSequence
@@ -81,7 +81,7 @@ class Scheduler:
         self._wake = threading.Condition()  # guards `_waiting`; notified when there is something to do
         self._waiting: deque[ScheduledSequence] = deque()
         self._cancelled: deque[ScheduledSequence] = deque()
-        self._batch = Batch(runner, ChunkedPrefill(runner, blank, self.prefill_tokens))
+        self._batch = RunningBatch(runner, ChunkedPrefill(runner, blank, self.prefill_tokens))
         self._thread: threading.Thread | None = None
         self._closed = False
 

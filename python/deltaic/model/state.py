@@ -165,7 +165,7 @@ class State:
         Takes microseconds and no memory: the first write of either copies `conv`, `delta` and the last K/V block.
         Raises StateError if the state is half-written.
         """
-        self._check_intact("fork")
+        self.check_intact("fork")
         used = -(-self.length // BLOCK_TOKENS)
         self._shared, self._ready = True, 0
         if isinstance(self.delta, np.ndarray):
@@ -260,7 +260,8 @@ class State:
         """Bytes held, reserved blocks and what is shared with forks included; see `total_nbytes` for several states."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def _check_intact(self, action: str) -> None:
+    def check_intact(self, action: str) -> None:
+        """Raise StateError, naming the action, if an interrupted call has left the state half-written."""
         if not self.intact:
             raise StateError(f"{action}: the state was left half-written by an interrupted call; start a new one")
 

@@ -66,7 +66,7 @@ def save_state(
 
     durable: wait until the disk has it. Raises StateError; a file that was at `path` is then as it was.
     """
-    state._check_intact("save")
+    state.check_intact("save")
     used = -(-state.length // BLOCK_TOKENS)
     contents: Arrays = {"conv": host_array(state.conv), "delta": host_array(state.delta)}
     contents["token_ids"] = np.array(state.token_ids, np.int64)

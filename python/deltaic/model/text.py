@@ -235,8 +235,7 @@ class TextModel:
         if len(states) > 1 and len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
         for state, n in zip(states, counts, strict=True):
-            if not state.intact:
-                raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
+            state.check_intact("forward")
             state.reserve(state.length + n)
         return np.array([state.length for state in states], np.int64)
 
