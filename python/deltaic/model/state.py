@@ -287,7 +287,6 @@ def _own_blocks(table: Any, entries: int, shared: int) -> int:
 
 
 def copy_array(array: Any) -> Any:
-    """A copy of an array of an op set, where that one is."""
     return memory.copy(array) if isinstance(array, np.ndarray) else array.clone()
 
 
