@@ -23,9 +23,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent / "miniature"))
 
 import questions
-from deltaic.model.config import load_config
+from deltaic.cli import MINIATURE
+from deltaic.model.config_file import load_config
 
-MINIATURE = Path(deltaic.__file__).parent / "miniature"
 DTYPES = ("bf16", "int8", "int4")
 ROWS, COLUMNS = 1024, 2048
 Q4_0_BITS = 18 * 8 / 32  # 16 bytes of codes and a float16 per 32 weights

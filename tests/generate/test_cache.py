@@ -13,38 +13,22 @@ import deltaic
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, StateError
-from deltaic.generate import cache as cache_module
-from deltaic.generate.cache import (
-    Checkpoint,
-    FeatureCache,
-    PrefixCache,
-    PrefixDigest,
-    sequence_keys,
-    shared_length,
-    split_points,
-)
+from deltaic.generate import prefix
+from deltaic.generate.cache import Checkpoint, FeatureCache, PrefixCache
 from deltaic.generate.loop import generate_ids
+from deltaic.generate.prefix import PrefixDigest, sequence_keys, shared_length, split_points
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from tiny import picture, user
 
 GREEDY = {"temperature": 0.0}
 SYSTEM = {"role": "system", "content": "the cat sat on the mat. " * 4}
-END, START = 99, 98  # message tokens of hand-made ids
+END = 99  # of a message, in hand-made ids
 HEADER = "<|im_start|>assistant\n<think>\n\n</think>\n\n"  # what the tiny template ends a prompt with
-
-
-def user(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def assistant(text):
     return {"role": "assistant", "content": text}
-
-
-def picture(seed=0, height=70):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, 100, 3), np.uint8))
 
 
 def length(model, text):
@@ -82,8 +66,8 @@ def folder(request):
 @pytest.fixture
 def small_steps(monkeypatch):
     """Short prompts have what otherwise only long ones have: pauses and checkpoints inside messages."""
-    monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 16)
-    monkeypatch.setattr(cache_module, "CHECKPOINT_TOKENS", 32)
+    monkeypatch.setattr(prefix, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefix, "CHECKPOINT_TOKENS", 32)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from .prefill import begin_reading
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..model.state import State
-    from .cache import Reading
+    from .reading import Reading
     from .result import TokenLogprobs
     from .runner import Runner, Verification
     from .sampling import Sampler

@@ -14,7 +14,7 @@ from ..model.state import copy_array
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..model.state import State
-    from .cache import Reading
+    from .reading import Reading
     from .runner import Runner
 
 Ints = npt.NDArray[np.int64]
@@ -38,7 +38,7 @@ class PromptReader:
         self, runner: Runner, prompt: Prompt, state: State, skip: int = 0, *, mtp: bool = False, last: Any = None
     ) -> None:
         """skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on
-        where it stands (spec 9.2). mtp: make the entries of the MTP layer too. Raises PromptError if the model cannot
+        where it stands. mtp: make the entries of the MTP layer too. Raises PromptError if the model cannot
         see the prompt's pictures, or if placeholders and pictures do not match."""
         self.prompt, self.state, self.at = prompt, state, skip
         self.mtp, self.last = mtp, last

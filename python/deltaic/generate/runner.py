@@ -11,9 +11,10 @@ import numpy as np
 from ..errors import PromptError
 from ..ops.devices import ops_lock
 from ..ops.layout import row_bounds, row_counts
-from .cache import FeatureCache, image_places
+from .cache import FeatureCache
 from .costs import Costs
 from .prefill import PromptReader
+from .prefix import image_places
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
@@ -146,7 +147,7 @@ class Runner:
         rising numbers of tokens of the prompt, the last one its length.
 
         skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
-        it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
+        it stands. prefill: see TextModel.forward. Pictures are encoded when they are reached.
         mtp: make the entries of the MTP layer too; before: the hidden row [1, H] of the token before, where known.
         """
         reader = PromptReader(self, prompt, state, skip, mtp=mtp, last=before)

@@ -211,6 +211,7 @@ class TextModel:
         )
 
     def feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
+        """x [T, H] plus what the feed-forward part makes of it."""
         ops, eps = self.ops, self.config.rms_norm_eps
         if isinstance(f, DenseFFN):
             return ops.linear(ops.swiglu(x, f.gate_up, norm=norm, eps=eps), f.down, residual=x)
@@ -234,8 +235,7 @@ class TextModel:
         if len(states) > 1 and len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
         for state, n in zip(states, counts, strict=True):
-            if not state.intact:
-                raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
+            state.check_intact("forward")
             state.reserve(state.length + n)
         return np.array([state.length for state in states], np.int64)
 
