@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .prefill import begin_reading
+from .prefill import begin_reading, read_prompt
 
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
@@ -39,11 +39,7 @@ def generate_ids(
     """
     reader = begin_reading(runner, prompt, reading, blank, mtp=speculator is not None and speculator.uses_mtp)
     state = reader.state
-    for end, keep in reading.pauses():
-        reader.look(end)
-        runner.read([(reader, end)])
-        if keep:
-            reading.mark(state, reader.last)
+    read_prompt(runner, reader, reading)
     hidden = reader.last
     assert hidden is not None  # a prompt has at least one token
     steps = _Steps(runner, state, hidden, speculator)

@@ -3,7 +3,7 @@
 A prompt is read in pieces whose ends depend on its tokens alone (`split_points`). A state at such a point is therefore
 the same, bit for bit, for every prompt that begins with these tokens and pictures, and going on from it repeats the
 cold computation. Op sets that give a row the same bits however the prompt is cut (`SPLIT_INVARIANT`) may go on
-anywhere.
+anywhere, and read several of these pieces in one pass that leaves the checkpoints between them.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ class Reading:
     """One prompt on its way through the cache: where its reading starts, and which checkpoints it leaves behind.
 
     cached_tokens, miss_reason  known after `begin`
+    stores                      whether it leaves checkpoints at all
     kept                        the newest checkpoints [before the last message, end of prompt, end of generation]
     """
 
@@ -45,7 +46,7 @@ class Reading:
         self._cache = cache
         self._also = also
         self._canonical = canonical
-        self._stores = canonical and (keep or cache.budget > 0)
+        self.stores = canonical and (keep or cache.budget > 0)
         self._prompt = prompt
         self._split_invariant = split_invariant
         self._border_id = border_id
@@ -80,7 +81,7 @@ class Reading:
     def gains(self, other: Reading, at: int) -> int:
         """Up to which token this prompt need not be read once `other`, which has read `at` tokens of its own prompt,
         has left the checkpoints that are ahead of it; 0 if none of them serves."""
-        if not (self._stores and other._stores):
+        if not (self.stores and other.stores):
             return 0
         shared = shared_length(self._keys, other._keys)
         ahead = (p for p, keep in reversed(other._points) if keep and at < p <= shared and self._may_start_at(p))
@@ -91,7 +92,7 @@ class Reading:
         found = self.look()
         if found is None:
             return blank(), None
-        if self._stores:
+        if self.stores:
             self.kept.append(found)
         return found.state.fork(), found
 
@@ -101,13 +102,13 @@ class Reading:
 
     def mark(self, state: State, hidden: npt.NDArray[np.float32]) -> None:
         """Keep a checkpoint of `state`, which has read the prompt up to one of the split points; hidden [1, H]."""
-        if self._stores:
+        if self.stores:
             n = state.length
             self._keep(Checkpoint(self._keys[:n], self._digest(n), state.fork(), copy_array(hidden), self._generated))
 
     def end(self, state: State, hidden: npt.NDArray[np.float32]) -> None:
         """Keep a checkpoint of `state`, which has gone on with generated tokens."""
-        if self._stores and state.intact and state.length > len(self._keys):
+        if self.stores and state.intact and state.length > len(self._keys):
             more = np.array(state.token_ids[len(self._keys) :], np.int64)
             keys = np.concatenate([self._keys, more])
             self._keep(Checkpoint(keys, PrefixDigest(keys)(len(keys)), state.fork(), copy_array(hidden), True))

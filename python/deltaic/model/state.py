@@ -166,25 +166,38 @@ class State:
         Raises StateError if the state is half-written.
         """
         self.check_intact("fork")
-        used = -(-self.length // BLOCK_TOKENS)
         self._shared, self._ready = True, 0
         if isinstance(self.delta, np.ndarray):
             self.conv.flags.writeable = self.delta.flags.writeable = False
-        self._shared_blocks = max(self._shared_blocks, used)
+        return self._twin(self.length, self.mtp_length)
+
+    def earlier(self, length: int, conv: Any, delta: Any, rope_delta: int) -> State:
+        """This state as it was when it held `length` tokens. conv, delta: what these arrays were then, which become
+        those of the new state; K/V blocks are shared as with a fork. Raises StateError if the state is half-written."""
+        self.check_intact("fork")
+        self._ready = 0
+        twin = self._twin(length, max(0, min(self.mtp_length, length - 1 - self.mtp_first)))
+        twin.conv, twin.delta, twin._shared, twin.rope_delta = conv, delta, False, rope_delta
+        return twin
+
+    def _twin(self, length: int, mtp_length: int) -> State:
+        """Another state that holds the first `length` of these tokens and the first `mtp_length` entries."""
         twin = object.__new__(State)
         for name in State.__slots__:
             setattr(twin, name, getattr(self, name))
-        twin.token_ids, twin.images = list(self.token_ids), list(self.images)
-        twin.kv = type(self.kv)()
+        twin.length, twin.mtp_length, twin._ready = length, mtp_length, 0
+        twin.token_ids = self.token_ids[:length]
+        twin.images = [image for image in self.images if image[0] < length]
+        used = -(-length // BLOCK_TOKENS)
+        self._shared_blocks = max(self._shared_blocks, used)
+        twin.kv, twin._shared_blocks = type(self.kv)(), used
         for block in self.kv.blocks[:used]:
             twin.kv.append(block)
-        twin._shared_blocks = used
-        used = -(-self.mtp_length // BLOCK_TOKENS)
+        used = -(-mtp_length // BLOCK_TOKENS)
         self._shared_mtp = max(self._shared_mtp, used)
-        twin.mtp = type(self.kv)()
+        twin.mtp, twin._shared_mtp = type(self.kv)(), used
         for block in self.mtp.blocks[:used]:
             twin.mtp.append(block)
-        twin._shared_mtp = used
         return twin
 
     def on(self, ops: ModuleType) -> State:
