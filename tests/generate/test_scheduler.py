@@ -261,9 +261,9 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
     sizes, text = [], model._runner.text
     forward, step = text.forward, text.step
 
-    def read(x, positions, states, cuts, *, prefill=False):
+    def read(x, positions, states, cuts, *, prefill=False, **options):
         sizes.append((len(x), prefill))
-        return forward(x, positions, states, cuts, prefill=prefill)
+        return forward(x, positions, states, cuts, prefill=prefill, **options)
 
     def decode(tokens, states, trace=None, **options):
         sizes.append((sum(map(len, tokens)), False))
@@ -280,6 +280,7 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
         request.take()
     steps = 0
     while long.result.completion_tokens == 0:
+        assert not long.ended
         sizes.clear()
         scheduler.step()
         steps += 1
@@ -292,6 +293,18 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
     sizes.clear()
     scheduler.submit([8] * 700, max_new_tokens=1, **GREEDY).finish()  # nobody is kept waiting: large chunks
     assert max(n for n, _ in sizes) == 512
+
+
+def test_a_prompt_of_several_messages_is_read_in_one_step(model):
+    if not model._ops.SPLIT_INVARIANT:
+        pytest.skip("such op sets cut the prompt at every checkpoint")
+    said = [user("one"), {"role": "assistant", "content": "yes"}, user("two")]
+    scheduler = model.scheduler()
+    with scheduler.submit(said, max_new_tokens=1, **GREEDY) as request:
+        scheduler.step()
+        assert request.result.completion_tokens == 1
+    edited = model.chat([*said[:-1], user("three")], max_new_tokens=1, **GREEDY)
+    assert 0 < edited.cached_tokens < edited.prompt_tokens
 
 
 def test_a_short_prompt_overtakes_a_long_one(model, monkeypatch):

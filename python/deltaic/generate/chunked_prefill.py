@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import prefix
+from .prefill import read_pass
 
 if TYPE_CHECKING:
     from ..model.state import State
@@ -40,9 +41,16 @@ class ChunkedPrefill:
         chunks = self._plan(batch, reading, alone)
         if chunks:
             with batch.blaming([sequence for sequence, _, _ in chunks]):
-                self._runner.read([(reader, end) for _, reader, end in chunks])
-                for sequence, _, end in chunks:
-                    sequence.has_read(end)
+                if len(chunks) == 1 and self._runner.ops.SPLIT_INVARIANT:
+                    ((sequence, reader, end),) = chunks
+                    read_pass(self._runner, reader, sequence.job.reading, end - reader.at)
+                    sequence.has_read(reader.at)
+                else:
+                    self._runner.read([(reader, end) for _, reader, end in chunks])
+                    for sequence, reader, end in chunks:
+                        if sequence.pauses[0] == (end, True):
+                            sequence.job.reading.mark(sequence.state, reader.last)
+                        sequence.has_read(end)
         return [sequence for sequence in reading if not sequence.reads]
 
     def _in_turn(self, reading: list[ScheduledSequence]) -> list[ScheduledSequence]:
@@ -66,7 +74,7 @@ class ChunkedPrefill:
                 reader = sequence.reader or self._begin(batch, sequence)
                 if reader is None or not sequence.pauses:  # it waits for another, or the cache held all of it
                     continue
-                end = sequence.pauses[0][0]
+                end = sequence.pauses[0 if len(reading) > 1 or not invariant else -1][0]
                 if invariant:
                     end = min(end, reader.at + room)
                 unseen = reader.unseen(end)

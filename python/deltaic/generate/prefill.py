@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 Ints = npt.NDArray[np.int64]
-MARKS = 3  # checkpoints inside one forward pass at most
+MARKS = 3  # checkpoints inside one forward pass at most, beside that at its end; each has matrices of its own
 
 
 @dataclass(slots=True)
@@ -107,30 +107,31 @@ def begin_reading(
 
 def read_prompt(runner: Runner, reader: PromptReader, reading: Reading) -> None:
     """Read what is left of a prompt, and leave the checkpoints that belong on the way."""
-    if not runner.ops.SPLIT_INVARIANT:
-        for end, keep in reading.pauses():
-            reader.look(end)
-            runner.read([(reader, end)])
-            if keep:
-                reading.mark(reader.state, reader.last)
+    if runner.ops.SPLIT_INVARIANT:
+        while reader.at < len(reader.prompt):
+            read_pass(runner, reader, reading, prefix.PREFILL_TOKENS)
         return
-    # Where a row gets the same bits wherever the prompt is cut, checkpoints need no cuts: passes are as few as can be.
-    kept = [point for point, keep in reading.pauses() if keep and reading.stores]
-    total = len(reader.prompt)
-    while reader.at < total:
-        first = reader.at
-        end = min(first + prefix.PREFILL_TOKENS, total)
-        inside = [point for point in kept if first < point < end]
-        if len(inside) > MARKS:  # each holds matrices of its own meanwhile
-            end = inside[MARKS]
-            del inside[MARKS:]
-        state = reader.state
-        marks = [Mark(point - first, *(empty(a.shape, a.dtype) for a in (state.conv, state.delta))) for point in inside]
+    for end, keep in reading.pauses():
         reader.look(end)
-        (hidden,) = runner.read([(reader, end)], marks=marks)
-        for point, mark in zip(inside, marks, strict=True):
-            length = state.length - end + point
-            passed = state.earlier(length, mark.conv, mark.delta, reader.rope_delta(point))
-            reading.mark(passed, hidden[mark.rows - 1 : mark.rows])
-        if end in kept:
-            reading.mark(state, reader.last)
+        runner.read([(reader, end)])
+        if keep:
+            reading.mark(reader.state, reader.last)
+
+
+def read_pass(runner: Runner, reader: PromptReader, reading: Reading, rows: int) -> None:
+    """Read on by one forward pass over at most `rows` rows, and leave the checkpoints that belong on the way. On an op
+    set that is SPLIT_INVARIANT: there checkpoints need no cuts, and passes are as few as can be."""
+    first, state = reader.at, reader.state
+    end = min(first + rows, len(reader.prompt))
+    kept = [point for point, keep in reading.pauses() if keep and reading.stores and first < point <= end]
+    if len(kept) > MARKS + 1:
+        end = kept[MARKS]
+    inside = [point for point in kept if point < end]
+    marks = [Mark(point - first, *(empty(a.shape, a.dtype) for a in (state.conv, state.delta))) for point in inside]
+    reader.look(end)
+    (hidden,) = runner.read([(reader, end)], marks=marks)
+    for point, mark in zip(inside, marks, strict=True):
+        passed = state.earlier(state.length - end + point, mark.conv, mark.delta, reader.rope_delta(point))
+        reading.mark(passed, hidden[mark.rows - 1 : mark.rows])
+    if end in kept:
+        reading.mark(state, reader.last)

@@ -71,12 +71,9 @@ class ScheduledSequence:
 
     def has_read(self, end: int) -> None:
         """The prompt has been read up to `end`."""
-        assert self.reader is not None
-        if end == self.pauses[0][0]:
-            _, keep = self.pauses.popleft()
-            if keep:
-                self.job.reading.mark(self.state, self.reader.last)
-            self._prompt_progressed()
+        while self.pauses and self.pauses[0][0] <= end:
+            self.pauses.popleft()
+        self._prompt_progressed()
 
     def _prompt_progressed(self) -> None:
         if not self.pauses:
