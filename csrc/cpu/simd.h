@@ -40,6 +40,16 @@ DELTAIC_INLINE void keep(Vector& v) {
 #endif
 }
 
+// The same for several in a row, which are loaded in the order of these calls.
+template <class Vector>
+DELTAIC_INLINE void keep_in_order(Vector& v) {
+#if defined(__AVX512F__)
+    asm volatile("" : "+v"(v));
+#else
+    (void)v;
+#endif
+}
+
 #define DELTAIC_PARTS(expression)                              \
     f32x16 r;                                                  \
     for (int i = 0; i < kParts; ++i) r.part[i] = (expression); \
