@@ -10,6 +10,8 @@
 
 // Before a loop over register tiles: its arrays become registers only where the loop is gone.
 #define DELTAIC_UNROLL _Pragma("GCC unroll 16")
+// Before a short loop that must stay one.
+#define DELTAIC_LOOP _Pragma("GCC unroll 1")
 
 #if defined(__AVX512F__)
 #include "cpu/simd/avx512.h"
