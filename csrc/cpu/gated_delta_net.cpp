@@ -169,12 +169,16 @@ DELTAIC_INLINE void delta_rule(const Block& S, const Block& work, int64_t Dk, co
         const Block& from = i == 0 ? S : work;
         if (i + 1 == n) {
             if (errors.dv) break;
-            for (int64_t d = 0; d < Dk; ++d) {
-                const f32x16 kd = set1(now[d]);
-                DELTAIC_UNROLL for (int b = 0; b < VB; ++b)
-                    store(S.data + d * S.stride + b * 16,
-                          fma(kd, dv[b], mul(decay, load(from.data + d * from.stride + b * 16))));
-            }
+            const auto last = [&](const Block& from) __attribute__((always_inline)) {
+                for (int64_t d = 0; d < Dk; ++d) {
+                    const f32x16 kd = set1(now[d]);
+                    DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
+                        const f32x16 s = mul(decay, load(from.data + d * from.stride + b * 16));
+                        store(S.data + d * S.stride + b * 16, fma(kd, dv[b], s));
+                    }
+                }
+            };
+            from.data == S.data ? last(S) : last(work);
             break;
         }
         const float *next_k = now + k_width, *next_q = q + (i + 1) * k_width;
