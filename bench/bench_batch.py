@@ -22,21 +22,21 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from bench_speculate import forever
+from common import endless
 from deltaic import _core
 from deltaic.generate.prefill import PromptReader
-from deltaic.generate.scheduler import PREFILL_TOKENS, Request, Scheduler
+from deltaic.generate.request import Request
+from deltaic.generate.scheduler import PREFILL_TOKENS, Scheduler
 
 
-def endless(model: deltaic.Model, **limits: Any) -> Scheduler:
-    """A scheduler whose generations end where max_new_tokens says."""
+def without_ends(bench: parts.Bench) -> parts.Bench:
+    """Answers then end where max_new_tokens says."""
 
-    def job(*args: Any) -> Any:
-        made = model._job(*args)
-        made.end_ids = frozenset()
-        return made
+    def run(model: deltaic.Model, args: argparse.Namespace) -> parts.Figures:
+        with endless(model):
+            return bench(model, args)
 
-    return Scheduler(model._runner, model.new_state, job, **limits)
+    return run
 
 
 def prompt(rng: np.random.Generator, tokens: int) -> list[int]:
@@ -63,7 +63,7 @@ def bench_sizes(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
     """Steps of each size in turn, so that all see the same machine; the fastest half of the steps counts."""
     rng = np.random.default_rng(0)
     seconds: dict[int, list[float]] = {size: [] for size in args.sizes}
-    schedulers = {size: endless(model, max_sequences=size) for size in args.sizes}
+    schedulers = {size: model.scheduler(max_sequences=size) for size in args.sizes}
     requests = [decoding(scheduler, rng, size, args) for size, scheduler in schedulers.items()]
     for _ in range(args.rounds):
         for size, scheduler in schedulers.items():
@@ -92,7 +92,7 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
     what is compared saw the same machine."""
     rng = np.random.default_rng(1)
     long = prompt(rng, args.prompt_tokens)
-    scheduler = endless(model, max_sequences=args.running + 1, prefill_tokens=args.prefill_tokens)
+    scheduler = model.scheduler(max_sequences=args.running + 1, prefill_tokens=args.prefill_tokens)
     running = decoding(scheduler, rng, args.running, args)
     twin = PromptReader(model._runner, model.prepare(long), model.new_state())
 
@@ -164,12 +164,10 @@ def bench_equal(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         "greedy": {"temperature": 0.0},
         "sampled": {"temperature": 1.0, "top_k": 20, "top_p": 0.95, "presence_penalty": 1.5},
     }.items():
-        alone = [
-            forever(model, r["prompt"], r["max_new_tokens"], r["seed"], "off", options).token_ids for r in requests
-        ]
+        alone = [model.generate(**request, speculate="off", **options).token_ids for request in requests]
         for mode in modes:
             for size in args.equal_sizes:
-                scheduler = endless(model, max_sequences=size)
+                scheduler = model.scheduler(max_sequences=size)
                 running = [scheduler.submit(**request, speculate=mode, **options) for request in requests]
                 steps = 1
                 while scheduler.step():
@@ -237,7 +235,8 @@ def plot(part: str, f: dict[str, Any], figure: Any, axis: Any) -> None:
 
 def main() -> None:
     benches: dict[str, parts.Bench] = {"sizes": bench_sizes, "stall": bench_stall, "equal": bench_equal}
-    parser = parts.parser(__doc__ or "", benches, dtype=None)
+    benches = {name: without_ends(bench) for name, bench in benches.items()}
+    parser = parts.parser(__doc__ or "", benches)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="sizes: sequences in one step")
     parser.add_argument("--equal-sizes", type=int, nargs="+", default=list(range(1, 9)), help="equal: at a time")
     parser.add_argument("--tokens", type=int, default=10_000, help="equal: of all requests together, for each size")

@@ -10,12 +10,14 @@ What K/V explain is their bytes over the read bandwidth measured between the tok
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import deltaic
 import numpy as np
+from common import new_figure, save_figure, timed
+from deltaic.benchmark import PROBE_BYTES, read_bandwidth
 
 CHUNK = 512
 
@@ -44,14 +46,6 @@ def feed(model: Any, state: Any, count: int, rng: np.random.Generator, *, prefil
     text.logits(hidden[-1:])
 
 
-def bandwidth(data: np.ndarray) -> float:
-    from deltaic.ops import cpu
-
-    start = time.perf_counter()
-    cpu.probe_read(data)
-    return data.nbytes / (time.perf_counter() - start)
-
-
 def decode_seconds(
     model: Any, lengths: list[int], steps: int, data: np.ndarray, rng: np.random.Generator
 ) -> tuple[dict[int, float], float]:
@@ -63,34 +57,29 @@ def decode_seconds(
     times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
     reads = []
     for _ in range(steps + 3):
-        reads.append(bandwidth(data))
+        reads.append(read_bandwidth(model._ops, data, rounds=1))
         for tokens, state in states.items():
-            start = time.perf_counter()
-            feed(model, state, 1, rng, prefill=False)
-            times[tokens].append(time.perf_counter() - start)
+            times[tokens].append(timed(lambda state=state: feed(model, state, 1, rng, prefill=False)))
     return {tokens: median(some[3:]) for tokens, some in times.items()}, median(reads[3:])
 
 
 def prefill_seconds(model: Any, tokens: int, rng: np.random.Generator) -> float:
     """Median; short prompts are read several times."""
+
+    def read(state: Any) -> None:
+        for first in range(0, tokens, CHUNK):
+            feed(model, state, min(CHUNK, tokens - first), rng, prefill=True)
+
     times = []
     for _ in range(max(1, 4096 // tokens)):
         state = model.new_state()
         state.reserve(tokens)
-        start = time.perf_counter()
-        for first in range(0, tokens, CHUNK):
-            feed(model, state, min(CHUNK, tokens - first), rng, prefill=True)
-        times.append(time.perf_counter() - start)
+        times.append(timed(lambda state=state: read(state)))
     return median(times)
 
 
 def plot(path: Path, decode: dict[str, dict[int, float]], prefill: dict[str, dict[int, float]], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    figure, axes = new_figure(2, (9, 3.5))
     for axis, values, name in ((axes[0], decode, "decode"), (axes[1], prefill, "prefill")):
         for kv, line in values.items():
             if line:
@@ -101,8 +90,7 @@ def plot(path: Path, decode: dict[str, dict[int, float]], prefill: dict[str, dic
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -116,9 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/context"))
     args = parser.parse_args()
 
-    import deltaic
-
-    rng, data = np.random.default_rng(1), np.ones(256 << 20, np.uint8)
+    rng, data = np.random.default_rng(1), np.ones(PROBE_BYTES, np.uint8)
     lengths, prompts = ([int(n) for n in text.split(",") if n] for text in (args.decode, args.prefill))
     decode: dict[str, dict[int, float]] = {}
     prefill: dict[str, dict[int, float]] = {}

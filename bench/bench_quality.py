@@ -3,7 +3,8 @@
 1. Held-out accuracy of the bundled miniature, answered by deltaic itself in bf16, int8 and int4 (greedy, exact texts;
    the questions are those of bench/miniature/evaluate.py).
 2. Mean squared error of int4 and of Q4_0 (`gguf` package) on the same matrices, with the bits per weight of both.
-3. With --checkpoint FOLDER: the cosine of its logits to those of float32 weights, over random token ids.
+3. The cosine of the miniature's logits to those of float32 weights.
+4. With --checkpoint FOLDER: the same of this checkpoint, over random token ids.
 
 Needs the gguf package, and deltaic with its kernels.
 """
@@ -23,9 +24,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent / "miniature"))
 
 import questions
-from deltaic.model.config import load_config
+from deltaic.cli import MINIATURE
+from deltaic.model.config_file import load_config
 
-MINIATURE = Path(deltaic.__file__).parent / "miniature"
 DTYPES = ("bf16", "int8", "int4")
 ROWS, COLUMNS = 1024, 2048
 Q4_0_BITS = 18 * 8 / 32  # 16 bytes of codes and a float16 per 32 weights
@@ -140,8 +141,28 @@ def cosines(folder: Path, tokens: int = 64) -> list[str]:
     return rows
 
 
+def trained_cosines(examples: list[questions.Example], conversations: int = 60) -> list[str]:
+    """The same of the miniature, a trained network: over all tokens of questions without pictures and their answers."""
+    texts = [x for x in examples if not x.pictures][:conversations]
+
+    def all_logits(**precision: str) -> np.ndarray:
+        model = deltaic.load(MINIATURE, cache_bytes=0, **precision)
+        prompts = (model.prepare(x.messages, thinking=x.reasoning is not None) for x in texts)
+        said = (
+            [*p.token_ids.tolist(), *model.tokenizer.encode(x.expected)] for p, x in zip(prompts, texts, strict=True)
+        )
+        return np.concatenate([model.forward(ids) for ids in said])
+
+    exact = all_logits(dtype="f32")
+    return [
+        cosine_row(f"{dtype} | {activations}", all_logits(dtype=dtype, activations=activations), exact)
+        for dtype in DTYPES
+        for activations in ("int8", "float32")
+    ]
+
+
 def main() -> None:
-    """Prints, and writes if asked, both tables."""
+    """Prints, and writes if asked, the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-kind", type=int, default=180, help="questions of each kind about pictures")
     parser.add_argument("--texts", type=int, default=300, help="questions without a picture")
@@ -185,14 +206,16 @@ def main() -> None:
         ours, bits = int4_error(matrix)
         theirs = q4_0_error(matrix)
         lines.append(f"| {name} | {ours:.3e} | {theirs:.3e} | {ours / theirs:.3f} |")
+    head = ["| weights | activations | mean cosine | smallest |", "|---|---|---:|---:|"]
     lines += ["", f"Bits per weight: int4 {bits:.3f}, Q4_0 {Q4_0_BITS:.3f}."]
+    lines += ["", "## Logits of the miniature against float32 weights, held-out questions without pictures", ""]
+    lines += [*head, *trained_cosines(examples)]
     if args.checkpoint:
         lines += [
             "",
             f"## Logits of {args.checkpoint.name} against float32 weights, 64 random tokens",
             "",
-            "| weights | activations | mean cosine | smallest |",
-            "|---|---|---:|---:|",
+            *head,
             *cosines(args.checkpoint),
         ]
     text = "\n".join(lines) + "\n"

@@ -21,19 +21,19 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import deltaic
 import numpy as np
 import parts
+from common import endless, medians
+from deltaic.cli import MINIATURE
 from deltaic.generate.costs import Costs
-from deltaic.generate.sampling import Sampler, SamplingParams
+from deltaic.generate.options import SamplingParams
+from deltaic.generate.sampling import Sampler
 from deltaic.generate.speculate import Drafting
 
-MINIATURE = Path(deltaic.__file__).parent / "miniature"
 TASKS = [
     "Count from 3 to 12.",
     "Count from 17 to 29.",
@@ -42,23 +42,6 @@ TASKS = [
     "What is 3 + 4?",
 ]
 PICTURES = ["Describe the picture.", "How many objects are there?"]
-
-
-def timed(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def medians(functions: dict[Any, Callable[[], Any]], repeat: int) -> dict[Any, float]:
-    """Seconds of each, in turn, so that a machine that slows down slows them all."""
-    for function in functions.values():
-        function()
-    samples: dict[Any, list[float]] = {name: [] for name in functions}
-    for _ in range(repeat):
-        for name, function in functions.items():
-            samples[name].append(timed(function))
-    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 # ------------------------------------------------------------------------------- costs
@@ -283,12 +266,17 @@ def compare(model: deltaic.Model, total: int, options: dict[str, Any]) -> dict[s
     settings = [(mode, depth) for mode in ("mtp", "lookup", "auto") for depth in (1, 2, 3, 4, None)]
     same, compared, seed = 0, 0, 0
     drafted = accepted = 0
+
+    def answer(mode: str) -> deltaic.GenerationResult:
+        with endless(model):
+            return model.generate(prompt, seed=seed, speculate=mode, max_new_tokens=length, **options)
+
     while compared < total:
         prompt = np.random.default_rng(seed).integers(0, model._sampled_ids[0], 8).tolist()
-        plain = forever(model, prompt, length, seed, "off", options)
+        plain = answer("off")
         for mode, depth in settings:
             runner.fixed_depth = depth
-            tokens = forever(model, prompt, length, seed, mode, options)
+            tokens = answer(mode)
             runner.fixed_depth = None
             same += sum(a == b for a, b in zip(plain.token_ids, tokens.token_ids, strict=True))
             drafted, accepted = drafted + tokens.drafted, accepted + tokens.accepted
@@ -298,16 +286,6 @@ def compare(model: deltaic.Model, total: int, options: dict[str, Any]) -> dict[s
         "plain tokens": compared, "modes and depths": len(settings), "equal": same / (compared * len(settings)),
         "drafted": drafted, "accepted": accepted,
     }  # fmt: skip
-
-
-def forever(model: deltaic.Model, prompt: Any, length: int, seed: int, mode: str, options: dict[str, Any]) -> Any:
-    """A generation that no token ends."""
-    ends = model.end_ids
-    model.__dict__["end_ids"] = frozenset()
-    try:
-        return model.generate(prompt, seed=seed, speculate=mode, max_new_tokens=length, **options)
-    finally:
-        model.__dict__["end_ids"] = ends
 
 
 def describe(part: str, f: dict[str, Any]) -> str:
@@ -322,7 +300,7 @@ def main() -> None:
         "gain": bench_gain,
         "equal": bench_equal,
     }
-    parser = parts.parser(__doc__ or "", benches, dtype=None, needs_model=False)
+    parser = parts.parser(__doc__ or "", benches, needs_model=False)
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--new", type=int, default=128, help="tokens per generation")
     parser.add_argument("--tokens", type=int, default=10_000, help="plain tokens that are compared with each mode")

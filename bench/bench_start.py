@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from itertools import pairwise
 from statistics import median
+
+from common import environment
 
 CHILD = """
 import json, sys, time
@@ -57,11 +58,6 @@ except OSError:  # not Linux
 facts = {"prompt tokens": len(prompt), "resident": resident, "huge pages": huge, "tokens/s": speed}
 print(json.dumps({"marks": marks, "facts": facts}), flush=True)
 """
-
-
-def environment() -> dict[str, str]:
-    """This process's, but Python may keep its bytecode, as that of an installed package is kept."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def main() -> None:

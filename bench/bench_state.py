@@ -1,7 +1,7 @@
 """What do states as values bring, and what do they cost? Turn 10 of a conversation, files, forks, the cache under load.
 
     python bench/make_checkpoint.py 0.8B /tmp/random-0.8B
-    python bench/bench_state.py /tmp/random-0.8B --dtype bf16                      # everything, a minute of load
+    python bench/bench_state.py /tmp/random-0.8B                                   # everything, a minute of load
     python bench/bench_state.py /tmp/random-0.8B load --minutes 10 --json
     python bench/bench_state.py /tmp/random-0.8B file --file-tokens 32768 --folder /mnt/disk
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import resource
 import secrets
 import tempfile
 import time
@@ -30,6 +29,8 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
+from common import timed
+from deltaic.machine import resident_bytes
 from deltaic.model.state import State
 
 MIB = 2.0**20
@@ -122,8 +123,7 @@ def bench_prefixes(model: deltaic.Model, args: argparse.Namespace) -> dict[str, 
 def long_state(model: deltaic.Model, tokens: int) -> State:
     """A state of `tokens` tokens with random contents, as no prompt that long needs to be read for it."""
     rng = np.random.default_rng(0)
-    blank = model.new_state()
-    state = State(model.config.text, model._ops, blank.kv_dtype, fingerprint=blank.fingerprint)
+    state = model.new_state()
     state.reserve(tokens)
     state.delta[:] = rng.standard_normal(state.delta.shape, np.float32)
     noise = np.frombuffer(rng.bytes(state.kv.blocks[0].nbytes), state.kv.blocks[0].dtype)
@@ -139,24 +139,19 @@ def drop_from_page_cache(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write_plain(path: Path, pieces: list[memoryview]) -> float:
-    began = time.perf_counter()
+def write_plain(path: Path, pieces: list[memoryview]) -> None:
     with path.open("wb", buffering=0) as file:
         for piece in pieces:
             while piece:
                 piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
-    return time.perf_counter() - began
 
 
-def read_plain(path: Path, piece_bytes: int) -> float:
-    drop_from_page_cache(path)
-    began = time.perf_counter()
+def read_plain(path: Path, piece_bytes: int) -> None:
     piece = bytearray(piece_bytes)
     with path.open("rb", buffering=0) as file:
         while file.readinto(piece):
             pass
-    return time.perf_counter() - began
 
 
 def bench_file(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
@@ -167,11 +162,10 @@ def bench_file(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         ours, plain = Path(folder) / "state", Path(folder) / "plain"
         for _ in range(args.rounds):
-            times["write"].append(write_plain(plain, pieces))
-            began = time.perf_counter()
-            state.save(ours)
-            times["save"].append(time.perf_counter() - began)
-            times["read"].append(read_plain(plain, len(pieces[0])))
+            times["write"].append(timed(lambda: write_plain(plain, pieces)))
+            times["save"].append(timed(lambda: state.save(ours)))
+            drop_from_page_cache(plain)
+            times["read"].append(timed(lambda: read_plain(plain, len(pieces[0]))))
             drop_from_page_cache(ours)
             began = time.perf_counter()
             loaded = State.load(ours, model._ops)
@@ -202,9 +196,7 @@ def bench_fork(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]
         began = time.perf_counter()
         twin = state.fork()
         fork.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        twin.reserve(twin.length + 1)
-        write.append(time.perf_counter() - began)
+        write.append(timed(lambda twin=twin: twin.reserve(twin.length + 1)))
     arrays = state.conv.nbytes + state.delta.nbytes
     return {
         "tokens": args.file_tokens,
@@ -218,11 +210,9 @@ def bench_fork(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]
 # ------------------------------------------------------------------------------- the cache under load
 
 
-def resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident() -> int:
+    """Bytes of this process in RAM; 0 where the system does not tell."""
+    return (resident_bytes() or {"now": 0})["now"]
 
 
 def bench_load(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
@@ -239,7 +229,7 @@ def bench_load(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]
         tail = {"role": "user", "content": words(model, int(rng.integers(1, args.load_tokens // 2)), rng)}
         result = model.chat([head, tail], temperature=0.0, max_new_tokens=4)
         prompts, cached, total = prompts + 1, cached + result.cached_tokens, total + result.prompt_tokens
-        samples.append((60 * args.minutes - ends + time.monotonic(), model.cache.nbytes, resident_bytes()))
+        samples.append((60 * args.minutes - ends + time.monotonic(), model.cache.nbytes, resident()))
     half = [r for _, _, r in samples[len(samples) // 2 :]]
     model.cache.clear()
     gc.collect()
@@ -251,7 +241,7 @@ def bench_load(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]
         "largest": max(n for _, n, _ in samples),
         "checkpoint_bytes": one,
         "resident_growth_in_second_half": half[-1] - half[0],
-        "resident_after_clearing": resident_bytes(),
+        "resident_after_clearing": resident(),
         "samples": samples[:: max(1, len(samples) // 500)],
     }
 
@@ -341,7 +331,7 @@ def main() -> None:
         "fork": bench_fork,
         "load": bench_load,
     }
-    parser = parts.parser(__doc__ or "", benches, dtype="bf16")
+    parser = parts.parser(__doc__ or "", benches)
     parser.add_argument("--tokens", type=int, default=8000, help="turns: tokens of the conversation")
     parser.add_argument("--answer-tokens", type=int, default=64, help="turns: tokens of an answer")
     parser.add_argument("--file-tokens", type=int, default=32768, help="file, fork: tokens of the state")

@@ -23,8 +23,9 @@ from typing import Any
 import deltaic
 import numpy as np
 from deltaic import _core
-from deltaic.benchmark import PROBE_BYTES, traffic_per_token
-from deltaic.generate.sampling import Sampler, SamplingParams
+from deltaic.benchmark import PROBE_BYTES, read_bandwidth, traffic_per_token
+from deltaic.generate.options import SamplingParams
+from deltaic.generate.sampling import Sampler
 
 PROBE_STEPS = 10  # after so many the bandwidth is measured again
 SAMPLING = SamplingParams(temperature=1.0, top_k=20, top_p=0.95, presence_penalty=1.5, seed=1)
@@ -77,14 +78,6 @@ def measure(model: deltaic.Model, steps: int, context: int) -> dict[str, Any]:
     reads: list[float] = []  # bytes per second, for each row
     gc.collect()
 
-    def read() -> float:
-        def seconds() -> float:
-            start = perf_counter()
-            model._ops.probe_read(probe)
-            return perf_counter() - start
-
-        return PROBE_BYTES / min(seconds() for _ in range(3))
-
     def step(hidden: np.ndarray) -> tuple[np.ndarray, list[float]]:
         kernels, start = _core.kernel_seconds(), perf_counter()
         logits = runner.logits(hidden)[0]
@@ -97,7 +90,7 @@ def measure(model: deltaic.Model, steps: int, context: int) -> dict[str, Any]:
 
     for i in range(steps + 8):
         if i % PROBE_STEPS == 8 % PROBE_STEPS:
-            bandwidth = read()
+            bandwidth = read_bandwidth(model._ops, probe)
             hidden, _ = step(hidden)
         hidden, row = step(hidden)
         if i >= 8:

@@ -27,7 +27,7 @@ def picture(size: int) -> Any:
 
 
 def our_tower(folder: Path, dtype: str) -> Any:
-    from deltaic.model.config import load_config
+    from deltaic.model.config_file import load_config
     from deltaic.model.vision import VisionModel
     from deltaic.ops import cpu
     from deltaic.weights.build import open_source, vision_weights

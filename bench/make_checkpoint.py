@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from deltaic.model.config import load_config
+from deltaic.model.config_file import load_config
 from deltaic.weights.names import TensorSpec, expected_tensors
 
 SHARD_BYTES = 4_000_000_000

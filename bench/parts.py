@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deltaic
+from common import new_figure, save_figure
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,7 +18,7 @@ Figures = dict[str, Any]
 Bench = Callable[[Any, argparse.Namespace], Figures]
 
 
-def parser(description: str, parts: Mapping[str, Bench], *, dtype: str | None, needs_model: bool = True) -> Any:
+def parser(description: str, parts: Mapping[str, Bench], *, needs_model: bool = True) -> argparse.ArgumentParser:
     """An argument parser for MODEL and names of parts. needs_model: MODEL comes first; else it may be left out."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(parts)
@@ -26,7 +27,7 @@ def parser(description: str, parts: Mapping[str, Bench], *, dtype: str | None, n
         made.add_argument("parts", nargs="*", help=f"some of {names}; default: all")
     else:
         made.add_argument("parts", nargs="*", metavar="MODEL or PART", help=f"a folder, and any of {names}")
-    made.add_argument("--dtype", default=dtype, help="how weights are stored; default: bf16, or as they are packed")
+    made.add_argument("--dtype", help="how weights are stored; default: bf16, or as they are packed")
     made.add_argument("--device", default="cpu")
     made.add_argument("--threads", type=int)
     made.add_argument("--json", action="store_true", help="print one JSON object")
@@ -71,24 +72,12 @@ def run(
         if not args.json:
             print(describe(part, found[part]), flush=True)
         if plot is not None and not args.no_plots:
-            _save_plot(plot, part, found[part], RESULTS / f"{plots}_{part}.png")
+            figure, axis = new_figure()
+            plot(part, found[part], figure, axis)
+            save_figure(figure, RESULTS / f"{plots}_{part}.png")
     if args.json:
         facts: Figures = {}
         if model is not None:
             facts = {"model": folder, "isa": model.info()["isa"], "threads": model.threads, "dtype": model.dtype}
         json.dump({**facts, **found}, sys.stdout)
         print()
-
-
-def _save_plot(plot: Callable[[str, Figures, Any, Any], None], part: str, figures: Figures, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4))
-    plot(part, figures, figure, axis)
-    figure.tight_layout()
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_start import environment
+from common import environment
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 PACKAGES = ("llama-cpp-python", "torch", "transformers")

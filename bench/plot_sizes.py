@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+from common import new_figure, save_figure
+
 
 def size_and_file(text: str) -> tuple[float, Path]:
     """BILLIONS=FILE."""
@@ -23,14 +25,9 @@ def main() -> None:
     parser.add_argument("sizes", type=size_and_file, nargs="+", metavar="BILLIONS=FILE")
     args = parser.parse_args()
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     medians = {size: json.loads(path.read_text(encoding="utf-8"))["medians"] for size, path in sorted(args.sizes)}
     engines = list(dict.fromkeys(name for engines in medians.values() for name in engines))
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8))
+    figure, axes = new_figure(2, (9, 3.8))
     for axis, what in zip(axes, ("decode", "prefill"), strict=True):
         for name in engines:
             points = [(size, engines[name][what]) for size, engines in medians.items() if name in engines]
@@ -41,8 +38,7 @@ def main() -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.out, dpi=120)
+    save_figure(figure, args.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from deltaic.model.config import FULL_ATTENTION, ModelConfig, TextConfig, load_config
+from deltaic.model.config import FULL_ATTENTION, ModelConfig, TextConfig
+from deltaic.model.config_file import load_config
 from deltaic.weights.checkpoint import open_checkpoint
 from deltaic.weights.names import TensorTable, resolve
 from gguf import GGMLQuantizationType as Type

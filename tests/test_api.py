@@ -26,18 +26,14 @@ from deltaic import (
     State,
     StateError,
 )
-from deltaic.generate import cache
+from deltaic.generate import prefix
 from deltaic.model.replay import Replay
-from PIL import Image
+from tiny import picture
 
 PROMPT = "the cat sat on the mat and the dog"
 QUESTION = [{"role": "user", "content": "What is on the sofa?"}]
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0}
-
-
-def picture(height=70, width=100, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def encoded(image):
@@ -84,7 +80,7 @@ def inputs(model, prompt):
 def test_logits_equal_transformers(tiny_model, reference, pictures):
     import torch
 
-    prompt = tiny_model.prepare(with_pictures(*(picture(70 + 40 * i, 100, i) for i in range(pictures))))
+    prompt = tiny_model.prepare(with_pictures(*(picture(i, 70 + 40 * i) for i in range(pictures))))
     with torch.no_grad():
         expected = reference(**inputs(tiny_model, prompt)).logits[0].numpy()
     found = tiny_model.forward(prompt)
@@ -97,7 +93,7 @@ def test_logits_equal_transformers(tiny_model, reference, pictures):
 def test_greedy_tokens_equal_transformers(tiny_model, reference, pictures):
     import torch
 
-    images = [picture(70 + 40 * i, 100, i) for i in range(pictures)]
+    images = [picture(i, 70 + 40 * i) for i in range(pictures)]
     prompt = tiny_model.prepare(with_pictures(*images))
     vocabulary = tiny_model.config.text.vocab_size
     with torch.no_grad():
@@ -137,10 +133,10 @@ def test_a_prompt_may_be_split_anywhere(tiny_model):
 
 def test_a_picture_may_come_after_a_state(tiny_model):
     """A later turn with a new picture equals the one-shot prompt: positions go on where the state stands."""
-    both = tiny_model.prepare(with_pictures(picture(seed=1), picture(110, 64, seed=2)))
+    both = tiny_model.prepare(with_pictures(picture(1), picture(2, 110, 64)))
     cut = both.text.index("picture 1")
-    first = tiny_model.prepare(both.text[:cut], images=[picture(seed=1)])
-    second = tiny_model.prepare(both.text[cut:], images=[picture(110, 64, seed=2)])
+    first = tiny_model.prepare(both.text[:cut], images=[picture(1)])
+    second = tiny_model.prepare(both.text[cut:], images=[picture(2, 110, 64)])
     assert first.token_ids.tolist() + second.token_ids.tolist() == both.token_ids.tolist()
     state = tiny_model.new_state()
     found = np.concatenate([tiny_model.forward(first, state), tiny_model.forward(second, state)])
@@ -157,7 +153,7 @@ def test_long_prompts_are_fed_in_chunks(tiny_model, monkeypatch):
     monkeypatch.setattr(
         tiny_model._runner.text, "forward", lambda x, *a, **k: sizes.append(len(x)) or forward(x, *a, **k)
     )
-    monkeypatch.setattr(cache, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefix, "PREFILL_TOKENS", 16)
     ends = [*range(16, border, 16), border, *range(border + 16, len(ids), 16), len(ids)]
     chunked = tiny_model.forward(ids)
     assert np.cumsum(sizes).tolist() == ends
@@ -492,11 +488,11 @@ def test_pictures_that_cannot_be_used(tiny_model, tmp_path):
         7,
         "data:image/png;base64,!",
         np.zeros((4, 4), int),
-        picture(1, 10_000),
+        picture(0, 1, 10_000),
     ):
         with pytest.raises(DeltaicError):
             tiny_model.chat("what?", images=[image])
-    for image in (picture(), picture(1, 1), encoded(picture())):
+    for image in (picture(), picture(0, 1, 1), encoded(picture())):
         assert tiny_model.chat("what?", images=[image], max_new_tokens=1).completion_tokens == 1
 
 

@@ -11,11 +11,9 @@ import sys
 from pathlib import Path
 
 import deltaic
-import numpy as np
 import pytest
 import tiny
 from deltaic import cli
-from PIL import Image
 
 SOURCE = Path(deltaic.__file__).parents[1]
 REFERENCE = ["--device", "reference", "--dtype", "f32"]
@@ -54,7 +52,7 @@ def run(capsys, monkeypatch):
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)).save(path)
+    tiny.picture().save(path)
     return path
 
 
@@ -280,7 +278,7 @@ def test_demo_looks_at_the_bundled_picture(run, tiny_folder, tmp_path, picture, 
     tiny.write_json(folder / "generation_config.json", {"do_sample": False, "max_new_tokens": 5})
     (folder / "pictures").mkdir()
     bundled = shutil.copy(picture, folder / "pictures" / "two.png")
-    monkeypatch.setattr(cli, "MINIATURE", folder)
+    monkeypatch.setattr("deltaic.cli.answer.MINIATURE", folder)
     for arguments, image, question in (
         ([], bundled, cli.DEMO_QUESTION),
         (["--image", picture, "How many?"], picture, "How many?"),

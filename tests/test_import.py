@@ -1,5 +1,6 @@
 """What importing and using deltaic brings into a process, and what it costs."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,6 +11,54 @@ import deltaic
 import pytest
 
 SOURCE = Path(deltaic.__file__).parents[1]
+
+
+# Every module and package of deltaic, from the ground up: each may import what is below it or beside it.
+FLOORS = """
+errors
+arguments fileio machine __version__
+_core _cuda
+ops
+model
+weights
+memory
+chat
+generate
+api session
+loading packing benchmark facts
+cli
+__main__
+"""
+
+
+def imported(path, package):
+    """(line, module or package of deltaic) of each import of one from another."""
+    place = path.relative_to(package).parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            if node.level:
+                module = [*place[: -node.level], *module]
+            elif module[0] == "deltaic":
+                module = module[1:]
+            else:
+                continue
+            yield from ((node.lineno, name) for name in (module[:1] or [alias.name for alias in node.names]))
+
+
+def test_imports_point_down():
+    """No floor knows of one above it, not even for a type."""
+    package = Path(deltaic.__file__).parent
+    height = {name: i for i, names in enumerate(FLOORS.split("\n")) for name in names.split()}
+    found = 0
+    for path in package.rglob("*.py"):
+        if path == package / "__init__.py":
+            continue  # the public names, each imported when it is used
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for line, name in imported(path, package):
+            assert height[name] <= height[own], f"{path}:{line} imports {name}"
+            found += 1
+    assert found > 100
 
 
 def python(code, *arguments):

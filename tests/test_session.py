@@ -7,18 +7,13 @@ import os
 import shutil
 
 import deltaic
-import numpy as np
 import pytest
 from deltaic import ArgumentError, DeltaicError, PromptError, Session, State, StateError, cli
 from deltaic.model.state_file import save_state
-from PIL import Image
+from tiny import picture
 
 OPTIONS = {"max_new_tokens": 5, "temperature": 0.0, "thinking": False}
 SYSTEM = [{"role": "system", "content": "You are a cat."}]
-
-
-def picture(seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (70, 100, 3), np.uint8))
 
 
 def roles(session):

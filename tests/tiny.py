@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 CONTEXT = 2048
 SPECIAL = [
@@ -146,7 +150,7 @@ def write_checkpoint(folder: Path, *, moe: bool = False) -> Path:
 def add_mtp(folder: Path, seed: int = 0) -> Path:
     """Give the checkpoint in `folder` an MTP layer, of random float32 tensors, and return the folder."""
     import numpy as np
-    from deltaic.model.config import load_config
+    from deltaic.model.config_file import load_config
     from deltaic.weights.names import expected_tensors
     from safetensors.numpy import load_file, save_file
 
@@ -166,3 +170,14 @@ def add_mtp(folder: Path, seed: int = 0) -> Path:
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value))
+
+
+def picture(seed: int = 0, height: int = 70, width: int = 100) -> Image.Image:
+    """Noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def user(text: str, *images: Any) -> dict[str, Any]:
+    """A message of the user."""
+    parts = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}

@@ -37,7 +37,8 @@ void define(py::module_& m, const char* name, const char* text, void (*function)
                 return;
             }
             const py::gil_scoped_release released;
-            run_kernel(function, values);
+            const KernelScope scope;
+            std::apply(function, values);
         },
         text);
 }

@@ -17,14 +17,22 @@ namespace deltaic {
 
 inline std::atomic<int64_t> kernel_nanoseconds{0};  // in all kernels since the start
 
-template <class F, class Values>
-void run_kernel(F function, const Values& values) {
-    const OperatorScope scope;
-    const auto start = std::chrono::steady_clock::now();
-    std::apply(function, values);
-    const std::chrono::nanoseconds taken = std::chrono::steady_clock::now() - start;
-    kernel_nanoseconds.fetch_add(taken.count(), std::memory_order_relaxed);
-}
+// Around kernels: one caller at a time, and their time counts.
+class KernelScope {
+  public:
+    KernelScope() : start_(std::chrono::steady_clock::now()) {}
+    ~KernelScope() {
+        const std::chrono::nanoseconds taken = std::chrono::steady_clock::now() - start_;
+        kernel_nanoseconds.fetch_add(taken.count(), std::memory_order_relaxed);
+    }
+    KernelScope(const KernelScope&) = delete;
+    KernelScope& operator=(const KernelScope&) = delete;
+    void next() { scope_.next(); }  // between two kernels
+
+  private:
+    OperatorScope scope_;
+    std::chrono::steady_clock::time_point start_;
+};
 
 // A new float32 array that begins a cache line: a vector of 16 numbers is then one line.
 inline py::array new_f32(const py::tuple& shape) {
@@ -37,7 +45,7 @@ inline py::array new_f32(const py::tuple& shape) {
     return py::array_t<float>(sizes, memory.data() + (kLine - address % kLine) % kLine / sizeof(float), memory);
 }
 
-// One call with its arguments.
+// One call with its arguments; `run` is called within a KernelScope.
 class AnyStep {
   public:
     virtual ~AnyStep() = default;
@@ -53,7 +61,7 @@ class Step final : public AnyStep {
          std::vector<const BlockTable*> tables)
         : function_(function), values_(values), items_(std::move(items)), tables_(std::move(tables)) {}
 
-    void run() const override { run_kernel(function_, values_); }
+    void run() const override { std::apply(function_, values_); }
 
     std::vector<View*> views() override {
         std::vector<View*> found;
@@ -108,6 +116,7 @@ class Tape {
         for (const py::handle value : args) keep(value);
         {
             const py::gil_scoped_release released;
+            const KernelScope scope;
             step->run();
         }
         for (View* view : step->views()) {
@@ -163,7 +172,13 @@ class Tape {
         const std::lock_guard<std::mutex> alone(running_);
         for (const Place& p : places_) p.view->data = now[p.input].begin + p.offset;
         for (const TablePlace& p : table_places_) *p.table = now[p.input].table;
-        for (const auto& step : steps_) step->run();
+        {
+            KernelScope scope;
+            for (const auto& step : steps_) {
+                step->run();
+                scope.next();
+            }
+        }
         for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
         return results;
     }

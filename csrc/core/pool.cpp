@@ -195,21 +195,23 @@ struct Runtime {
     Arena arena;
 };
 
-Runtime* runtime = nullptr;
+std::atomic<Runtime*> runtime{nullptr};
 
 Runtime& get() {
+    if (Runtime* r = runtime.load(std::memory_order_acquire)) return *r;
     static std::once_flag once;
     std::call_once(once, [] {
-        runtime = new Runtime();  // never destroyed: worker threads must not be joined while the process exits
-        runtime->threads = std::max(1u, std::thread::hardware_concurrency());
+        auto* r = new Runtime();  // never destroyed: worker threads must not be joined while the process exits
+        r->threads = std::max(1u, std::thread::hardware_concurrency());
+        runtime = r;
         // A forked child has none of the workers: it starts with a fresh pool.
         pthread_atfork(nullptr, nullptr, [] {
-            const int threads = runtime->threads;
-            runtime = new Runtime();
-            runtime->threads = threads;
+            auto* r = new Runtime();
+            r->threads = runtime.load()->threads;
+            runtime = r;
         });
     });
-    return *runtime;
+    return *runtime.load();
 }
 
 }  // namespace
@@ -239,8 +241,10 @@ void* scratch(size_t bytes) { return get().arena.take(bytes); }
 
 OperatorScope::OperatorScope() { get().lock.lock(); }
 
+void OperatorScope::next() { get().arena.release(); }
+
 OperatorScope::~OperatorScope() {
-    get().arena.release();
+    next();
     get().lock.unlock();
 }
 

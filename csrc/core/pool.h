@@ -47,6 +47,7 @@ class OperatorScope {
   public:
     OperatorScope();
     ~OperatorScope();
+    void next();  // another operator follows
     OperatorScope(const OperatorScope&) = delete;
     OperatorScope& operator=(const OperatorScope&) = delete;
 };

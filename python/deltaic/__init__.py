@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .generate.stream import Stream
     from .loading import load
     from .model.state import State
+    from .packing import quantize
     from .session import Session
-    from .weights.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -69,7 +69,7 @@ _LAZY = {
     "StreamPiece": "deltaic.generate.result",
     "TokenLogprobs": "deltaic.generate.result",
     "load": "deltaic.loading",
-    "quantize": "deltaic.weights.quantize",
+    "quantize": "deltaic.packing",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import choice, describe, integer
+from .arguments import choice, describe
+from .chat.files import ChatFiles
 from .errors import ArgumentError, ContextLengthError, PromptError, StateError
 from .generate.answer import Job, TextRules
-from .generate.cache import PrefixCache, Reading, split_points
+from .generate.cache import PrefixCache
 from .generate.loop import generate_ids
-from .generate.runner import Runner
-from .generate.sampling import (
+from .generate.options import (
     MAX_NEW_TOKENS,
-    Sampler,
     check_logprobs,
-    check_option_names,
+    check_options,
     is_small,
     read_generation_config,
     recommended_sampling,
     resolve_sampling,
 )
-from .generate.scheduler import MAX_SEQUENCES, BatchStream, Scheduler
+from .generate.prefix import split_points
+from .generate.reading import Reading
+from .generate.request import BatchStream
+from .generate.runner import Runner
+from .generate.sampling import Sampler
+from .generate.scheduler import MAX_SEQUENCES, Scheduler
 from .generate.speculate import MODES, Speculator
 from .generate.stop import ReasoningSplit, StopStrings, check_stop
 from .generate.stream import Stream
@@ -41,8 +44,8 @@ if TYPE_CHECKING:
     from .chat.template import ChatTemplate
     from .chat.tokenizer import Tokenizer
     from .generate.cache import Checkpoint
+    from .generate.options import GenerationOptions
     from .generate.result import GenerationResult, TokenLogprobs
-    from .generate.sampling import GenerationOptions
     from .generate.spill import SpillFolder
     from .model.config import ModelConfig
     from .model.mtp import MtpModel
@@ -60,7 +63,7 @@ class Model:
     """A loaded checkpoint; made by `deltaic.load`. May be used from several threads: computation takes turns, token by
     token.
 
-    Every method that takes generation options knows those of `deltaic.generate.sampling.GenerationOptions`:
+    Every method that takes generation options knows those of `deltaic.generate.options.GenerationOptions`:
     max_new_tokens, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, seed,
     stop, logprobs, speculate.
     """
@@ -98,10 +101,7 @@ class Model:
             text, vision, ops, threads=threads, image_token_id=config.image_token_id, feature_bytes=features, mtp=mtp,
         )  # fmt: skip
         self._generation_config = read_generation_config(folder)
-        self._files_lock = threading.Lock()
-        self._tokenizer: Tokenizer | None = None
-        self._template: ChatTemplate | None = None
-        self._image_processor: ImageProcessor | None = None
+        self._files = ChatFiles(folder)
 
     @property
     def dtype(self) -> str:
@@ -114,35 +114,18 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokeniser, read on first use."""
-        with self._files_lock:
-            if self._tokenizer is None:
-                from .chat.tokenizer import Tokenizer
-
-                self._tokenizer = Tokenizer.from_folder(self.folder)
-            return self._tokenizer
+        return self._files.tokenizer
 
     @property
     def template(self) -> ChatTemplate:
         """The checkpoint's chat template, read on first use."""
-        with self._files_lock:
-            if self._template is None:
-                from .chat.template import ChatTemplate
-
-                self._template = ChatTemplate.from_folder(self.folder)
-            return self._template
+        return self._files.template
 
     @property
     def image_processor(self) -> ImageProcessor | None:
         """The checkpoint's image preprocessing, read on first use; None where the checkpoint has none."""
-        files = ("preprocessor_config.json", "processor_config.json")
-        if self.config.vision is None or not any((self.folder / name).is_file() for name in files):
-            return None
-        with self._files_lock:
-            if self._image_processor is None:
-                from .chat.image import ImageProcessor
-
-                self._image_processor = ImageProcessor.from_folder(self.folder)
-            return self._image_processor
+        see = self.config.vision is not None and self._files.has_image_processor
+        return self._files.image_processor if see else None
 
     @property
     def context_length(self) -> int:
@@ -166,7 +149,7 @@ class Model:
 
         Messages are rendered with the checkpoint's template, to which template_variables go; a string is raw text in
         which special tokens are honoured. min_pixels and max_pixels replace the checkpoint's limits of a picture's
-        area.         Raises PromptError, ImageError, ArgumentError or ContextLengthError.
+        area. Raises PromptError, ImageError, ArgumentError or ContextLengthError.
         """
         from .chat.prompt import Prompt, prepare
 
@@ -182,48 +165,26 @@ class Model:
             given = [name for name, value in settings.items() if value is not None]
             if given:
                 raise ArgumentError(f"{given[0]}: belongs to Model.prepare; this Prompt is prepared already")
-            return self._checked(prompt)
-        made = prepare(
-            prompt,
-            config=self.config,
-            tokenizer=self.tokenizer if (self.folder / "tokenizer.json").exists() else None,
-            template=self.template,
-            image_processor=self.image_processor,
-            **settings,
-        )
-        return self._checked(made)
-
-    def _checked(self, prompt: Prompt) -> Prompt:
-        """The prompt, if the model can run it whatever its author did to it."""
-        ids, positions = prompt.token_ids, prompt.position_ids
-        for name, array, shape in (("token_ids", ids, (len(ids),)), ("position_ids", positions, (len(ids), 3))):
-            if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.shape != shape:
-                raise PromptError(f"{name}: expected an int64 array of shape {shape}, found {describe(array)}")
-        if not len(ids):
-            raise PromptError("the prompt is empty; expected at least one token")
-        vocabulary = self.config.text.vocab_size
-        wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
-        if len(wrong):
-            raise PromptError(f"token {wrong[0]} is {ids[wrong[0]]}, expected an id from 0 to {vocabulary - 1}")
-        if len(ids) > self.context_length:
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens, the context has room for {self.context_length}; shorten the prompt"
+            made = prompt
+        else:
+            made = prepare(
+                prompt,
+                config=self.config,
+                tokenizer=self.tokenizer if self._files.has_tokenizer else None,
+                template=self.template,
+                image_processor=self.image_processor,
+                **settings,
             )
-        return prompt
+        made.check(self.config.text.vocab_size)
+        if len(made) > self.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(made)} tokens, the context has room for {self.context_length}; shorten the prompt"
+            )
+        return made
 
     def new_state(self) -> State:
         """An empty sequence state, to feed with `forward`."""
-        from .model.state import State
-
-        blank = self._blank_state
-        return State(
-            self.config.text,
-            self._ops,
-            blank.kv_dtype,
-            context=blank.context,
-            fingerprint=blank.fingerprint,
-            mtp=blank.with_mtp,
-        )
+        return self._blank_state.empty()
 
     def _own_state(self, state: Any) -> State:
         """`state`, bound to this model. Raises StateError where it belongs to another."""
@@ -243,7 +204,7 @@ class Model:
     @cached_property
     def _border_id(self) -> int | None:
         """The token after which a message ends; None without a tokeniser, or one that does not know messages."""
-        return self.tokenizer.id_of("<|im_end|>") if (self.folder / "tokenizer.json").exists() else None
+        return self.tokenizer.id_of("<|im_end|>") if self._files.has_tokenizer else None
 
     def forward(self, prompt: Any, state: State | None = None) -> np.ndarray:
         """Logits after every token of `prompt` (anything `prepare` takes): float32 [T, vocab].
@@ -401,13 +362,8 @@ class Model:
     ) -> Job:
         """What is to be generated, with every argument checked."""
         began = perf_counter()
-        check_option_names(options)
-        stop = check_stop(options.get("stop"))
-        logprobs = check_logprobs(options.get("logprobs"))
+        check_options(options)
         mode = self._speculation(options.get("speculate"))
-        resolve_sampling(options, {}, {})  # a wrong option is reported before a long prompt is prepared
-        if options.get("max_new_tokens") is not None:
-            integer("max_new_tokens", options["max_new_tokens"], 1, 2**31 - 1)
         made = self.prepare(prompt, thinking=thinking, images=images, tools=tools)
         in_thinking = self.template.starts_in_thinking(made.text)
         recommended = recommended_sampling(
@@ -416,16 +372,18 @@ class Model:
         params = resolve_sampling(options, self._generation_config, recommended)
         max_new_tokens = self._room(len(made.token_ids), options.get("max_new_tokens"))
         limit, unused = self._sampled_ids
+        logprobs = check_logprobs(options.get("logprobs"))
         sampler = Sampler(self._ops, params, limit=limit, unused=unused, prompt_ids=made.token_ids, logprobs=logprobs)
+        stop = StopStrings(check_stop(options.get("stop")))
         return Job(
-            made,
-            self._reading(made, also),
-            sampler,
-            TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), StopStrings(stop)),
-            self.end_ids,
-            max_new_tokens,
-            None if mode == "off" else Speculator(self._runner, sampler, made.token_ids.tolist(), mode),
-            perf_counter() - began,
+            prompt=made,
+            reading=self._reading(made, also),
+            sampler=sampler,
+            rules=TextRules(self.tokenizer.stream(), ReasoningSplit(in_thinking), stop),
+            end_ids=self.end_ids,
+            max_new_tokens=max_new_tokens,
+            speculator=None if mode == "off" else Speculator(self._runner, sampler, made.token_ids.tolist(), mode),
+            prepare_seconds=perf_counter() - began,
         )
 
     def _speculation(self, mode: str | None) -> str:
@@ -442,7 +400,7 @@ class Model:
         """How `prompt` goes through the cache."""
         from .chat.prompt import mrope_positions
 
-        grids = [(image.grid[1] // image.merge_size, image.grid[2] // image.merge_size) for image in prompt.images]
+        grids = [image.token_grid for image in prompt.images]
         image_token_id = self.config.image_token_id
         try:
             implied = mrope_positions(prompt.token_ids, grids, image_token_id)
@@ -486,8 +444,8 @@ class Model:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: those the files of the checkpoint name, and the template's own (spec 12.3: the
-        files disagree between releases, so the union counts)."""
+        """Tokens that end an answer: those the files of the checkpoint name, and the template's own. The files disagree
+        between releases, so the union counts."""
         tokenizer = self.tokenizer
         own = (tokenizer.eos_token_id, tokenizer.id_of("<|im_end|>"), tokenizer.id_of("<|endoftext|>"))
         return frozenset(self.config.eos_token_ids) | {i for i in own if i is not None}

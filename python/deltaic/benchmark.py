@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -90,9 +89,11 @@ def measure(load: Callable[[], Model], *, prompt: int = 512, new: int = 128, rep
 def _one_run(model: Model, prompt: int, new: int, seed: int) -> tuple[float, list[float], list[int]]:
     """Seconds of prefill, and of each decoded token after the first (sampling included), and how often other processes
     took the processor while it was computed."""
-    from .generate.cache import PrefixCache, Reading
+    from .generate.cache import PrefixCache
     from .generate.loop import generate_ids
-    from .generate.sampling import Sampler, SamplingParams
+    from .generate.options import SamplingParams
+    from .generate.reading import Reading
+    from .generate.sampling import Sampler
 
     vocabulary = model.config.text.vocab_size
     ids = np.random.default_rng(seed).integers(0, vocabulary, prompt)
@@ -131,10 +132,7 @@ class Probe:
         """Measure once."""
         if self._ops is None:
             return
-        read = partial(self._ops.probe_read, np.ones(PROBE_BYTES, np.uint8))
-        seconds = min(_seconds(read) for _ in range(3))
-        del read  # with its data, which is none of the model's memory
-        self._bandwidths.append(PROBE_BYTES / seconds)
+        self._bandwidths.append(read_bandwidth(self._ops, np.ones(PROBE_BYTES, np.uint8)))
         for kind, found in self._peaks.items():
             try:
                 found.append(self._peak(kind))
@@ -162,10 +160,15 @@ class Probe:
         return {kind: median(found) if found else None for kind, found in self._peaks.items()}
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = perf_counter()
-    work()
-    return perf_counter() - start
+def read_bandwidth(ops: Any, data: np.ndarray, rounds: int = 3) -> float:
+    """Bytes per second at which all threads of an op set together read `data` (contiguous) in order; of the fastest
+    round."""
+    fastest = float("inf")
+    for _ in range(rounds):
+        start = perf_counter()
+        ops.probe_read(data)
+        fastest = min(fastest, perf_counter() - start)
+    return data.nbytes / fastest
 
 
 # ------------------------------------------------------------------------------------------ what a token needs

@@ -35,7 +35,7 @@ def installation_facts() -> dict[str, Any]:
 
 def checkpoint_facts(path_or_id: str) -> dict[str, Any]:
     """What a checkpoint or a packed folder holds, from its configuration and headers; no weight is read."""
-    from .model.config import load_config
+    from .model.config_file import load_config
     from .weights.checkpoint import open_checkpoint
     from .weights.hub import find_model
     from .weights.names import expected_tensors

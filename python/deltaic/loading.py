@@ -14,7 +14,7 @@ from .arguments import choice, describe, integer
 from .errors import ArgumentError, CheckpointError, DeviceError
 from .generate.speculate import MODES
 from .memory import check_context, checkpoint_bytes, default_cache_bytes
-from .ops.devices import op_set, use_threads
+from .ops.devices import kv_dtypes, op_set, use_threads
 from .ops.layout import KV_DTYPES
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def load(
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
     """
-    from .model.config import load_config
+    from .model.config_file import load_config
     from .model.state import State
     from .weights.hub import find_model
     from .weights.packed import PACKED_FILE
@@ -91,10 +91,11 @@ def load(
     wanted = Precision.parse("bf16" if dtype is None else dtype, vision_dtype, activations)
     if kv_dtype is not None:
         choice("kv_dtype", kv_dtype, tuple(KV_DTYPES))
-        if kv_dtype == "int8" and device == "cuda":
-            raise DeviceError("kv_dtype: 'int8' is not available with device='cuda'; use 'bf16' or 'f32'")
     choice("memory", memory, MEMORY)
     ops = op_set(device)
+    if kv_dtype is not None and kv_dtype not in kv_dtypes(ops):
+        others = " or ".join(map(repr, kv_dtypes(ops)))
+        raise DeviceError(f"kv_dtype: {kv_dtype!r} is not available with device={device!r}; use {others}")
     threads = use_threads(ops, threads)
     for name, value in (("cache_bytes", cache_bytes), ("cache_folder_bytes", cache_folder_bytes)):
         if value is not None:

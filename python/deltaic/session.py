@@ -12,12 +12,13 @@ import numpy as np
 
 from .arguments import describe, integer
 from .errors import ArgumentError, ContextLengthError, PromptError, StateError
-from .generate.sampling import check_option_names
+from .generate.options import check_option_names
 
 if TYPE_CHECKING:
     from .api import Model
     from .chat.image import ImageInput
-    from .generate.cache import Checkpoint, Reading
+    from .generate.cache import Checkpoint
+    from .generate.reading import Reading
     from .generate.result import GenerationResult
     from .generate.stream import Stream
 
@@ -167,7 +168,8 @@ class Session:
     @classmethod
     def load(cls, model: Model, path: str | os.PathLike[str]) -> Session:
         """The conversation in a file of `save`, to go on with the same model. Raises StateError."""
-        from .generate.cache import Checkpoint, PrefixDigest, sequence_keys
+        from .generate.cache import Checkpoint
+        from .generate.prefix import PrefixDigest, sequence_keys
         from .model.state_file import load_state
 
         state, metadata, arrays = load_state(path, model._ops)

@@ -8,16 +8,8 @@ from typing import Any
 
 import numpy as np
 from deltaic.chat.tokenizer import Tokenizer
+from tiny import SPECIAL
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 WORDS = ("the", "picture", " of", "née", "日本", "👍")
 

@@ -61,7 +61,7 @@ def test_int8_keys_and_values_are_refused(load, tmp_path):
     state = on_cpu.new_state()
     on_cpu.forward(PROMPT, state)
     state.save(tmp_path / "state")
-    for refused in (state, State.load(tmp_path / "state", cpu)):
+    for refused in (state, State.load(tmp_path / "state", cpu), on_cpu.new_state()):
         with pytest.raises(StateError, match=r"keys and values are 'int8', .* expected .* 'bf16' or 'f32'"):
             model.forward(" and", refused)
     assert on_cpu.forward(" and", state).shape[0] > 0  # it is as it was

@@ -13,38 +13,23 @@ import deltaic
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, StateError
-from deltaic.generate import cache as cache_module
-from deltaic.generate.cache import (
-    Checkpoint,
-    FeatureCache,
-    PrefixCache,
-    PrefixDigest,
-    sequence_keys,
-    shared_length,
-    split_points,
-)
+from deltaic.generate import prefill, prefix
+from deltaic.generate.cache import Checkpoint, FeatureCache, PrefixCache
 from deltaic.generate.loop import generate_ids
+from deltaic.generate.prefix import PrefixDigest, sequence_keys, shared_length, split_points
+from deltaic.model.state import BLOCK_TOKENS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from tiny import picture, user
 
 GREEDY = {"temperature": 0.0}
 SYSTEM = {"role": "system", "content": "the cat sat on the mat. " * 4}
-END, START = 99, 98  # message tokens of hand-made ids
+END = 99  # of a message, in hand-made ids
 HEADER = "<|im_start|>assistant\n<think>\n\n</think>\n\n"  # what the tiny template ends a prompt with
-
-
-def user(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def assistant(text):
     return {"role": "assistant", "content": text}
-
-
-def picture(seed=0, height=70):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, 100, 3), np.uint8))
 
 
 def length(model, text):
@@ -82,8 +67,8 @@ def folder(request):
 @pytest.fixture
 def small_steps(monkeypatch):
     """Short prompts have what otherwise only long ones have: pauses and checkpoints inside messages."""
-    monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 16)
-    monkeypatch.setattr(cache_module, "CHECKPOINT_TOKENS", 32)
+    monkeypatch.setattr(prefix, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefix, "CHECKPOINT_TOKENS", 32)
 
 
 @pytest.fixture
@@ -222,6 +207,55 @@ def test_a_prompt_asked_again_is_not_read_at_all(model, cold):
     assert again[2].miss_reason is None
     assert np.array_equal(again[1], first[1])
     assert np.array_equal(again[1], run(cold, prompt, 5)[1])
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "int8"])
+def test_checkpoints_inside_a_pass_are_those_of_passes_that_end_there(tiny_mtp_folder, device, monkeypatch, kv_dtype):
+    """In all that they hold; and as many passes are saved."""
+    found, passes = [], []
+    said = [SYSTEM, user("one", picture()), assistant("yes"), user("two"), assistant("no"), user("three")]
+    for marks in (0, 3):
+        monkeypatch.setattr(prefill, "MARKS", marks)
+        model = deltaic.load(tiny_mtp_folder, device=device, dtype="f32", kv_dtype=kv_dtype, cache_bytes=64 << 20)
+        if not model._ops.SPLIT_INVARIANT:
+            pytest.skip("such op sets cut the prompt at every checkpoint")
+        read, calls = model._runner.read, []
+        monkeypatch.setattr(
+            model._runner, "read", lambda *a, read=read, calls=calls, **k: calls.append(1) or read(*a, **k)
+        )
+        model.chat(said, max_new_tokens=3, speculate="mtp", **GREEDY)
+        found.append({c.length: c for c in model.cache._entries.values()})
+        passes.append(len(calls))
+    assert passes == [7, 2]
+    assert sorted(found[0]) == sorted(found[1])
+    assert len(found[0]) == 8  # one one after the answer
+    assert found[1][max(found[1])].state.mtp_length > 100
+    for cut, inside in ((found[0][n], found[1][n]) for n in found[0]):
+        a, b = cut.state, inside.state
+        assert np.array_equal(a.conv, b.conv)
+        assert np.array_equal(a.delta, b.delta)
+        assert np.array_equal(cut.hidden, inside.hidden)
+        for name in ("token_ids", "images", "length", "rope_delta", "mtp_first", "mtp_length", "intact"):
+            assert getattr(a, name) == getattr(b, name), name
+        for tables, length in (((a.kv, b.kv), a.length), ((a.mtp, b.mtp), a.mtp_length)):
+            assert len(tables[0]) == len(tables[1])
+            for i, blocks in enumerate(zip(tables[0].blocks, tables[1].blocks, strict=True)):
+                rows = length - i * BLOCK_TOKENS
+                assert np.array_equal(*(block[:, :, :, :rows] for block in blocks))
+
+
+def test_a_state_of_before_and_what_came_after_do_not_disturb_each_other(model, cold):
+    """Each of the two goes on, in either order, in the block that they share."""
+    if not model._ops.SPLIT_INVARIANT:
+        pytest.skip("such op sets cut the prompt at every checkpoint")
+    said = [SYSTEM, user("one"), assistant("yes"), user("two")]
+    whole = run(model, model.prepare(said), 6)
+    for last in ("three", "four", "two"):
+        prompt = model.prepare([*said[:-1], user(last)])
+        again = run(model, prompt, 6)
+        assert again[2].cached_tokens > 0
+        assert np.array_equal(again[1], run(cold, prompt, 6)[1])
+    assert np.array_equal(again[1], whole[1])
 
 
 def test_results_report(model):

@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, ConfigError
-from deltaic.generate.sampling import (
-    Sampler,
+from deltaic.generate.options import (
     SamplingParams,
     check_option_names,
     read_generation_config,
     recommended_sampling,
     resolve_sampling,
 )
+from deltaic.generate.sampling import Sampler
 from deltaic.ops import reference
 
 NAN, INF = math.nan, math.inf

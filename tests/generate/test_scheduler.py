@@ -10,26 +10,17 @@ import deltaic
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, ImageError, PromptError, StateError
-from deltaic.generate import cache as cache_module
+from deltaic.generate import prefix
 from deltaic.generate.costs import Costs
 from deltaic.generate.scheduler import Load, Scheduler
 from deltaic.generate.speculate import share_rows
 from deltaic.model.replay import Replay
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from tiny import picture, user
 
 GREEDY = {"temperature": 0.0}
 SYSTEM = {"role": "system", "content": "the cat sat on the mat. " * 4}
-
-
-def user(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
-
-
-def picture(seed=0, height=70):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, 100, 3), np.uint8))
 
 
 @pytest.fixture(params=["dense", "moe"])
@@ -122,8 +113,8 @@ def test_each_gets_the_bits_that_it_gets_alone(
     if dtype == "int4" and not ops.SPLIT_INVARIANT:
         pytest.skip("there are no bits to compare")
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "PREFILL_TOKENS", 32)
-        patch.setattr(cache_module, "CHECKPOINT_TOKENS", 64)
+        patch.setattr(prefix, "PREFILL_TOKENS", 32)
+        patch.setattr(prefix, "CHECKPOINT_TOKENS", 64)
         model, cold = models(folder, device, dtype)
         model.cache.clear()
         model.cache.budget = 64 << 20 if cached else 0
@@ -256,7 +247,7 @@ def test_whoever_waits_for_a_beginning_goes_on_when_its_reader_leaves(model):
     second = scheduler.submit([SYSTEM, user("two")], max_new_tokens=2, **GREEDY)
     for _ in range(3):
         scheduler.step()
-    assert scheduler._running[2].reader is None
+    assert scheduler._batch.running[2].reader is None
     first.close()
     assert second.finish().finish_reason == "length"
     decoding.close()
@@ -304,7 +295,7 @@ def test_running_sequences_keep_their_pace(model, monkeypatch, ops):
 
 
 def test_a_short_prompt_overtakes_a_long_one(model, monkeypatch):
-    monkeypatch.setattr(cache_module, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(prefix, "PREFILL_TOKENS", 16)
     scheduler = model.scheduler(prefill_tokens=16)
     decoding = scheduler.submit([1], max_new_tokens=200, **GREEDY)
     next(decoding)
@@ -355,9 +346,9 @@ def test_memory_is_set_aside_before_a_request_starts(model):
     requests = [scheduler.submit([i] * 200, max_new_tokens=20, **GREEDY) for i in range(4)]
     together = 0
     while scheduler.step():
-        load = scheduler.load
+        load, running = scheduler.load, scheduler._batch.running
         assert load.reserved_bytes <= scheduler.max_bytes
-        assert sum(sequence.state.nbytes for sequence in scheduler._running if sequence.reader) <= load.reserved_bytes
+        assert sum(sequence.state.nbytes for sequence in running if sequence.reader) <= load.reserved_bytes
         together = max(together, load.reading + load.decoding)
     assert together == 2
     assert all(request.result.completion_tokens == 20 for request in requests)
@@ -396,7 +387,7 @@ def test_wrong_limits(model, limits):
 
 
 def states_of(scheduler):
-    return [weakref.ref(sequence.reader) for sequence in scheduler._running if sequence.reader is not None]
+    return [weakref.ref(sequence.reader) for sequence in scheduler._batch.running if sequence.reader is not None]
 
 
 def test_closing_frees_the_state_at_once(model):

@@ -16,11 +16,12 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from deltaic.model.config import ModelConfig, load_config
+from deltaic.model.config import ModelConfig
+from deltaic.model.config_file import load_config
 from deltaic.model.state import State
 from deltaic.model.text import TextModel
 from deltaic.model.vision import VisionModel
-from deltaic.weights import build
+from deltaic.weights.build import open_source, text_weights, vision_weights
 from deltaic.weights.checkpoint import Checkpoint, open_checkpoint
 from deltaic.weights.precision import Precision
 from transformers import (
@@ -158,15 +159,15 @@ def exact(dtype: str) -> Precision:
 def build_text(model: torch.nn.Module, ops: ModuleType, dtype: str = "f32") -> TextModel:
     """The same decoder on an op set, through a checkpoint as transformers saves it."""
     with saved(model) as (config, checkpoint):
-        return TextModel(config.text, build.build_text(checkpoint, config, ops, exact(dtype), progress=False), ops)
+        source = open_source(checkpoint, config, ops, exact(dtype))
+        return TextModel(config.text, text_weights(source, config, False), ops)
 
 
 def build_vision(model: torch.nn.Module, ops: ModuleType, dtype: str = "f32") -> VisionModel:
     """The same vision tower on an op set, through a checkpoint as transformers saves it."""
     with saved(model) as (config, checkpoint):
-        return VisionModel(
-            config.vision, build.build_vision(checkpoint, config, ops, exact(dtype), progress=False), ops
-        )
+        source = open_source(checkpoint, config, ops, exact(dtype))
+        return VisionModel(config.vision, vision_weights(source, config, False), ops)
 
 
 @contextmanager

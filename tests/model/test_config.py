@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from deltaic.errors import ConfigError
-from deltaic.model.config import FULL_ATTENTION, LINEAR_ATTENTION, load_config
+from deltaic.model.config import FULL_ATTENTION, LINEAR_ATTENTION
+from deltaic.model.config_file import load_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -419,7 +420,7 @@ def test_absent_and_strange_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "nowhere")
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ConfigError, match="JSON"):
+    with pytest.raises(ConfigError, match="UTF-8"):
         load_config(tmp_path)
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(1 << 40)  # sparse: takes no room on the disk

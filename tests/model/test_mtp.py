@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from deltaic.model.mtp import Choice
 from deltaic.model.state import BLOCK_TOKENS
-from PIL import Image
 from safetensors.numpy import load_file
+from tiny import picture
 
 TOLERANCE = 1e-4  # float32, largest difference over largest value
 EPS = 1e-6
@@ -220,10 +220,6 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature):
                     assert error(found, plain) < TOLERANCE
         assert one.mtp_length == other.mtp_length == first + n
         np.testing.assert_array_equal(entries(one), entries(other))
-
-
-def picture():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8))
 
 
 @pytest.mark.parametrize("mode", ["auto", "mtp"])

@@ -26,6 +26,21 @@ def test_a_new_state_is_empty_and_zero(ops):
     assert state.nbytes == 4 * (3 * 3 * CONV_DIM + 3 * 6 * 12 * 20)
 
 
+def test_an_empty_state_like_another_shares_nothing_with_it(ops):
+    state = State(CONFIG, ops, "bf16", context=300, fingerprint="f", mtp=True)
+    state.reserve(1)
+    state.delta[:], state.length, state.token_ids = 1.0, 1, [7]
+    twin = state.fork().empty()
+    assert (twin.length, twin.token_ids, len(twin.kv), twin.intact) == (0, [], 0, True)
+    assert not twin.delta.any()
+    assert (twin.kv_dtype, twin.context, twin.fingerprint, twin.with_mtp) == ("bf16", 300, "f", True)
+    assert twin.fits(state)
+    twin.reserve(1)
+    twin.conv[:] = 2.0
+    assert not state.conv.any()
+    assert twin.bytes_for(300) == state.bytes_for(300)
+
+
 def test_the_arrays_begin_cache_lines(tmp_path):
     """Of a new state, of a fork that has its own, and of one from a file: vectors then do not lie across two lines."""
     ops = pytest.importorskip("deltaic.ops.cpu")

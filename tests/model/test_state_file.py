@@ -17,14 +17,10 @@ from deltaic.model import state_file
 from deltaic.model.state import BLOCK_TOKENS, State, total_nbytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from tiny import picture
 
 SOURCE = Path(deltaic.__file__).parents[1]
 SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-
-
-def picture(seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (70, 100, 3), np.uint8))
 
 
 def ids(rng, count):

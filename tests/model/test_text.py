@@ -12,7 +12,7 @@ import torch
 from deltaic.errors import ArgumentError, ContextLengthError, StateError
 from deltaic.model.rope import TextRope
 from deltaic.model.state import State
-from deltaic.model.text import TextModel
+from deltaic.model.text import Mark, TextModel
 from deltaic.ops import reference
 from oracle import TEXT_MODELS, build_text, feed, max_error, text_positions
 
@@ -168,8 +168,8 @@ def test_arguments_that_do_not_fit_are_errors(ops, rng):
     state, other = State(model.config, ops), State(model.config, ops)
     x, positions = model.embed(random_ids(rng, 4)), text_positions(0, 4)
 
-    def forward(x=x, positions=positions, states=(state,), cu_seqlens=(0, 4)):
-        return model.forward(x, positions, list(states), np.array(cu_seqlens))
+    def forward(x=x, positions=positions, states=(state,), cu_seqlens=(0, 4), marks=()):
+        return model.forward(x, positions, list(states), np.array(cu_seqlens), marks=marks)
 
     with pytest.raises(ArgumentError, match=r"\(4, 2\)"):
         forward(positions=positions[:, :2])
@@ -180,6 +180,11 @@ def test_arguments_that_do_not_fit_are_errors(ops, rng):
             forward(cu_seqlens=bad)
     with pytest.raises(ArgumentError, match="cu_seqlens"):
         forward(states=(state, other), cu_seqlens=(0, 5, 4))
+    for rows in [(0,), (4,), (2, 2), (3, 1), (-1,)]:
+        with pytest.raises(ArgumentError, match="marks"):
+            forward(marks=[Mark(n, None, None) for n in rows])
+    with pytest.raises(ArgumentError, match="marks"):
+        forward(states=(state, other), cu_seqlens=(0, 2, 4), marks=[Mark(1, None, None)])
     with pytest.raises(StateError, match="twice"):
         forward(states=(state, state), cu_seqlens=(0, 2, 4))
     with pytest.raises(ArgumentError, match=r"token id"):

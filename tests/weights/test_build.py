@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, CheckpointError
-from deltaic.model.config import ModelConfig, load_config
+from deltaic.model.config import ModelConfig
+from deltaic.model.config_file import load_config
 from deltaic.model.weights import DeltaMixer, SparseFFN, weight_bytes
-from deltaic.weights.build import build_mtp, build_text, build_vision
+from deltaic.weights.build import mtp_weights, text_weights, vision_weights
 from deltaic.weights.checkpoint import Checkpoint, open_checkpoint
 from deltaic.weights.precision import Precision
-from tiny_checkpoints import CLASSES, FakeOps, mtp_tensors, random_model, save_state, split_experts
+from tiny_checkpoints import CLASSES, FakeOps, build, mtp_tensors, random_model, save_state, split_experts
 
 SWIGLU = ("gate_proj.weight", "up_proj.weight")
 
@@ -130,12 +131,12 @@ def test_what_transformers_saves(tmp_path: Path, class_name: str, tied: bool, sh
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded
     checkpoint, config = load(tmp_path)
     state = model.state_dict()
-    check_text(build_text(checkpoint, config, FakeOps(), "bf16"), state, rounded, tied)
+    check_text(build(text_weights, checkpoint, config, FakeOps(), "bf16"), state, rounded, tied)
     if config.vision is None:
         with pytest.raises(ArgumentError, match="no vision tower"):
-            build_vision(checkpoint, config, FakeOps(), "bf16")
+            build(vision_weights, checkpoint, config, FakeOps(), "bf16")
     else:
-        check_vision(build_vision(checkpoint, config, FakeOps(), "bf16"), state, rounded)
+        check_vision(build(vision_weights, checkpoint, config, FakeOps(), "bf16"), state, rounded)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -144,9 +145,9 @@ def test_float32_checkpoint(tmp_path: Path, dtype: str) -> None:
     model.save_pretrained(tmp_path)
     checkpoint, config = load(tmp_path)
     matrix = rounded if dtype == "bf16" else lambda array: array
-    text = build_text(checkpoint, config, FakeOps(), dtype)
+    text = build(text_weights, checkpoint, config, FakeOps(), dtype)
     check_text(text, model.state_dict(), matrix, tied=False)
-    check_vision(build_vision(checkpoint, config, FakeOps(), dtype), model.state_dict(), matrix)
+    check_vision(build(vision_weights, checkpoint, config, FakeOps(), dtype), model.state_dict(), matrix)
     assert text.layers[0].mixer.in_proj.formats == [dtype] * 4
 
 
@@ -154,7 +155,7 @@ def test_float16_checkpoint(tmp_path: Path) -> None:
     model = random_model("Qwen3_5ForCausalLM", bfloat16=False).half()
     model.save_pretrained(tmp_path)
     checkpoint, config = load(tmp_path)
-    text = build_text(checkpoint, config, FakeOps(), "f32")
+    text = build(text_weights, checkpoint, config, FakeOps(), "f32")
     check_text(text, model.state_dict(), lambda array: array, tied=False)
 
 
@@ -172,8 +173,8 @@ def test_both_expert_forms_mtp_and_stored_tied_head(
     save_state(tmp_path, model, {**stored, **mtp})
     checkpoint, config = load(tmp_path)
     assert ("lm_head.weight" in checkpoint.tensors) == (not tied or "lm_head.weight" in fused)
-    check_text(build_text(checkpoint, config, FakeOps(), "bf16"), fused, rounded, tied)
-    built = build_mtp(checkpoint, config, FakeOps(), "bf16")
+    check_text(build(text_weights, checkpoint, config, FakeOps(), "bf16"), fused, rounded, tied)
+    built = build(mtp_weights, checkpoint, config, FakeOps(), "bf16")
     state = mtp_tensors(text_config, per_expert=False) if "Moe" not in class_name else fuse(mtp)
     check_layer(built.layer, state, "mtp.layers.0.", rounded)
     np.testing.assert_array_equal(built.fc.values, numbers(mtp, "mtp.fc.weight"))
@@ -201,29 +202,29 @@ def test_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     save_state(tmp_path, model, state)
     checkpoint, config = load(tmp_path)
-    text = build_text(checkpoint, config, FakeOps(), "bf16")
+    text = build(text_weights, checkpoint, config, FakeOps(), "bf16")
     assert text.head is text.embed
     state["lm_head.weight"][-1, -1] += 1
     save_state(tmp_path, model, state)
     checkpoint, config = load(tmp_path)
     with pytest.raises(CheckpointError, match="differs from embed_tokens"):
-        build_text(checkpoint, config, FakeOps(), "bf16")
+        build(text_weights, checkpoint, config, FakeOps(), "bf16")
     state["lm_head.weight"] = state["model.embed_tokens.weight"].float()
     save_state(tmp_path, model, state)
     checkpoint, config = load(tmp_path)
     with pytest.raises(CheckpointError, match="differs from embed_tokens"):
-        build_text(checkpoint, config, FakeOps(), "bf16")
+        build(text_weights, checkpoint, config, FakeOps(), "bf16")
 
 
 def test_arguments_are_refused_before_work(tmp_path: Path) -> None:
     random_model("Qwen3_5ForCausalLM").save_pretrained(tmp_path)
     checkpoint, config = load(tmp_path)
     with pytest.raises(ArgumentError, match="'int4'"):
-        build_text(checkpoint, config, object(), "int5")
+        build(text_weights, checkpoint, config, object(), "int5")
     with pytest.raises(ArgumentError, match="matches no tensor"):
-        build_text(checkpoint, config, object(), Precision.parse({"layers.4.*": "int8"}))
+        build(text_weights, checkpoint, config, object(), Precision.parse({"layers.4.*": "int8"}))
     with pytest.raises(CheckpointError, match="multi-token-prediction"):
-        build_mtp(checkpoint, config, FakeOps(), "bf16")
+        build(mtp_weights, checkpoint, config, FakeOps(), "bf16")
 
 
 def test_running_out_of_memory_is_said(tmp_path: Path) -> None:
@@ -234,19 +235,19 @@ def test_running_out_of_memory_is_said(tmp_path: Path) -> None:
     random_model("Qwen3_5ForCausalLM").save_pretrained(tmp_path)
     checkpoint, config = load(tmp_path)
     with pytest.raises(CheckpointError, match=r"not enough memory to pack model\.embed_tokens\.weight"):
-        build_text(checkpoint, config, NoMemory(), "bf16")
+        build(text_weights, checkpoint, config, NoMemory(), "bf16")
 
 
 def test_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random_model("Qwen3_5ForConditionalGeneration", tied=True).save_pretrained(tmp_path)
     checkpoint, config = load(tmp_path)
     capsys.readouterr()
-    build_text(checkpoint, config, FakeOps(), "bf16")  # stderr is no terminal here
-    build_text(checkpoint, config, FakeOps(), "bf16", progress=False)
+    build(text_weights, checkpoint, config, FakeOps(), "bf16")  # stderr is no terminal here
+    build(text_weights, checkpoint, config, FakeOps(), "bf16", progress=False)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    build_text(checkpoint, config, FakeOps(), "bf16", progress=True)
-    build_vision(checkpoint, config, FakeOps(), "bf16", progress=True)
+    build(text_weights, checkpoint, config, FakeOps(), "bf16", progress=True)
+    build(vision_weights, checkpoint, config, FakeOps(), "bf16", progress=True)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Packing the text model: 100%" in captured.err
@@ -259,7 +260,7 @@ def test_weight_bytes_counts_a_tied_head_once(tmp_path: Path) -> None:
         model = random_model("Qwen3_5ForCausalLM", tied=tied)
         model.save_pretrained(tmp_path)
         checkpoint, config = load(tmp_path)
-        sizes[tied] = weight_bytes(build_text(checkpoint, config, FakeOps(), "f32"))
+        sizes[tied] = weight_bytes(build(text_weights, checkpoint, config, FakeOps(), "f32"))
     head = 4 * config.text.vocab_size * config.text.hidden_size
     assert sizes[False] - sizes[True] == head
     assert sizes[True] == sum(4 * parameter.numel() for parameter in model.parameters())
@@ -269,10 +270,10 @@ PEAK_MEMORY = """
 import resource, sys
 import numpy as np
 sys.path.insert(0, sys.argv[2])
-from tiny_checkpoints import FakeOps, write_safetensors
-from deltaic.model.config import load_config
+from tiny_checkpoints import FakeOps, build, write_safetensors
+from deltaic.model.config_file import load_config
 from deltaic.model.weights import weight_bytes
-from deltaic.weights.build import build_text
+from deltaic.weights.build import text_weights
 from deltaic.weights.checkpoint import open_checkpoint
 
 class Weight:
@@ -291,7 +292,7 @@ def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 before = peak()
-weights = build_text(checkpoint, config, Ops(), "bf16")
+weights = build(text_weights, checkpoint, config, Ops(), "bf16")
 print((peak() - before) / weight_bytes(weights), weight_bytes(weights))
 """
 

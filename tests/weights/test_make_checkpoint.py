@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deltaic.model.config import load_config
-from deltaic.weights.build import build_mtp, build_text, build_vision
+from deltaic.model.config_file import load_config
+from deltaic.weights.build import mtp_weights, text_weights, vision_weights
 from deltaic.weights.checkpoint import INDEX_FILE, open_checkpoint
-from tiny_checkpoints import FakeOps
+from tiny_checkpoints import FakeOps, build
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import make_checkpoint
@@ -40,8 +40,8 @@ def test_everything_loads_and_nothing_is_left_at_zero_or_one(tmp_path: Path) -> 
             assert values.std() > 1e-3, name
         embedding = checkpoint.tensors["model.language_model.embed_tokens.weight"].read().astype(np.float32)
         assert abs(embedding.std() * 8 - 1) < 0.01  # 64 inputs
-        for build in (build_text, build_vision, build_mtp):
-            build(checkpoint, config, FakeOps(), "bf16")
+        for part in (text_weights, vision_weights, mtp_weights):
+            build(part, checkpoint, config, FakeOps(), "bf16")
 
 
 def test_transformers_reads_it(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_shards_and_parts_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(set(index["weight_map"].values())) > 2
     with open_checkpoint(tmp_path) as checkpoint:
         assert not any(name.startswith(("mtp.", "model.visual.")) for name in checkpoint.tensors)
-        build_text(checkpoint, config, FakeOps(), "f32")
+        build(text_weights, checkpoint, config, FakeOps(), "f32")
     # Writing again over it must not leave shards of the first time behind.
     monkeypatch.setattr(make_checkpoint, "SHARD_BYTES", 10**9)
     make_checkpoint.make_checkpoint("tiny", tmp_path)

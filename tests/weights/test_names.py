@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from deltaic.errors import CheckpointError
-from deltaic.model.config import ModelConfig, load_config
+from deltaic.model.config import ModelConfig
+from deltaic.model.config_file import load_config
 from deltaic.weights.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from deltaic.weights.names import expected_tensors, resolve
 from tiny_checkpoints import write_safetensors

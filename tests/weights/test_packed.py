@@ -18,15 +18,15 @@ import deltaic
 import numpy as np
 import pytest
 from deltaic.errors import ArgumentError, CheckpointError
-from deltaic.model.config import load_config
+from deltaic.model.config_file import load_config
 from deltaic.ops import reference
 from deltaic.weights import packed as packed_module
-from deltaic.weights import quantize as quantize_module
-from deltaic.weights.build import build_mtp, build_text, build_vision
+from deltaic.weights import streaming
+from deltaic.weights.build import mtp_weights, text_weights, vision_weights
 from deltaic.weights.checkpoint import open_checkpoint
 from deltaic.weights.packed import PACKED_FILE, PackedFile, PackedWriter
 from deltaic.weights.precision import Precision
-from tiny_checkpoints import CLASSES, mtp_tensors, random_model, save_state
+from tiny_checkpoints import CLASSES, build, mtp_tensors, random_model, save_state
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deltaic._core") is None, reason="deltaic._core is not built")
 
@@ -100,7 +100,7 @@ def test_mixed_formats_mtp_fused_experts_and_slabs(
     mtp = mtp_tensors(model.config.get_text_config(), per_expert=True)
     state = {name: tensor if bfloat16 else tensor.half() for name, tensor in {**model.state_dict(), **mtp}.items()}
     save_state(source, model, state)  # fused experts, and float16 in the second round
-    monkeypatch.setattr(quantize_module, "SLAB_BYTES", slab)
+    monkeypatch.setattr(streaming, "SLAB_BYTES", slab)
     check_round_trip(source, tmp_path / "packed", cpu, MIXED, "int8")
 
 
@@ -108,22 +108,22 @@ def check_round_trip(source: Path, target: Path, cpu: ModuleType, dtype: Any, vi
     assert deltaic.quantize(source, target, dtype=dtype, vision_dtype=vision_dtype, threads=2) == target
     config = load_config(source)
     precision = Precision.parse(dtype, vision_dtype)
-    parts = [build_text] + [build_vision] * (config.vision is not None)
+    parts = [text_weights] + [vision_weights] * (config.vision is not None)
     with open_checkpoint(source) as checkpoint, PackedFile(target) as packed:
         assert packed.precision.same_formats(precision)
         for part in (None, ("visual.",), ("mtp.",)):
             packed.verify(cpu, part, "", False)
-        parts += [build_mtp] * packed.has_mtp
+        parts += [mtp_weights] * packed.has_mtp
         assert packed.has_mtp == ("mtp.fc.weight" in checkpoint.tensors)
-        for build in parts:
-            expected = build(checkpoint, config, cpu, precision, progress=False)
-            assert_same(build(packed, config, cpu), expected)
-            numbers = build(packed, config, reference)
+        for part in parts:
+            expected = build(part, checkpoint, config, cpu, precision, progress=False)
+            assert_same(build(part, packed, config, cpu), expected)
+            numbers = build(part, packed, config, reference)
             for (path, a), (_, b) in zip(leaves(numbers), leaves(expected), strict=True):
                 if not isinstance(b, np.ndarray):
                     decoded = reference.from_packed(b.parts, b.shape[0] if len(b.shape) == 3 else 1, b.shape[-1], b.glu)
                     np.testing.assert_array_equal(a.matrix, decoded.matrix, err_msg=path)
-        text = build_text(packed, config, cpu)
+        text = build(text_weights, packed, config, cpu)
     assert (text.head is text.embed) == config.text.tie_word_embeddings
     with open(target / PACKED_FILE, "rb") as handle:
         start = 8 + int.from_bytes(handle.read(8), "little")
@@ -141,15 +141,15 @@ def test_weights_are_views_and_outlive_the_file(folder: Path, plain: Path, cpu: 
         if memory == "copy":
             packed.copy(None)
         packed.verify(cpu, None, "", False)
-        text = build_text(packed, config, cpu)
-        vision = build_vision(packed, config, cpu)
+        text = build(text_weights, packed, config, cpu)
+        vision = build(vision_weights, packed, config, cpu)
     for _, item in [*leaves(text), *leaves(vision)]:
         for array in [item] if isinstance(item, np.ndarray) else [data for _, _, data in item.parts]:
             assert array.ctypes.data % 64 == 0
             assert not array.flags.owndata
             assert memory == "copy" or not array.flags.writeable
     with open_checkpoint(plain) as checkpoint:
-        assert_same(text, build_text(checkpoint, config, cpu, "int4", progress=False))
+        assert_same(text, build(text_weights, checkpoint, config, cpu, "int4", progress=False))
     del packed
     x = np.ones((1, config.text.hidden_size), np.float32)
     assert np.isfinite(cpu.linear(x, text.head)).all()
@@ -202,8 +202,8 @@ def test_float_activations_are_set_on_matrices_that_round(folder: Path, plain: P
         with open_(folder if open_ is PackedFile else plain) as weights:
             for activations in ("int8", "float32"):
                 precision = Precision.parse("int4", activations=activations)
-                text = build_text(weights, config, cpu, precision)
-                vision = build_vision(weights, config, cpu, precision)
+                text = build(text_weights, weights, config, cpu, precision)
+                vision = build(vision_weights, weights, config, cpu, precision)
                 assert text.layers[0].mixer.in_proj.float_activations is (activations == "float32")
                 assert text.head.float_activations is (activations == "float32")
                 assert vision.blocks[0].qkv.float_activations is (activations == "float32")
@@ -326,7 +326,7 @@ def test_a_flipped_bit_is_found_and_named(folder: Path, plain: Path, cpu: Module
             part = (name.split(".")[0] + ".",) if name.startswith(("visual", "mtp")) else None
             with pytest.raises(CheckpointError, match=f"bytes of {name} do not match"):
                 packed.verify(cpu, part, "", False)
-            build_text(packed, config, cpu)  # without a check it can be used, and computes something
+            build(text_weights, packed, config, cpu)  # without a check it can be used, and computes something
     refused(folder, "bytes of mtp.fc/0 do not match")
     deltaic.load(folder, device="reference", speculate="off")  # a part that is not used is not read
 
@@ -449,7 +449,8 @@ def test_a_failure_leaves_what_was_there(
 
 KILLED = """
 import os, sys
-from deltaic.weights import packed, quantize
+from deltaic import packing
+from deltaic.weights import packed
 write = packed.PackedWriter.write
 count = 0
 def killed(self, data):
@@ -458,7 +459,7 @@ def killed(self, data):
     if count == 30: os._exit(9)
     write(self, data)
 packed.PackedWriter.write = killed
-quantize.quantize(sys.argv[1], sys.argv[2], overwrite=True, threads=1)
+packing.quantize(sys.argv[1], sys.argv[2], overwrite=True, threads=1)
 """
 
 
@@ -477,12 +478,12 @@ def test_a_killed_process_leaves_what_was_there(plain: Path, tmp_path: Path) -> 
 PEAK_MEMORY = """
 import sys
 import tqdm
-from deltaic.weights import quantize
+from deltaic import packing
 from deltaic.machine import resident_bytes
 from deltaic.ops.devices import op_set
 op_set("cpu").set_num_threads(1)
 before = resident_bytes()["peak"]
-quantize.quantize(sys.argv[1], sys.argv[2], dtype="int4", threads=1)
+packing.quantize(sys.argv[1], sys.argv[2], dtype="int4", threads=1)
 print(resident_bytes()["peak"] - before)
 """
 

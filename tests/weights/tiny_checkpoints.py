@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from deltaic.weights.build import open_source
 
 TEXT = {
     "vocab_size": 160,
@@ -209,3 +210,8 @@ class FakeOps:
         assert part.dtype in (np.float32, ml_dtypes.bfloat16), part.dtype
         assert part.ndim in (2, 3)
         return part.astype(ml_dtypes.bfloat16).astype(np.float32) if name == "bf16" else part.astype(np.float32)
+
+
+def build(part: Any, weights: Any, config: Any, ops: Any, precision: Any = "bf16", progress: bool | None = None) -> Any:
+    """The weights of a part (a function of deltaic.weights.build) of a checkpoint or a packed file."""
+    return part(open_source(weights, config, ops, precision), config, progress)

@@ -1,43 +1,67 @@
-"""How are the small files beside a checkpoint read? As UTF-8 text or JSON objects of bounded size; anything else is
-a ConfigError."""
+"""What do a checkpoint's files say about talking to it? Tokeniser, chat template and image preprocessing, each read on
+first use."""
 
 from __future__ import annotations
 
-import json
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from deltaic.errors import ConfigError
+if TYPE_CHECKING:
+    from .image import ImageProcessor
+    from .template import ChatTemplate
+    from .tokenizer import Tokenizer
 
-MAX_FILE_BYTES = 16 << 20  # tokenizer_config.json of the family is about 10 KiB; a template about 8 KiB
-
-
-def read_text(path: Path) -> str:
-    """Text of the UTF-8 file `path`. Raises ConfigError if it cannot be read, is over 16 MiB or is not UTF-8."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ConfigError(
-                f"{path}: expected at most {MAX_FILE_BYTES} bytes, found {size}; this is not a file of this kind"
-            )
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}: expected UTF-8 text, found other bytes at offset {error.start}; fetch it again"
-        ) from error
+    class FromFolder(Protocol):
+        @classmethod
+        def from_folder(cls, folder: str | Path) -> Any: ...
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises ConfigError if it cannot be read or holds anything else."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: expected JSON, found text that does not parse ({error}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}; fetch it again")
-    return value
+T = TypeVar("T", bound="FromFolder")
+
+
+class ChatFiles:
+    """The files of one folder; usable from several threads. Every property raises ConfigError for malformed files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._read: dict[type[Any], Any] = {}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokeniser; without one, prompts can only be token ids."""
+        return (self.folder / "tokenizer.json").exists()
+
+    @property
+    def has_image_processor(self) -> bool:
+        """Whether there is anything about image preprocessing."""
+        return any((self.folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokeniser."""
+        from .tokenizer import Tokenizer
+
+        return self._once(Tokenizer)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template; where the folder has none, one that cannot render."""
+        from .template import ChatTemplate
+
+        return self._once(ChatTemplate)
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """The image preprocessing."""
+        from .image import ImageProcessor
+
+        return self._once(ImageProcessor)
+
+    def _once(self, kind: type[T]) -> T:
+        with self._lock:
+            if kind not in self._read:
+                self._read[kind] = kind.from_folder(self.folder)
+            found: T = self._read[kind]
+            return found

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaic.chat import image_source
-from deltaic.chat.files import read_json_object
-from deltaic.chat.resize import resize_bicubic
-from deltaic.errors import ArgumentError, ConfigError, ImageError
+from ..errors import ArgumentError, ConfigError, ImageError
+from ..fileio import read_json_object
+from . import image_source
+from .resize import resize_bicubic
 
 MAX_ASPECT_RATIO = 200  # the reference refuses anything longer
 MAX_TARGET_PIXELS = image_source.MAX_PIXELS
@@ -43,9 +43,15 @@ class ImageInput:
         return 1, self.pixels.shape[0] // self.patch_size, self.pixels.shape[1] // self.patch_size
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Placeholders that this picture takes in the prompt, along height and width: one per merge_size x merge_size
+        patches."""
+        return self.grid[1] // self.merge_size, self.grid[2] // self.merge_size
+
+    @property
     def num_tokens(self) -> int:
-        """Placeholders that this picture takes in the prompt: one per merge_size x merge_size patches."""
-        return self.grid[1] * self.grid[2] // self.merge_size**2
+        """Placeholders that this picture takes in the prompt."""
+        return math.prod(self.token_grid)
 
     @cached_property
     def digest(self) -> str:

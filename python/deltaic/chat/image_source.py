@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaic.errors import ImageError
+from ..errors import ImageError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaic.errors import CheckpointError, ConfigError, DeltaicError
-from deltaic.ops.bpe import merge_key, merge_slots
+from ..errors import CheckpointError, ConfigError, DeltaicError
+from ..ops.bpe import merge_key, merge_slots
 
 if TYPE_CHECKING:
-    from deltaic.chat.tokenizer import Tokenizer
+    from .tokenizer import Tokenizer
 
 PREPARED_FILE = "deltaic.tokenizer"
 FORMAT_VERSION = "1"
@@ -97,7 +97,7 @@ class Prepared:
         return text if self._normalizer is None else self._normalizer.normalize_str(text)
 
     def _encode_plain(self, text: str) -> list[int]:
-        from deltaic.ops import cpu
+        from ..ops import cpu
 
         pieces = [piece for piece, _ in self._pre_tokenizer.pre_tokenize_str(text)]
         codes = np.frombuffer("".join(pieces).encode("utf-16-le"), np.uint16)
@@ -125,10 +125,10 @@ def read_prepared(folder: Path) -> Prepared | None:
     if not path.is_file() or not source.is_file():
         return None
     try:
-        from deltaic.ops import cpu  # noqa: F401
+        from ..ops import cpu  # noqa: F401
     except ImportError:
         return None
-    from deltaic.weights.checkpoint import CheckpointFile
+    from ..weights.checkpoint import CheckpointFile
 
     try:
         file = CheckpointFile(path, _DTYPES)
@@ -171,7 +171,7 @@ def write_prepared(folder: Path) -> bool:
     not encode like the library."""
     from safetensors.numpy import save
 
-    from deltaic.chat.tokenizer import Tokenizer, symbol_bytes
+    from .tokenizer import Tokenizer, symbol_bytes
 
     path, source = folder / PREPARED_FILE, folder / "tokenizer.json"
     if not source.is_file():

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaic.chat.image import ImageInput, ImageProcessor
-from deltaic.chat.template import BARE_IMAGE, ChatTemplate, clean_messages
-from deltaic.chat.tokenizer import Tokenizer
-from deltaic.errors import ArgumentError, ConfigError, PromptError
+from ..arguments import describe
+from ..errors import ArgumentError, ConfigError, PromptError
+from .image import ImageInput, ImageProcessor
+from .template import BARE_IMAGE, ChatTemplate, clean_messages
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from deltaic.model.config import ModelConfig
+    from ..model.config import ModelConfig
 
 IMAGE_PLACEHOLDER = "<|image_pad|>"
 
@@ -43,6 +44,19 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def check(self, vocab_size: int) -> None:
+        """Raise PromptError where its arrays are not as above, whatever its author did to it, or an id is not below
+        `vocab_size`."""
+        ids, positions = self.token_ids, self.position_ids
+        for name, array, shape in (("token_ids", ids, (len(ids),)), ("position_ids", positions, (len(ids), 3))):
+            if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.shape != shape:
+                raise PromptError(f"{name}: expected an int64 array of shape {shape}, found {describe(array)}")
+        if not len(ids):
+            raise PromptError("the prompt is empty; expected at least one token")
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if len(wrong):
+            raise PromptError(f"token {wrong[0]} is {ids[wrong[0]]}, expected an id from 0 to {vocab_size - 1}")
 
     @property
     def grids(self) -> NDArray[np.int64]:
@@ -122,8 +136,7 @@ def prepare(
         ids = _expand(ids, counts, config.image_token_id)
     elif isinstance(prompt, str) or is_messages or placeholders != sum(counts):
         raise _mismatch(placeholders, len(sources))
-    grids = [(image.grid[1] // image.merge_size, image.grid[2] // image.merge_size) for image in loaded]
-    positions = mrope_positions(ids, grids, config.image_token_id, int(start_position))
+    positions = mrope_positions(ids, [image.token_grid for image in loaded], config.image_token_id, int(start_position))
     delta = int(positions.max()) + 1 - int(start_position) - len(ids)
     return Prompt(ids, loaded, positions, delta, text)
 

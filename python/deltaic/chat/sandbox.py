@@ -47,11 +47,13 @@ class Budget:
         self.characters = MAX_TOTAL
 
     def step(self, steps: int = 1) -> None:
+        """Take steps. Raises SecurityError if there are none left."""
         self.steps -= steps
         if self.steps < 0:
             raise SecurityError(f"the template took more than {MAX_STEPS} steps")
 
     def text(self, value: Any) -> Any:
+        """`value`, whose characters or items are taken. Raises SecurityError if there are none left."""
         if isinstance(value, (*_SEQUENCES, range)):
             self.characters -= len(value)
             if len(value) > MAX_LENGTH or self.characters < 0:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaic.chat.files import read_json_object, read_text
-from deltaic.errors import ArgumentError, ConfigError, PromptError
+from ..errors import ArgumentError, ConfigError, PromptError
+from ..fileio import read_json_object, read_text
 
 if TYPE_CHECKING:
     import jinja2
@@ -43,7 +43,7 @@ class ChatTemplate:
         if self.sources:
             import jinja2
 
-            from deltaic.chat.sandbox import TemplateSandbox
+            from .sandbox import TemplateSandbox
 
             sandbox = TemplateSandbox()
             for name, source in self.sources.items():
@@ -150,7 +150,7 @@ class ChatTemplate:
     def _run(self, template: jinja2.Template, values: dict[str, Any]) -> str:
         import jinja2
 
-        from deltaic.chat.sandbox import render
+        from .sandbox import render
 
         try:
             return render(template, values)

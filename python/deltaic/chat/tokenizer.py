@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltaic.chat.files import read_json_object
-from deltaic.errors import ArgumentError, ConfigError, PromptError
+from ..errors import ArgumentError, ConfigError, PromptError
+from ..fileio import read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-    from deltaic.chat.prepared import Prepared
+    from .prepared import Prepared
 
 
 def symbol_bytes() -> dict[str, int]:
@@ -35,7 +35,7 @@ class Tokenizer:
     def __init__(self, backend: Backend | Prepared, eos_token: str | None = None) -> None:
         """backend: a `tokenizers.Tokenizer` with a byte-level decoder (else ConfigError), or the prepared vocabulary of
         a packed folder. eos_token: text of the end token, if any."""
-        from deltaic.chat.prepared import Prepared
+        from .prepared import Prepared
 
         self._prepared = backend if isinstance(backend, Prepared) else None
         self._library = None if isinstance(backend, Prepared) else self._checked_library(backend)
@@ -72,7 +72,7 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path, *, prepared: bool = True) -> Tokenizer:
         """Read `tokenizer.json` (and the end token from `tokenizer_config.json`, if there). prepared: use what
         `deltaic quantize` prepared of it, where that is there. Raises ConfigError."""
-        from deltaic.chat.prepared import read_prepared
+        from .prepared import read_prepared
 
         folder = Path(folder)
         ready = read_prepared(folder) if prepared else None

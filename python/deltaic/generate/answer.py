@@ -13,7 +13,7 @@ from .stop import ReasoningSplit, StopStrings
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..chat.tokenizer import DetokenizeStream
-    from .cache import Reading
+    from .reading import Reading
     from .sampling import Sampler
     from .speculate import Speculator
 

@@ -1,115 +1,27 @@
 """What has been read already? Checkpoints of sequence states, found again by their tokens and pictures, within one
-budget of bytes.
-
-A prompt is read in pieces whose ends depend on its tokens alone (`split_points`). A state at such a point is therefore
-the same, bit for bit, for every prompt that begins with these tokens, and going on from it repeats the cold
-computation. Op sets that give a row the same bits however the prompt is cut (`SPLIT_INVARIANT`) may go on anywhere.
-"""
+budget of bytes; and what the vision tower saw in pictures."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..model.state import State, copy_array, host_array
+from ..model.state import State, host_array
+from .prefix import Ints, PrefixDigest, shared_length
 
 if TYPE_CHECKING:
-    from ..chat.prompt import Prompt
     from .spill import SpillFolder
 
-PREFILL_TOKENS = 512  # rows per forward call of a prompt at most: bounds the memory for activations
-CHECKPOINT_TOKENS = 2048  # inside a long message a checkpoint is kept every so many tokens; a multiple of the above
-
-Ints = npt.NDArray[np.int64]
-
 _REMEMBERED = 4096  # checkpoints that were dropped and whose digest is kept, to say so when they are missed
-
-
-# ------------------------------------------------------------------------------------------ where a prompt is cut
-
-
-def message_borders(ids: Ints, border_id: int | None) -> Ints:
-    """Where messages begin, rising, the first is 0: two tokens after each `border_id` (<|im_end|> and the line break
-    that follows it). That a point is a border depends on the tokens before it alone."""
-    ends = np.flatnonzero(ids == -1 if border_id is None else ids == border_id) + 2
-    return np.concatenate([np.zeros(1, np.int64), ends[ends < len(ids)]])
-
-
-def split_points(ids: Ints, border_id: int | None) -> list[tuple[int, bool]]:
-    """Where the reading of the tokens `ids` pauses: (position, whether a checkpoint belongs there), rising, up to
-    len(ids). Pauses are message borders, every PREFILL_TOKENS after each, and the end; checkpoints are borders, every
-    CHECKPOINT_TOKENS after each, and the end."""
-    borders = message_borders(ids, border_id).tolist()
-    points: list[tuple[int, bool]] = []
-    for first, last in zip(borders, [*borders[1:], len(ids)], strict=True):
-        points += [(p, (p - first) % CHECKPOINT_TOKENS == 0) for p in range(first, last, PREFILL_TOKENS)]
-    return [*points[1:], (len(ids), True)]
-
-
-# ------------------------------------------------------------------------------------------ what identifies a prefix
-
-
-def sequence_keys(ids: Ints, images: Iterable[tuple[int, int, str]]) -> Ints:
-    """int64 [T] that two sequences share exactly as far as they share tokens and pictures: `ids`, where the
-    placeholders of a picture (first, tokens, digest) hold negative numbers made of its digest."""
-    keys = np.array(ids, np.int64)
-    for first, count, digest in images:
-        words = np.frombuffer(hashlib.sha256(digest.encode()).digest(), "<i8").astype(np.int64) | np.int64(-(2**63))
-        part = keys[first : first + count]  # shorter where a sequence ends inside the picture
-        part[:] = np.resize(words, count)[: len(part)]
-    return keys
-
-
-def image_places(prompt: Prompt, image_token_id: int | None, offset: int = 0) -> list[tuple[int, int, str]]:
-    """(index of the first placeholder + offset, tokens, digest) of each picture of a prompt."""
-    if not prompt.images:
-        return []
-    places = np.flatnonzero(prompt.token_ids == image_token_id)
-    firsts = np.cumsum([0, *(image.num_tokens for image in prompt.images)])
-    return [
-        (int(places[first]) + offset, image.num_tokens, image.digest)
-        for first, image in zip(firsts[:-1].tolist(), prompt.images, strict=True)
-    ]
-
-
-class PrefixDigest:
-    """Digests of the beginnings of `keys`, for rising lengths; each key is hashed once."""
-
-    def __init__(self, keys: Ints) -> None:
-        self._keys = np.ascontiguousarray(keys)
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._length = 0
-
-    def __call__(self, length: int) -> bytes:
-        self._hash.update(self._keys[self._length : length].tobytes())
-        self._length = length
-        return self._hash.copy().digest()
-
-
-def shared_length(a: Ints, b: Ints) -> int:
-    """How many keys `a` and `b` begin with alike."""
-    total, start, step = min(len(a), len(b)), 0, 64
-    while start < total:  # most pairs differ early: look at little first
-        end = min(total, start + step)
-        different = np.flatnonzero(a[start:end] != b[start:end])
-        if len(different):
-            return start + int(different[0])
-        start, step = end, step * 4
-    return total
-
-
-# ------------------------------------------------------------------------------------------ the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +38,7 @@ class Checkpoint:
 
     @property
     def length(self) -> int:
+        """Tokens of the sequence."""
         return len(self.keys)
 
     def host_hidden(self) -> npt.NDArray[np.float32]:
@@ -309,109 +222,6 @@ def _flush(cache: weakref.ref[PrefixCache]) -> None:
         alive.flush()
 
 
-# ------------------------------------------------------------------------------------------ one prompt and the cache
-
-
-class Reading:
-    """One prompt on its way through the cache: where its reading starts, and which checkpoints it leaves behind.
-
-    cached_tokens, miss_reason  known after `begin`
-    kept                        the newest checkpoints [before the last message, end of prompt, end of generation]
-    """
-
-    def __init__(
-        self,
-        cache: PrefixCache,
-        prompt: Prompt,
-        *,
-        border_id: int | None,
-        image_token_id: int | None,
-        split_invariant: bool,
-        canonical: bool = True,
-        also: Sequence[Checkpoint] = (),
-        keep: bool = False,
-    ) -> None:
-        """canonical: whether the prompt's positions are those that its tokens and pictures imply; if not it cannot be
-        found or kept. also: checkpoints to look at beside the cache's. keep: make checkpoints even if the cache is off.
-        """
-        self.cached_tokens = 0
-        self.miss_reason: str | None = None
-        self.kept: list[Checkpoint] = []
-        self._cache = cache
-        self._also = also
-        self._canonical = canonical
-        self._stores = canonical and (keep or cache.budget > 0)
-        self._prompt = prompt
-        self._split_invariant = split_invariant
-        self._border_id = border_id
-        self._image_token_id = image_token_id
-        self._generated = False
-
-    def look(self) -> Checkpoint | None:
-        """The checkpoint to go on from; sets `cached_tokens` and `miss_reason`."""
-        self._digest = PrefixDigest(self._keys)
-        if not self._canonical:
-            self.miss_reason = "the positions of the prompt were made by hand"
-            return None
-        match = self._cache.find(self._keys, lambda c: c.generated or self._may_start_at(c.length), self._also)
-        self.miss_reason = match.miss_reason
-        if match.checkpoint is not None:
-            self.cached_tokens = match.checkpoint.length
-            self._generated = match.checkpoint.generated
-        return match.checkpoint
-
-    @cached_property
-    def _points(self) -> list[tuple[int, bool]]:
-        return split_points(self._prompt.token_ids, self._border_id)
-
-    @cached_property
-    def _keys(self) -> Ints:
-        return sequence_keys(self._prompt.token_ids, image_places(self._prompt, self._image_token_id))
-
-    def _may_start_at(self, position: int) -> bool:
-        """Whether going on from a checkpoint there that was read repeats the cold computation."""
-        return self._split_invariant or any(p == position for p, _ in self._points)
-
-    def gains(self, other: Reading, at: int) -> int:
-        """Up to which token this prompt need not be read once `other`, which has read `at` tokens of its own prompt,
-        has left the checkpoints that are ahead of it; 0 if none of them serves."""
-        if not (self._stores and other._stores):
-            return 0
-        shared = shared_length(self._keys, other._keys)
-        ahead = (p for p, keep in reversed(other._points) if keep and at < p <= shared and self._may_start_at(p))
-        return next(ahead, 0)
-
-    def begin(self, blank: Callable[[], State]) -> tuple[State, Checkpoint | None]:
-        """A state of its own that holds the first `cached_tokens` of the prompt, and the checkpoint it came from."""
-        found = self.look()
-        if found is None:
-            return blank(), None
-        if self._stores:
-            self.kept.append(found)
-        return found.state.fork(), found
-
-    def pauses(self) -> list[tuple[int, bool]]:
-        """The split points that are still ahead."""
-        return [point for point in self._points if point[0] > self.cached_tokens]
-
-    def mark(self, state: State, hidden: npt.NDArray[np.float32]) -> None:
-        """Keep a checkpoint of `state`, which has read the prompt up to one of the split points; hidden [1, H]."""
-        if self._stores:
-            n = state.length
-            self._keep(Checkpoint(self._keys[:n], self._digest(n), state.fork(), copy_array(hidden), self._generated))
-
-    def end(self, state: State, hidden: npt.NDArray[np.float32]) -> None:
-        """Keep a checkpoint of `state`, which has gone on with generated tokens."""
-        if self._stores and state.intact and state.length > len(self._keys):
-            more = np.array(state.token_ids[len(self._keys) :], np.int64)
-            keys = np.concatenate([self._keys, more])
-            self._keep(Checkpoint(keys, PrefixDigest(keys)(len(keys)), state.fork(), copy_array(hidden), True))
-
-    def _keep(self, checkpoint: Checkpoint) -> None:
-        self._cache.add(checkpoint)
-        self.kept = [*self.kept[-2:], checkpoint]
-
-
 class FeatureCache:
     """What the vision tower saw in a picture, float32 [tokens, H], by the picture's digest; least recently used first
     out. Usable from several threads."""
@@ -423,12 +233,14 @@ class FeatureCache:
         self._features: OrderedDict[str, npt.NDArray[np.float32]] = OrderedDict()
 
     def get(self, digest: str) -> npt.NDArray[np.float32] | None:
+        """The features of a picture, None where they are not held."""
         with self._lock, contextlib.suppress(KeyError):
             self._features.move_to_end(digest)
             return self._features[digest]
         return None
 
     def put(self, digest: str, features: npt.NDArray[np.float32]) -> None:
+        """Hold the features of a picture, dropping others where they need their room."""
         if features.nbytes > self.budget:
             return
         with self._lock:

@@ -19,6 +19,7 @@ class Lookup:
         # n-gram -> index after its last place. By hash, so that memory is bounded; of two with one hash the later stays
         self._after: list[dict[int, int]] = [{} for _ in MATCHES]
         self._noted = list(MATCHES)  # for each: indexes before this one are noted
+        self.find()  # the pairs of the prompt, which are many, before the first token
 
     def find(self) -> tuple[int, int] | None:
         """(which of MATCHES, index of the token that followed the last tokens when they were there last), or None."""

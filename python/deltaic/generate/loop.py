@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .prefill import begin_reading
+from .prefill import begin_reading, read_prompt
 
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..model.state import State
-    from .cache import Reading
+    from .reading import Reading
     from .result import TokenLogprobs
     from .runner import Runner, Verification
     from .sampling import Sampler
@@ -39,11 +39,7 @@ def generate_ids(
     """
     reader = begin_reading(runner, prompt, reading, blank, mtp=speculator is not None and speculator.uses_mtp)
     state = reader.state
-    for end, keep in reading.pauses():
-        reader.look(end)
-        runner.read([(reader, end)])
-        if keep:
-            reading.mark(state, reader.last)
+    read_prompt(runner, reader, reading)
     hidden = reader.last
     assert hidden is not None  # a prompt has at least one token
     steps = _Steps(runner, state, hidden, speculator)
@@ -114,6 +110,8 @@ class _Steps:
         else:
             if before is not None:
                 self._runner.write(before)
+            if began:
+                began = perf_counter()  # most plain steps come without a look at the text
             self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
         self._row, self._seconds = 0, None
         if began:

@@ -10,14 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..model.state import copy_array
+from ..model.text import Mark
+from ..ops.memory import empty
+from . import prefix
 
 if TYPE_CHECKING:
     from ..chat.prompt import Prompt
     from ..model.state import State
-    from .cache import Reading
+    from .reading import Reading
     from .runner import Runner
 
 Ints = npt.NDArray[np.int64]
+MARKS = 3  # checkpoints inside one forward pass at most
 
 
 @dataclass(slots=True)
@@ -38,7 +42,7 @@ class PromptReader:
         self, runner: Runner, prompt: Prompt, state: State, skip: int = 0, *, mtp: bool = False, last: Any = None
     ) -> None:
         """skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on
-        where it stands (spec 9.2). mtp: make the entries of the MTP layer too. Raises PromptError if the model cannot
+        where it stands. mtp: make the entries of the MTP layer too. Raises PromptError if the model cannot
         see the prompt's pictures, or if placeholders and pictures do not match."""
         self.prompt, self.state, self.at = prompt, state, skip
         self.mtp, self.last = mtp, last
@@ -73,12 +77,16 @@ class PromptReader:
                 features.append((low - self.at, seen[low - first : high - first]))
         return Chunk(self.prompt.token_ids[self.at : end], self.positions[self.at : end], features)
 
+    def rope_delta(self, end: int) -> int:
+        """That of a state that has read the prompt up to `end`."""
+        return int(self.positions[:end].max()) + 1 - (self._offset + end)
+
     def advance(self, end: int, hidden: Any) -> None:
         """The rows up to `end` have been fed, and became `hidden` [t, H]."""
         state = self.state
         self.last = copy_array(hidden[-1:])  # not the whole chunk
         state.token_ids.extend(self.prompt.token_ids[self.at : end].tolist())
-        state.rope_delta = int(self.positions[:end].max()) + 1 - state.length
+        state.rope_delta = self.rope_delta(end)
         state.images += [place for place in self._places if self.at <= place[0] - self._offset < end]
         self._features = {
             i: seen for i, seen in self._features.items() if self._places[i][0] - self._offset + len(seen) > end
@@ -95,3 +103,34 @@ def begin_reading(
     state, found = reading.begin(blank)
     last = None if found is None else runner.rows(found.hidden)
     return PromptReader(runner, prompt, state, reading.cached_tokens, mtp=mtp, last=last)
+
+
+def read_prompt(runner: Runner, reader: PromptReader, reading: Reading) -> None:
+    """Read what is left of a prompt, and leave the checkpoints that belong on the way."""
+    if not runner.ops.SPLIT_INVARIANT:
+        for end, keep in reading.pauses():
+            reader.look(end)
+            runner.read([(reader, end)])
+            if keep:
+                reading.mark(reader.state, reader.last)
+        return
+    # Where a row gets the same bits wherever the prompt is cut, checkpoints need no cuts: passes are as few as can be.
+    kept = [point for point, keep in reading.pauses() if keep and reading.stores]
+    total = len(reader.prompt)
+    while reader.at < total:
+        first = reader.at
+        end = min(first + prefix.PREFILL_TOKENS, total)
+        inside = [point for point in kept if first < point < end]
+        if len(inside) > MARKS:  # each holds matrices of its own meanwhile
+            end = inside[MARKS]
+            del inside[MARKS:]
+        state = reader.state
+        marks = [Mark(point - first, *(empty(a.shape, a.dtype) for a in (state.conv, state.delta))) for point in inside]
+        reader.look(end)
+        (hidden,) = runner.read([(reader, end)], marks=marks)
+        for point, mark in zip(inside, marks, strict=True):
+            length = state.length - end + point
+            passed = state.earlier(length, mark.conv, mark.delta, reader.rope_delta(point))
+            reading.mark(passed, hidden[mark.rows - 1 : mark.rows])
+        if end in kept:
+            reading.mark(state, reader.last)

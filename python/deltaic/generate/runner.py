@@ -11,9 +11,10 @@ import numpy as np
 from ..errors import PromptError
 from ..ops.devices import ops_lock
 from ..ops.layout import row_bounds, row_counts
-from .cache import FeatureCache, image_places
+from .cache import FeatureCache
 from .costs import Costs
 from .prefill import PromptReader
+from .prefix import image_places
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ..model.graph import DecodeGraph
     from ..model.mtp import MtpModel
     from ..model.state import State
-    from ..model.text import TextModel
+    from ..model.text import Mark, TextModel
     from ..model.vision import VisionModel
     from .costs import Acceptance
     from .speculate import Drafting
@@ -146,7 +147,7 @@ class Runner:
         rising numbers of tokens of the prompt, the last one its length.
 
         skip: the state holds so many of the prompt's tokens already; else it may hold others, and positions go on where
-        it stands (spec 9.2). prefill: see TextModel.forward. Pictures are encoded when they are reached.
+        it stands. prefill: see TextModel.forward. Pictures are encoded when they are reached.
         mtp: make the entries of the MTP layer too; before: the hidden row [1, H] of the token before, where known.
         """
         reader = PromptReader(self, prompt, state, skip, mtp=mtp, last=before)
@@ -154,9 +155,11 @@ class Runner:
             reader.look(end)
             yield self.read([(reader, end)], prefill=prefill)[0]
 
-    def read(self, chunks: Sequence[tuple[PromptReader, int]], *, prefill: bool = True) -> list[np.ndarray]:
+    def read(
+        self, chunks: Sequence[tuple[PromptReader, int]], *, prefill: bool = True, marks: Sequence[Mark] = ()
+    ) -> list[np.ndarray]:
         """Read on in several prompts at once, each up to its number of tokens; the pictures up to there have been
-        looked at. Hidden rows [t, H] (before the final norm) of each. prefill: see TextModel.forward."""
+        looked at. Hidden rows [t, H] (before the final norm) of each. prefill, marks: see TextModel.forward."""
         parts = [reader.chunk(end) for reader, end in chunks]
         cuts = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
         with self._lock:
@@ -166,7 +169,8 @@ class Runner:
                 for row, features in part.features:
                     x[first + row : first + row + len(features)] = features
             positions = np.concatenate([part.positions for part in parts])
-            hidden = self.text.forward(x, positions, [reader.state for reader, _ in chunks], cuts, prefill=prefill)
+            states = [reader.state for reader, _ in chunks]
+            hidden = self.text.forward(x, positions, states, cuts, prefill=prefill, marks=marks)
             rows = []
             for (reader, end), a, b in zip(chunks, cuts.tolist(), cuts[1:].tolist(), strict=False):
                 rows.append(hidden[a:b])

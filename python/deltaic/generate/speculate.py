@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 MODES = ("auto", "mtp", "lookup", "off")
 MTP_DEPTH = 4
-PENDING_ROWS = 64  # hidden rows that wait for the MTP layer at most
+PENDING_ROWS = 64  # hidden rows that wait for the MTP layer before their entries are made
+KEPT_ROWS = 32  # rows it has seen at least before it drafts again, where it had not been of use for long
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
 SAMPLE = 8  # while nothing changes, the time of one step of so many is recorded
-FIRST_RESTS = 7  # the same in the beginning, where it rested in the sequence before
+FIRST_RESTS = 15  # the same in the beginning, where it rested in the sequence before
 # A look at the text, and a new choice, take so many seconds. While it rests they may take this share of the time, but
 # there is one in so many steps.
-LOOK_SECONDS, LOOK_SHARE, MOST_BLIND = 1e-5, 0.01, 16
+LOOK_SECONDS, LOOK_SHARE, MOST_BLIND = 2e-5, 0.01, 32
 
 
 @dataclass(slots=True)
@@ -84,7 +85,8 @@ class Speculator:
         self._in_use = False  # the MTP layer has seen rows of this sequence
         self._offered = 0
         self._match: tuple[int, int] | None = None
-        self._pending: list[Any] = []  # hidden rows that the MTP layer has not seen
+        self._keeps = self._mtp  # whether rows are kept for the MTP layer; not where it has not been of use for long
+        self._pending: list[Any] = []  # hidden rows that it has not seen
         self._tokens: list[int] = []  # the token after each of them
         self.depth: int | None = runner.fixed_depth
         self.drafted = 0
@@ -96,14 +98,14 @@ class Speculator:
         if self._mtp and self.may_rest and self.depth is None:
             self._mtp = self._costs.can_pay(MTP_DEPTH, at_once=self._at_once)
             if not self._mtp:
-                self._pending, self._tokens = [], []
+                self._keeps, self._pending, self._tokens = False, [], []
         return self._mtp
 
     def observe(self, hidden: Any, tokens: list[int]) -> None:
         """hidden [n, H] (before the final norm): rows of the last n tokens of the state; tokens: what follows each."""
         if self._lookup is not None:
             self._lookup.ids += tokens
-        if self._mtp and tokens:
+        if self._keeps and tokens:
             self._pending.append(hidden)
             self._tokens += tokens
 
@@ -113,33 +115,35 @@ class Speculator:
         match = self._lookup.find() if self._lookup is not None else None
         if match is None and self._rest:
             self._rest -= 1
-            self._chosen = None
-            if len(self._tokens) >= PENDING_ROWS:
-                self._keep_up(state)
-            return []
+            return self._plan(state, 0, 0)
         source, depth = self._choose(match, room)
         self._rests = min(2 * self._rests + 1, MOST_RESTS) if self._costs.known and not depth else 0
         self._rest, self._blind = 0, 1
-        if self._rests and self.may_rest:
+        if depth and not source and not self._keeps:
+            self._keeps, self._rest, depth = True, KEPT_ROWS, 0  # the layer needs what comes before
+        elif self._rests and self.may_rest:
+            self._rest = self._rests
+            if self._rests == MOST_RESTS:
+                self._rest *= min(4, self._blind_steps())
+                self._keeps, self._pending, self._tokens = False, [], []
+        if self._rest:
             self._blind = self._blind_steps()
-            self._rest = self._rests if self._rests < MOST_RESTS else self._rests * min(4, self._blind)
         self._match = match
         return self._plan(state, source, depth)
 
     def passes(self, hidden: Any, token: int, seconds: float | None) -> bool:
         """Whether nothing is to be done before a plain step that follows a plain one, but to observe what that one has
         brought: so it is in most steps while it rests, which cost next to nothing for that reason."""
-        rest = self._rest
-        if rest < 2 or rest % self._blind == 0 or len(self._tokens) >= PENDING_ROWS:
+        if self._rest % self._blind == 0:
             return False
-        self._rest = rest - 1
+        self._rest -= 1
         self._step += 1
         if seconds is not None and not self._wrote:
             self._costs.record_step(1, seconds)
         self._wrote = False
         if self._lookup is not None:
             self._lookup.ids.append(token)
-        if self._mtp:
+        if self._keeps:
             self._pending.append(hidden)
             self._tokens.append(token)
         return True
@@ -191,25 +195,13 @@ class Speculator:
         """In one of how many steps it looks at the text while it rests: in each, unless they are very short."""
         return max(1, min(MOST_BLIND, int(LOOK_SECONDS / (LOOK_SHARE * self._costs.step(1)))))
 
-    def _keep_up(self, state: State) -> None:
-        """Many rows wait: make their entries, or let the older half go where the layer has not been of use for long;
-        what it drafts next, it then drafts from the others."""
-        if not self.uses_mtp:
-            return
-        if self._rests < MOST_RESTS:
-            return self._catch_up(state, state.length)
-        dropped = 0
-        while len(self._tokens) - dropped > PENDING_ROWS // 2:
-            dropped += len(self._pending.pop(0))
-        del self._tokens[:dropped]
-
     def _plan(self, state: State, source: int, depth: int) -> list[int] | Drafting:
         """`depth` drafts of a source, or what the MTP layer needs to make them."""
         self._chosen = source if depth else None
         if depth and not source:
             return self._drafting(state, state.length, depth)
-        if len(self._tokens) >= PENDING_ROWS:
-            self._keep_up(state)
+        if len(self._tokens) >= PENDING_ROWS and self.uses_mtp:
+            self._catch_up(state, state.length)
         if not depth:
             return []
         assert self._lookup is not None

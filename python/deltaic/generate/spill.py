@@ -15,7 +15,8 @@ import numpy.typing as npt
 from ..errors import StateError
 from ..model.state import State
 from ..model.state_file import load_state, save_state
-from .cache import Checkpoint, PrefixDigest, sequence_keys
+from .cache import Checkpoint
+from .prefix import PrefixDigest, sequence_keys
 
 SUFFIX = ".deltaic-state"
 
@@ -58,6 +59,7 @@ class SpillFolder:
         return {int(head) for head in (name.split("-")[0] for name in self._sizes) if head.isdigit()}
 
     def has(self, length: int, digest: bytes) -> bool:
+        """Whether there is a file for a sequence of `length` keys with this digest."""
         return self._name(length, digest) in self._sizes
 
     def put(self, checkpoint: Checkpoint) -> None:

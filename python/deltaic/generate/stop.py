@@ -40,6 +40,7 @@ class StopStrings:
         self.rest = ""
 
     def push(self, text: str) -> str:
+        """The text that became certain with `text`; ValueError after a stop string was found."""
         if self.found is not None:
             raise ValueError("text was pushed after a stop string was found")
         if not self._strings:
@@ -84,6 +85,7 @@ class ReasoningSplit:
         self._answer_begun = not thinking
 
     def push(self, text: str) -> tuple[str, str]:
+        """(reasoning, answer) that became certain with `text`."""
         if not self.thinking:
             return "", self._answer(text)
         reasoning = self._breaks + self._tag.push(text)

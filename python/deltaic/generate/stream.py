@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ..errors import StateError
 from .answer import Answer
+from .result import StreamPiece
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .answer import Job
-    from .result import GenerationResult, StreamPiece, TokenLogprobs
+    from .result import GenerationResult, TokenLogprobs
 
 
-class Stream:
+Item = TypeVar("Item")
+
+
+class GenerationIterator(Iterator[Item], Generic[Item]):
+    """An iterator that generates when it is asked for more; closing it, or leaving its `with` block, ends that."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the generation."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Stream(GenerationIterator[StreamPiece]):
     """An iterator of `StreamPiece`, and the `result` so far. Closing it, leaving its `with` block, dropping it, or
     Ctrl-C while it computes ends the generation and frees its state; the model can be used again at once.
 
@@ -40,21 +60,10 @@ class Stream:
         self._closed = False
         self._pieces = self._run(tokens)
 
-    def __iter__(self) -> Iterator[StreamPiece]:
-        return self
-
     def __next__(self) -> StreamPiece:
         if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
             raise StateError("the stream is being read already; one reader at a time")
         return next(self._pieces)
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the generation; `result` then says "cancelled" unless it had finished."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import StateError
 from .state import State
 from .text import Batch, TextModel
 
@@ -76,8 +75,7 @@ class DecodeGraph:
         """The graph for a step, with room for it made in the states."""
         rows, room = len(tokens[0]), FEWEST_BLOCKS
         for state in states:
-            if not state.intact:
-                raise StateError("step: the state was left half-written by an interrupted call; start a new one")
+            state.check_intact("step")
             state.reserve(state.length + rows)
             while room < len(state.kv):
                 room *= 2

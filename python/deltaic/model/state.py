@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, ContextLengthError, StateError
 from ..ops import memory
+from ..ops.devices import kv_dtypes
 from ..ops.layout import KV_DTYPES, kv_head_dim, kv_width
 from .config import TextConfig
 
@@ -59,33 +60,46 @@ class State:
     ):
         """context: tokens it may hold at most; None: the model's max_position_embeddings. mtp: whether the MTP layer is
         in use, which `bytes_for` then counts."""
-        if kv_dtype not in KV_DTYPES:
-            raise ArgumentError(f"State: kv_dtype is {kv_dtype!r}, expected one of {sorted(KV_DTYPES)}")
+        if kv_dtype not in kv_dtypes(ops):
+            raise ArgumentError(f"State: kv_dtype is {kv_dtype!r}, expected one of {kv_dtypes(ops)}")
         c = config
-        taps = c.linear_conv_kernel_dim - 1
-        matrix = (c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
-        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set makes its arrays where it computes
-        self.conv: npt.NDArray[np.float32] = zeros((c.num_delta_layers, taps, c.conv_dim), np.float32)
-        self.delta: npt.NDArray[np.float32] = zeros((c.num_delta_layers, *matrix), np.float32)
-        self.kv: Any = ops.BlockTable()
         self.kv_dtype = kv_dtype
-        self.length = 0
-        self.rope_delta = 0
-        self.token_ids: list[int] = []
-        self.images: list[tuple[int, int, str]] = []
         self.fingerprint = fingerprint
-        self.intact = True
-        self._shared = False  # conv and delta may belong to other states too
-        self._shared_blocks = 0  # blocks before this one may belong to other states too
-        self._ready = 0  # up to so many tokens there is nothing left to do for `reserve`
-        self.mtp: Any = ops.BlockTable()
-        self.mtp_first = 0
-        self.mtp_length = 0
-        self._shared_mtp = 0
         width = kv_width(KV_DTYPES[kv_dtype], c.head_dim)
         self._block = (c.num_attention_layers, 2, c.num_key_value_heads, BLOCK_TOKENS, width)
         self._mtp_block = (int(mtp), *self._block[1:])
         self._max_tokens = c.max_position_embeddings if context is None else context
+        self._zeros = zeros = getattr(ops, "zeros", np.zeros)  # an op set makes its arrays where it computes
+        conv = (c.num_delta_layers, c.linear_conv_kernel_dim - 1, c.conv_dim)
+        matrices = (c.num_delta_layers, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
+        self._start(zeros(conv, np.float32), zeros(matrices, np.float32), ops.BlockTable)
+
+    def _start(self, conv: Any, delta: Any, table: type[Any]) -> None:
+        """Nothing has been consumed yet. conv, delta: arrays of this state alone; table: the op set's BlockTable."""
+        self.conv: npt.NDArray[np.float32] = conv
+        self.delta: npt.NDArray[np.float32] = delta
+        self.kv: Any = table()
+        self.length = 0
+        self.rope_delta = 0
+        self.token_ids: list[int] = []
+        self.images: list[tuple[int, int, str]] = []
+        self.intact = True
+        self.mtp: Any = table()
+        self.mtp_first = 0
+        self.mtp_length = 0
+        self._shared = False  # conv and delta may belong to other states too
+        self._shared_blocks = 0  # blocks before this one may belong to other states too
+        self._shared_mtp = 0  # the same of `mtp`
+        self._ready = 0  # up to so many tokens there is nothing left to do for `reserve`
+
+    def empty(self) -> State:
+        """An empty state of the same model, with arrays where those of this one are."""
+        made = object.__new__(State)
+        for name in ("kv_dtype", "fingerprint", "_block", "_mtp_block", "_max_tokens", "_zeros"):
+            setattr(made, name, getattr(self, name))
+        conv, delta = (self._zeros(array.shape, np.float32) for array in (self.conv, self.delta))
+        made._start(conv, delta, type(self.kv))
+        return made
 
     def fits(self, other: State) -> bool:
         """Whether `other` is a state of an equally shaped model (op set, kv_dtype and contents may differ)."""
@@ -151,26 +165,39 @@ class State:
         Takes microseconds and no memory: the first write of either copies `conv`, `delta` and the last K/V block.
         Raises StateError if the state is half-written.
         """
-        self._check_intact("fork")
-        used = -(-self.length // BLOCK_TOKENS)
+        self.check_intact("fork")
         self._shared, self._ready = True, 0
         if isinstance(self.delta, np.ndarray):
             self.conv.flags.writeable = self.delta.flags.writeable = False
-        self._shared_blocks = max(self._shared_blocks, used)
+        return self._twin(self.length, self.mtp_length)
+
+    def earlier(self, length: int, conv: Any, delta: Any, rope_delta: int) -> State:
+        """This state as it was when it held `length` tokens. conv, delta: what these arrays were then, which become
+        those of the new state; K/V blocks are shared as with a fork. Raises StateError if the state is half-written."""
+        self.check_intact("fork")
+        self._ready = 0
+        twin = self._twin(length, max(0, min(self.mtp_length, length - 1 - self.mtp_first)))
+        twin.conv, twin.delta, twin._shared, twin.rope_delta = conv, delta, False, rope_delta
+        return twin
+
+    def _twin(self, length: int, mtp_length: int) -> State:
+        """Another state that holds the first `length` of these tokens and the first `mtp_length` entries."""
         twin = object.__new__(State)
         for name in State.__slots__:
             setattr(twin, name, getattr(self, name))
-        twin.token_ids, twin.images = list(self.token_ids), list(self.images)
-        twin.kv = type(self.kv)()
+        twin.length, twin.mtp_length, twin._ready = length, mtp_length, 0
+        twin.token_ids = self.token_ids[:length]
+        twin.images = [image for image in self.images if image[0] < length]
+        used = -(-length // BLOCK_TOKENS)
+        self._shared_blocks = max(self._shared_blocks, used)
+        twin.kv, twin._shared_blocks = type(self.kv)(), used
         for block in self.kv.blocks[:used]:
             twin.kv.append(block)
-        twin._shared_blocks = used
-        used = -(-self.mtp_length // BLOCK_TOKENS)
+        used = -(-mtp_length // BLOCK_TOKENS)
         self._shared_mtp = max(self._shared_mtp, used)
-        twin.mtp = type(self.kv)()
+        twin.mtp, twin._shared_mtp = type(self.kv)(), used
         for block in self.mtp.blocks[:used]:
             twin.mtp.append(block)
-        twin._shared_mtp = used
         return twin
 
     def on(self, ops: ModuleType) -> State:
@@ -179,13 +206,14 @@ class State:
         then as it was."""
         if type(self.kv) is ops.BlockTable:
             return self
+        check_kv_dtype(self.kv_dtype, ops)
         home = getattr(ops, "from_host", None)
         tables, moved = [], home is not None or not isinstance(self.delta, np.ndarray)
         try:
             for blocks in (self.kv.blocks, self.mtp.blocks):
                 tables.append(ops.BlockTable())
                 for block in blocks:
-                    append_block(tables[-1], _moved(block, home), self.kv_dtype)
+                    tables[-1].append(_moved(block, home))
             conv, delta = _moved(self.conv, home), _moved(self.delta, home)
         except MemoryError:
             raise StateError(f"no memory on the device for a state of {self.nbytes / 2**20:.0f} MiB") from None
@@ -245,7 +273,8 @@ class State:
         """Bytes held, reserved blocks and what is shared with forks included; see `total_nbytes` for several states."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def _check_intact(self, action: str) -> None:
+    def check_intact(self, action: str) -> None:
+        """Raise StateError, naming the action, if an interrupted call has left the state half-written."""
         if not self.intact:
             raise StateError(f"{action}: the state was left half-written by an interrupted call; start a new one")
 
@@ -287,15 +316,13 @@ def host_array(array: Any) -> npt.NDArray[Any]:
     return to_host(array)
 
 
-def append_block(table: Any, block: Any, kv_dtype: str) -> None:
-    """Append a block of stored keys and values. Raises StateError where the table's op set has no kernels for them."""
-    try:
-        table.append(block)
-    except ArgumentError:
+def check_kv_dtype(kv_dtype: str, ops: ModuleType) -> None:
+    """Raise StateError where the op set has no kernels for a state's keys and values."""
+    if kv_dtype not in kv_dtypes(ops):
         raise StateError(
             f"state: its keys and values are {kv_dtype!r}, which this device does not read; expected a state of a "
-            "model loaded with kv_dtype 'bf16' or 'f32'"
-        ) from None
+            f"model loaded with kv_dtype {' or '.join(map(repr, kv_dtypes(ops)))}"
+        )
 
 
 def _moved(array: Any, home: Any) -> Any:

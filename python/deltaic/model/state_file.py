@@ -32,7 +32,8 @@ import numpy.typing as npt
 from ..errors import StateError
 from ..fileio import read_at
 from ..ops import memory
-from .state import BLOCK_TOKENS, KV_DTYPES, State, append_block, host_array
+from ..ops.layout import KV_DTYPES
+from .state import BLOCK_TOKENS, State, check_kv_dtype, host_array
 
 FORMAT, VERSION = "deltaic-state", "1"
 CHECKSUM = "checksum"
@@ -65,7 +66,7 @@ def save_state(
 
     durable: wait until the disk has it. Raises StateError; a file that was at `path` is then as it was.
     """
-    state._check_intact("save")
+    state.check_intact("save")
     used = -(-state.length // BLOCK_TOKENS)
     contents: Arrays = {"conv": host_array(state.conv), "delta": host_array(state.delta)}
     contents["token_ids"] = np.array(state.token_ids, np.int64)
@@ -112,12 +113,15 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
     """Take the state's tensors out of `arrays`. Raises KeyError, TypeError or ValueError where they do not fit."""
     move = getattr(ops, "from_host", None) or (lambda array: array)
     state = object.__new__(State)
-    state.conv, state.delta = arrays.pop("conv"), arrays.pop("delta")
+    state._start(arrays.pop("conv"), arrays.pop("delta"), ops.BlockTable)
+    state._zeros = getattr(ops, "zeros", np.zeros)
     ids = arrays.pop("token_ids")
     block, length = tuple(json.loads(metadata["kv_block"])), int(metadata["length"])
     state.kv_dtype, state.fingerprint = metadata["kv_dtype"], metadata["fingerprint"]
+    dtype = KV_DTYPES[state.kv_dtype]
+    check_kv_dtype(state.kv_dtype, ops)
     state.length, state.rope_delta = length, int(metadata["rope_delta"])
-    state._max_tokens, state._block = int(metadata["context"]), block
+    state._max_tokens, state._block, state._mtp_block = int(metadata["context"]), block, (1, *block[1:])
     state.images = [(int(first), int(count), str(digest)) for first, count, digest in json.loads(metadata["images"])]
     kinds = [(array.ndim, array.dtype) for array in (state.conv, state.delta, ids)]
     if kinds != [(3, np.float32), (4, np.float32), (1, np.int64)] or len(state.conv) != len(state.delta):
@@ -125,27 +129,20 @@ def _assemble(metadata: dict[str, str], arrays: Arrays, ops: ModuleType) -> Stat
     if not 0 <= length <= _MAX_TOKENS or len(ids) > length or length > state._max_tokens:
         raise ValueError(f"length {length} does not fit {len(ids)} token ids and a context of {state._max_tokens}")
     state.token_ids = ids.tolist()
-    state.kv = ops.BlockTable()
     for i in range(-(-length // BLOCK_TOKENS)):
         kv = arrays.pop(f"kv.{i}")
-        if kv.shape != block or kv.dtype != KV_DTYPES[state.kv_dtype] or block[1:4:2] != (2, BLOCK_TOKENS):
+        if kv.shape != block or kv.dtype != dtype or block[1:4:2] != (2, BLOCK_TOKENS):
             raise ValueError(f"kv.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {block}")
-        append_block(state.kv, move(kv), state.kv_dtype)
+        state.kv.append(move(kv))
     state.mtp_first, state.mtp_length = (int(n) for n in json.loads(metadata.get("mtp", "[0, 0]")))
     if not 0 <= state.mtp_first <= state.mtp_first + state.mtp_length <= length:
         raise ValueError(f"entries {state.mtp_first} + {state.mtp_length} of the MTP layer, {length} tokens")
-    state.mtp, state._mtp_block = ops.BlockTable(), (1, *block[1:])
     for i in range(-(-state.mtp_length // BLOCK_TOKENS)):
         kv = arrays.pop(f"mtp.{i}")
-        if kv.shape != state._mtp_block or kv.dtype != KV_DTYPES[state.kv_dtype]:
+        if kv.shape != state._mtp_block or kv.dtype != dtype:
             raise ValueError(f"mtp.{i} is {kv.dtype}{kv.shape}, expected {state.kv_dtype} {state._mtp_block}")
-        append_block(state.mtp, move(kv), state.kv_dtype)
+        state.mtp.append(move(kv))
     state.conv, state.delta = move(state.conv), move(state.delta)
-    state._shared_mtp = 0
-    state._zeros = getattr(ops, "zeros", np.zeros)
-    state._shared = False
-    state._shared_blocks = state._ready = 0
-    state.intact = True
     return state
 
 

@@ -25,6 +25,16 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
+class Mark:
+    """A place inside a forward pass of one sequence, after its first `rows` rows: conv and delta are filled with what
+    those of its state were there."""
+
+    rows: int
+    conv: Any
+    delta: Any
+
+
+@dataclass(slots=True)
 class Batch:
     """The rows of one forward pass: B sequences one after another, sequence b from row cu_seqlens[b] on."""
 
@@ -36,6 +46,7 @@ class Batch:
     sin: Array  # [T, R/2]
     prefill: bool
     trace: Array | None = None  # [L_delta, T, trace width]: where given, conv and delta of the states are not written
+    marks: Sequence[Mark] = ()  # rising; only of a single sequence
 
     @property
     def tables(self) -> list[Any]:
@@ -56,13 +67,20 @@ class TextModel:
         return self.ops.embed(np.ascontiguousarray(ids, np.int64), self.weights.embed)
 
     def forward(
-        self, x: Array, positions: Ints, states: list[State], cu_seqlens: Ints, *, prefill: bool = False
+        self,
+        x: Array,
+        positions: Ints,
+        states: list[State],
+        cu_seqlens: Ints,
+        *,
+        prefill: bool = False,
+        marks: Sequence[Mark] = (),
     ) -> Array:
         """Consume T tokens of B sequences and advance their states.
 
         x [T, H]; positions int64 [T, 3] (temporal, height, width); states: B different ones; cu_seqlens int64 [B+1].
         prefill: the rows are read, not generated; on an op set that is SPLIT_INVARIANT, what they get then does not
-        depend on where a prompt is cut.
+        depend on where a prompt is cut. marks: rising places between the rows of a single sequence, see `Mark`.
         Returns the residual stream [T, H] after the last layer, before the final norm (`logits` applies it).
         Raises ArgumentError or StateError if these do not fit together, ContextLengthError if a sequence outgrows the
         context; the states are then as they were.
@@ -78,8 +96,13 @@ class TextModel:
             raise ArgumentError(
                 f"forward: cu_seqlens is {_short(cu_seqlens)}, expected {len(states) + 1} numbers rising from 0 to {T}"
             )
+        places = [0, *(mark.rows for mark in marks), T]
+        if marks and (len(states) != 1 or any(b <= a for a, b in pairwise(places))):
+            raise ArgumentError(
+                f"forward: marks are at {places[1:-1]}, expected rising ones inside one sequence of {T}"
+            )
         starts = self.reserve(states, counts)
-        batch = Batch(states, cu_seqlens, counts, starts, *self.rope(positions), prefill)
+        batch = Batch(states, cu_seqlens, counts, starts, *self.rope(positions), prefill, marks=marks)
         _begin_writing(states)
         x = self.run_layers(x, batch)
         _advance(states, counts)
@@ -164,21 +187,33 @@ class TextModel:
     def _delta(self, x: Array, m: DeltaMixer, norm: Array, i: int, batch: Batch) -> Array:
         ops, c = self.ops, self.config
         proj = ops.linear(x, m.in_proj, norm=norm, eps=c.rms_norm_eps)
-        y = ops.gated_delta_net(
-            proj,
-            m.conv_weight,
-            m.A_log,
-            m.dt_bias,
-            m.norm,
-            eps=c.rms_norm_eps,
-            num_k_heads=c.linear_num_key_heads,
-            head_k_dim=c.linear_key_head_dim,
-            head_v_dim=c.linear_value_head_dim,
-            cu_seqlens=batch.cu_seqlens,
-            conv_states=[state.conv[i] for state in batch.states],
-            states=[state.delta[i] for state in batch.states],
-            **({} if batch.trace is None else {"trace": batch.trace[i]}),
-        )
+        conv_states, states = [state.conv[i] for state in batch.states], [state.delta[i] for state in batch.states]
+
+        def mixed(rows: Array, cu_seqlens: Ints) -> Array:
+            return ops.gated_delta_net(
+                rows,
+                m.conv_weight,
+                m.A_log,
+                m.dt_bias,
+                m.norm,
+                eps=c.rms_norm_eps,
+                num_k_heads=c.linear_num_key_heads,
+                head_k_dim=c.linear_key_head_dim,
+                head_v_dim=c.linear_value_head_dim,
+                cu_seqlens=cu_seqlens,
+                conv_states=conv_states,
+                states=states,
+                **({} if batch.trace is None else {"trace": batch.trace[i]}),
+            )
+
+        if not batch.marks:
+            return ops.linear(mixed(proj, batch.cu_seqlens), m.out_proj, residual=x)
+        parts, first = [], 0
+        for mark in batch.marks:
+            parts.append(mixed(proj[first : mark.rows], row_bounds(mark.rows - first)))
+            mark.conv[i], mark.delta[i] = conv_states[0], states[0]
+            first = mark.rows
+        y = np.concatenate([*parts, mixed(proj[first:], row_bounds(len(proj) - first))])
         return ops.linear(y, m.out_proj, residual=x)
 
     def attention(
@@ -211,6 +246,7 @@ class TextModel:
         )
 
     def feed_forward(self, x: Array, f: DenseFFN | SparseFFN, norm: Array) -> Array:
+        """x [T, H] plus what the feed-forward part makes of it."""
         ops, eps = self.ops, self.config.rms_norm_eps
         if isinstance(f, DenseFFN):
             return ops.linear(ops.swiglu(x, f.gate_up, norm=norm, eps=eps), f.down, residual=x)
@@ -234,8 +270,7 @@ class TextModel:
         if len(states) > 1 and len({id(state) for state in states}) != len(states):
             raise StateError("forward: a state appears twice in one batch; give each sequence its own")
         for state, n in zip(states, counts, strict=True):
-            if not state.intact:
-                raise StateError("forward: the state was left half-written by an interrupted call; start a new one")
+            state.check_intact("forward")
             state.reserve(state.length + n)
         return np.array([state.length for state in states], np.int64)
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..arguments import choice, integer
 from ..errors import DeviceError
 from ..machine import default_threads
+from .layout import KV_DTYPES
 
 DEVICES = ("cpu", "cuda", "reference")
 MAX_THREADS = 1024
@@ -41,6 +42,11 @@ def op_set(device: str) -> ModuleType:
             f"device: the compiled extension cannot be loaded ({error}); install deltaic again"
         ) from error
     return cpu
+
+
+def kv_dtypes(ops: ModuleType) -> list[str]:
+    """Which of KV_DTYPES an op set has kernels for."""
+    return sorted(name for name in KV_DTYPES if name != "int8" or not getattr(ops, "device_resident", False))
 
 
 def use_threads(ops: ModuleType, threads: int | None) -> int:

@@ -1,4 +1,4 @@
-"""What is a model made of? Asks a source of weights (a checkpoint that is packed on the way, or a packed folder that is
+"""Which weights does a model have? Asks a source (a checkpoint that is packed on the way, or a packed folder that is
 mapped) for every matrix and vector of the decoder, the vision tower and the multi-token-prediction layer."""
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from .source import KeyRecorder, Source
 def open_source(
     weights: Checkpoint | PackedFile, config: ModelConfig, ops: Any, precision: str | Precision = "bf16"
 ) -> Source:
-    """The source of `weights` for an op set. Of `precision` a packed file takes the activations only.
+    """The source of `weights` for an op set (a module with `pack`, `pack_glu` and `from_packed`). A packed file takes
+    from `precision` the activations only.
 
     Raises CheckpointError if the weights do not fit `config`, ArgumentError for a precision that cannot be.
     """
@@ -54,45 +55,10 @@ def record_keys(config: ModelConfig, *, has_mtp: bool) -> KeyRecorder:
     return recorder
 
 
-def build_text(
-    weights: Checkpoint | PackedFile,
-    config: ModelConfig,
-    ops: Any,
-    precision: str | Precision = "bf16",
-    progress: bool | None = None,
-) -> TextWeights:
-    """The decoder. `ops` is an op set (a module with `pack`, `pack_glu` and `from_packed`).
-
-    `progress`: True shows a bar on stderr, False none, None one if stderr is a terminal. The same for the two below.
-    Raises CheckpointError if the weights do not fit `config`, or memory runs out; ArgumentError for the precision.
-    """
-    return text_weights(open_source(weights, config, ops, precision), config, progress)
-
-
-def build_vision(
-    weights: Checkpoint | PackedFile,
-    config: ModelConfig,
-    ops: Any,
-    precision: str | Precision = "bf16",
-    progress: bool | None = None,
-) -> VisionWeights:
-    """The vision tower. Raises as `build_text`, and ArgumentError if the model has no vision tower."""
-    return vision_weights(open_source(weights, config, ops, precision), config, progress)
-
-
-def build_mtp(
-    weights: Checkpoint | PackedFile,
-    config: ModelConfig,
-    ops: Any,
-    precision: str | Precision = "bf16",
-    progress: bool | None = None,
-) -> MtpWeights:
-    """The multi-token-prediction layer. Raises as `build_text`, and CheckpointError if the files hold none."""
-    return mtp_weights(open_source(weights, config, ops, precision), config, progress)
-
-
 def text_weights(source: Source, config: ModelConfig, progress: bool | None = None) -> TextWeights:
-    """As `build_text`, from a source."""
+    """The decoder. progress: True shows a bar on stderr, False none, None one if stderr is a terminal.
+
+    Raises CheckpointError if the weights do not fit `config`, or memory runs out."""
     text = config.text
     with source.progress_bar("the text model", None, progress):
         # The two largest matrices come first: while they are mapped, little else is packed yet.
@@ -105,7 +71,7 @@ def text_weights(source: Source, config: ModelConfig, progress: bool | None = No
 
 
 def vision_weights(source: Source, config: ModelConfig, progress: bool | None = None) -> VisionWeights:
-    """As `build_vision`, from a source."""
+    """The vision tower. Raises as `text_weights`, and ArgumentError if the model has none."""
     if config.vision is None:
         raise ArgumentError(f"{source.where} has no vision tower: config.json describes none")
     with source.progress_bar("the vision tower", ("visual.",), progress):
@@ -128,7 +94,7 @@ def vision_weights(source: Source, config: ModelConfig, progress: bool | None = 
 
 
 def mtp_weights(source: Source, config: ModelConfig, progress: bool | None = None) -> MtpWeights:
-    """As `build_mtp`, from a source."""
+    """The multi-token-prediction layer. Raises as `text_weights`, and CheckpointError if the files hold none."""
     if not source.has_mtp:
         raise CheckpointError(f"{source.where} holds no multi-token-prediction layer (mtp.* tensors)")
     with source.progress_bar("the MTP layer", ("mtp.",), progress):

@@ -113,17 +113,13 @@ class PackedFile:
 
     @property
     def fingerprint(self) -> str:
-        """Which checkpoint this was packed from: see weights/quantize.py."""
+        """Which checkpoint this was packed from: see weights/streaming.py."""
         return self._file.metadata["source"]
 
     @property
     def digest(self) -> str:
         """SHA-256 over the header, which holds a checksum of every tensor."""
         return self._file.metadata["digest"]
-
-    def part_bytes(self, prefixes: tuple[str, ...] | None) -> int:
-        """Bytes of the decoder (None), or of the part under `prefixes`."""
-        return sum(tensor.nbytes for tensor in self._part(prefixes))
 
     def source(self, config: ModelConfig, ops: Any, activations: str = "int8") -> PackedSource:
         """The weights for an op set."""
