@@ -47,7 +47,10 @@ void stream_block(Format format, const uint8_t* w, const Activations& a, float* 
     constexpr int64_t kFar8 = far_ahead(Format::int8, NT), kFar4 = far_ahead(Format::int4, NT);
     f32x16 acc[1][NT], d[1];
     clear<1, NT>(acc);
-    for (int64_t i = 0; i < at.lines; i += 64) prefetch(w + i);  // at once: a line now and then would break the stream
+    // What lies before the lines at once, for a line of it now and then would break the stream; and the lines'
+    // beginning, from where the processor's own prefetching goes on while all that arrives.
+    for (int64_t i = 0; i < at.lines; i += 64) prefetch(w + i);
+    for (int64_t i = 0; i < 8; ++i) prefetch_far(w + at.lines + i * 64);
     for (int64_t run = 0; run < a.runs; ++run) {
         i32x16 sum[1][NT];
         const int64_t token = run * a.stride;
