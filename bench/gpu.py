@@ -3,10 +3,12 @@
     python bench/gpu.py [--report FILE] [--sizes 0.8B 2B ...] [--skip build tests sanitizer operators models]
 
 Builds the CUDA extension for the card of this machine, runs every kernel and model test on it, runs the kernel tests
-under compute-sanitizer (memcheck, racecheck, initcheck), measures every operator of a decoded token against the
-measured copy bandwidth, and decodes and prefills whole models of the released shapes with random weights, against the
-copy bandwidth and the measured matrix peak. Writes one Markdown report that starts with the card's name. Steps that do
-not fit into the time that is left are reported as left out, never silently.
+under compute-sanitizer, measures every operator of a decoded token against the measured copy bandwidth, and decodes and
+prefills whole models of the released shapes with random weights, against the copy bandwidth and the measured matrix
+peak. Writes one Markdown report that starts with the card's name, line by line
+as it comes: a step that fails says so in it, and the next one runs. Steps that do not fit into the time that is left
+are reported as left out, never silently. The step "overlap" runs the tests and the smallest model again with
+DELTAIC_PDL=1: the blocks of a kernel may start while the kernel before still runs (compute capability 9.0 and newer).
 
 `--rehearse` runs the measuring steps on the emulator with tiny shapes: the figures mean nothing, the script is tested.
 """
@@ -14,11 +16,16 @@ not fit into the time that is left are reported as left out, never silently.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +33,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
-STEPS = ("build", "tests", "operators", "models", "sanitizer")
+STEPS = ("build", "tests", "operators", "models", "overlap", "sanitizer")
+ON_CARD = "[gpu or -gpu"  # of the tests that run in several places, those on the card
+# Of the kernels alone: what captures graphs needs the caching allocator, which would hide errors from the sanitizer.
+KERNEL_TESTS = [f"tests/cuda/test_{name}.py" for name in ("dense", "mixers", "verify", "experts_vision_sampling")]
 
 
 @dataclass(frozen=True)
@@ -55,39 +65,64 @@ TINY = Size(32, 3, 1, 48, 2, 1, 2, True, key_heads=1, width=16, head_dim=32, voc
 
 
 class Report:
-    """Markdown lines, printed as they come and kept for the file."""
+    """Markdown lines, printed and written to the file as they come."""
 
-    def __init__(self, budget: float):
+    def __init__(self, budget: float, file: Path | None = None):
         self.lines: list[str] = []
         self.end = time.monotonic() + budget
+        self.file = file
 
     def add(self, line: str = "") -> None:
         print(line, flush=True)
         self.lines.append(line)
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text("\n".join(self.lines) + "\n")
 
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def command(self, title: str, command: list[str], limit: float, **environment: str) -> bool:
-        """Run a command within the time left; its last lines go into the report."""
+    @property
+    def failed(self) -> bool:
+        return any("FAILED" in line or "NOT FINISHED" in line for line in self.lines)
+
+    def step(self, name: str, call: Callable[[], Any]) -> bool:
+        """Run a step; what it raises goes into the report. Whether it came through and did not return False."""
+        try:
+            return call() is not False
+        except Exception:
+            self.add(f"\n- {name}: FAILED\n\n```\n{traceback.format_exc()[-3000:].strip()}\n```\n")
+            return False
+
+    def command(self, title: str, command: list[str], limit: float, lines: int = 1, **environment: str) -> bool:
+        """Run a command within the time left; its last lines, more where it fails, go into the report."""
         limit = min(limit, self.left)
         if limit < 5:
             self.add(f"- {title}: LEFT OUT, no time left")
             return False
         start = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            self.add(f"- {title}: NOT FINISHED within {limit:.0f} s")
-            return False
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-(1 if done.returncode == 0 else 25) :])
-        verdict = "ok" if done.returncode == 0 else f"FAILED (exit code {done.returncode})"
+            said = process.communicate(timeout=limit)[0]
+            code = process.returncode
+            verdict = "ok" if code == 0 else f"FAILED (exit code {code})"
+        except subprocess.TimeoutExpired:  # with all that it started: compilers, or a program under the sanitizer
+            os.killpg(process.pid, signal.SIGKILL)
+            said, code = process.communicate()[0], None
+            verdict = "NOT FINISHED"
+        tail = "\n".join(said.strip().splitlines()[-(lines if code == 0 else 25) :])
         self.add(f"- {title}: {verdict}, {time.monotonic() - start:.0f} s")
         self.add(f"\n```\n{tail}\n```\n")
-        return done.returncode == 0
+        return code == 0
+
+
+def failure(error: Exception) -> str:
+    """An error in a cell of a table."""
+    return f"FAILED: {type(error).__name__}: {str(error)[:200]!r}".replace("|", "/")
 
 
 def last_line(command: list[str]) -> str:
@@ -117,19 +152,30 @@ def build(report: Report) -> bool:
     )
 
 
-def run_tests(report: Report) -> None:
+def run_tests(report: Report, **environment: str) -> bool:
     path = str(ROOT / "python")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/cuda", "-k", "gpu", "-p", "no:cacheprovider"]
-    report.command("kernel and model tests on the card", command, 150, PYTHONPATH=path)
+    command = [sys.executable, "-m", "pytest", "-q", "tests/cuda", "-k", ON_CARD, "-p", "no:cacheprovider"]
+    title = " ".join(["kernel and model tests on the card", *(f"{k}={v}" for k, v in environment.items())])
+    return report.command(title, command, 150, PYTHONPATH=path, **environment)
+
+
+def run_overlapped(report: Report) -> bool:
+    file = ROOT / "build" / "gpu-overlap.md"
+    skipped = [step for step in STEPS if step != "models"]
+    command = [sys.executable, "bench/gpu.py", "--report", str(file), "--sizes", "0.8B", "--seconds", "90", "--skip"]
+    passed = run_tests(report, DELTAIC_PDL="1")
+    return report.command("0.8B, DELTAIC_PDL=1", [*command, *skipped], 100, lines=8, DELTAIC_PDL="1") and passed
 
 
 def run_sanitizer(report: Report) -> None:
-    tool = shutil.which("compute-sanitizer")
+    toolkits = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ["PATH"], *(f"{toolkit}/bin" for toolkit in toolkits if toolkit)])
+    tool = shutil.which("compute-sanitizer", path=path)
     if tool is None:
         report.add("- compute-sanitizer: LEFT OUT, not installed")
         return
-    tests = ["-m", "pytest", "-q", "tests/cuda", "-k", "gpu and not model", "-p", "no:cacheprovider"]
-    checks = ("memcheck", "racecheck", "initcheck")
+    tests = ["-m", "pytest", "-q", *KERNEL_TESTS, "-k", ON_CARD, "-p", "no:cacheprovider"]
+    checks = ("memcheck", "racecheck", "initcheck", "synccheck")
     for i, check in enumerate(checks):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, *tests]
         environment = {"PYTHONPATH": str(ROOT / "python"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -145,22 +191,38 @@ class Meter:
     def __init__(self, emulated: bool):
         self.emulated = emulated
 
-    def seconds(self, call: Any, repeats: int = 20, capture: bool = True) -> float:
+    def copies(self, nbytes: float) -> int:
+        """How many weights of this size to take in turn, so that none is found in the cache of the card."""
+        if self.emulated:
+            return 1
+        import torch
+
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        return max(2, min(32, math.ceil(3 * cache / nbytes)))
+
+    def seconds(self, *calls: Callable[[], Any], repeats: int = 20, capture: bool = True) -> float:
+        """Of one call, when all of them run one after another: a graph takes some microseconds to begin."""
         import torch
 
         if self.emulated:
             start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        run, stream = call, torch.cuda.Stream()
+            for call in calls:
+                call()
+            return (time.perf_counter() - start) / len(calls)
+
+        def all_calls() -> None:
+            for call in calls:
+                call()
+
+        run, stream = all_calls, torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # uploads what the call needs, so that the graph below holds kernels only
-            call()
+            all_calls()
         torch.cuda.synchronize()
         if capture:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                call()
+                all_calls()
             run = graph.replay
         times = []
         for _ in range(repeats):
@@ -170,7 +232,7 @@ class Meter:
             last.record()
             last.synchronize()
             times.append(first.elapsed_time(last) / 1e3)
-        return sorted(times)[len(times) // 2]
+        return sorted(times)[len(times) // 2] / len(calls)
 
 
 def peaks(meter: Meter, ops: Any) -> tuple[float, float]:
@@ -266,11 +328,17 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
     s = size
     many = 24 if meter.emulated else 512
 
-    def row(name: str, shape: str, format: str, nbytes: float, flops: float, call: Any) -> None:
+    def row(name: str, shape: str, format: str, nbytes: float, flops: float, *calls: Any) -> None:
         if report.left < 10:
             report.add(f"| {name} | {shape} | {format} | LEFT OUT, no time left | | | | |")
             return
-        seconds = meter.seconds(call)
+        try:
+            seconds = meter.seconds(*(calls if len(calls) > 1 or meter.emulated else calls * 8))
+        except Exception as error:
+            report.add(
+                f"| {name} | {shape} | {format} | FAILED: {type(error).__name__}: {str(error)[:200]!r} | | | | |"
+            )
+            return
         report.add(
             f"| {name} | {shape} | {format} | {seconds * 1e6:.1f} | {nbytes / seconds / 1e9:.0f} "
             f"| {nbytes / seconds / copy:.2f} | {flops / seconds / 1e12:.1f} | {flops / seconds / peak:.2f} |"
@@ -282,22 +350,31 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
     def vector(*shape: int) -> Any:
         return ops.upload(np.full(shape, 0.5, np.float32))
 
+    def product(name: str, T: int, rows: int, columns: int, format: str, call: Any, glu: bool = False) -> None:
+        """call(w, x): of a weight [rows, columns] and T rows; several weights in turn."""
+        one = random_weight(ops, rows, columns, format, glu=glu)
+        weights = [one] + [
+            random_weight(ops, rows, columns, format, glu=glu) for _ in range(meter.copies(one.nbytes) - 1)
+        ]
+        x = rows_of(T, columns)
+        flops = 2.0 * T * rows * columns
+        row(name, f"{T}x{columns}x{rows}", format, one.nbytes, flops, *(partial(call, w, x) for w in weights))
+
     norm = vector(s.hidden)
+    delta_rows = 2 * s.key_heads * s.width + 2 * s.value_heads * s.width + 2 * s.value_heads
     for format in formats:
         for T in (1, 4, many):
-            x, y = rows_of(T, s.hidden), rows_of(T, s.inner)
-            w = random_weight(ops, 2 * s.inner, s.hidden, format, glu=True)
-            shape, flops = f"{T}x{s.hidden}x{2 * s.inner}", 4.0 * T * s.hidden * s.inner
-            row("swiglu", shape, format, w.nbytes, flops, lambda x=x, w=w: ops.swiglu(x, w, norm=norm))
-            w = random_weight(ops, s.hidden, s.inner, format)
-            shape = f"{T}x{s.inner}x{s.hidden}"
-            row("linear", shape, format, w.nbytes, flops / 2, lambda x=x, y=y, w=w: ops.linear(y, w, residual=x))
-        x, head = rows_of(1, s.hidden), random_weight(ops, s.vocab, s.hidden, format)
-        flops = 2.0 * s.hidden * s.vocab
-        row(
-            "linear (head)", f"1x{s.hidden}x{s.vocab}", format, head.nbytes, flops, lambda x=x, w=head: ops.linear(x, w)
-        )
-        del w, head
+            residual = rows_of(T, s.hidden)
+            product("linear (in)", T, delta_rows, s.hidden, format, lambda w, x: ops.linear(x, w, norm=norm))
+            product(
+                "linear (out)", T, s.hidden, s.value_heads * s.width, format,
+                lambda w, x, r=residual: ops.linear(x, w, residual=r),
+            )  # fmt: skip
+            product("swiglu", T, 2 * s.inner, s.hidden, format, lambda w, x: ops.swiglu(x, w, norm=norm), glu=True)
+            product(
+                "linear (down)", T, s.hidden, s.inner, format, lambda w, x, r=residual: ops.linear(x, w, residual=r)
+            )
+        product("linear (head)", 1, s.vocab, s.hidden, format, lambda w, x: ops.linear(x, w))
     x = rows_of(many, s.hidden)
     nbytes = 2.0 * x.numel() * x.element_size()
     row("rms_norm", f"{many}x{s.hidden}", "bf16", nbytes, 0, lambda: ops.rms_norm(x, norm, 1e-6))
@@ -378,17 +455,22 @@ def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size
 
     copy, peak = peaks(meter, ops)
     prompt, chunk, steps = (40, 20, 2) if meter.emulated else (2048, 512, 128)
-    report.add("\n| model | format | GB | decode tok/s | bytes/s of copying | prefill tok/s (2048) | of matrix peak |")
-    report.add("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    report.add(
+        "\n| model | format | GB | decode tok/s | µs of a step | of which the layers' graph | bytes/s of copying "
+        "| prefill tok/s (2048) | of matrix peak |"
+    )
+    report.add("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, size in sizes.items():
         for format in formats:
             if report.left < 20:
-                report.add(f"| {name} | {format} | LEFT OUT, no time left | | | | |")
+                report.add(f"| {name} | {format} | LEFT OUT, no time left | | | | | | |")
                 continue
             try:
                 measure_model(report, meter, ops, name, size, format, (copy, peak), (prompt, chunk, steps))
             except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-                report.add(f"| {name} | {format} | does not fit: {str(error).splitlines()[0][:80]} | | | | |")
+                report.add(f"| {name} | {format} | does not fit: {str(error).splitlines()[0][:80]} | | | | | | |")
+            except Exception as error:
+                report.add(f"| {name} | {format} | {failure(error)} | | | | | | |")
             if not meter.emulated:
                 torch.cuda.empty_cache()
 
@@ -413,10 +495,12 @@ def measure_model(
     for _ in range(steps):  # with the token read back every time, as in generation
         token = int(text.logits(graph.decode([token], [state])).argmax())
     seconds = (time.perf_counter() - start) / steps
+    layers = meter.seconds(next(iter(graph._graphs.values()))._graph.replay, capture=False)
     parameters = sum(w.shape[0] * w.shape[1] for w in matrices(text.weights))
     flops = 2 * parameters * prompt / prefill_seconds
     report.add(
-        f"| {name} | {format} | {nbytes / 1e9:.2f} | {1 / seconds:.1f} | {nbytes / seconds / copy:.2f} "
+        f"| {name} | {format} | {nbytes / 1e9:.2f} | {1 / seconds:.1f} | {seconds * 1e6:.0f} | {layers * 1e6:.0f} "
+        f"| {nbytes / seconds / copy:.2f} "
         f"| {prompt / prefill_seconds:.0f} | {flops / peak:.2f} |"
     )
 
@@ -450,13 +534,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=570, help="time for everything")
     parser.add_argument("--rehearse", action="store_true", help="measure on the emulator with tiny shapes")
     args = parser.parse_args()
-    report = Report(args.seconds)
     import torch
 
     if not args.rehearse and not torch.cuda.is_available():
         print("bench/gpu.py: torch finds no NVIDIA GPU; --rehearse runs on the emulator", file=sys.stderr)
         return 2
     card = "emulator (rehearsal: the figures mean nothing)" if args.rehearse else torch.cuda.get_device_name()
+    file = args.report or ROOT / "build" / f"gpu-{card.split(' (')[0].replace(' ', '-')}.md"
+    report = Report(args.seconds, file)
     report.add(f"# deltaic on {card}\n")
     report.add(f"torch {torch.__version__}, CUDA {torch.version.cuda}; {last_line(['git', 'rev-parse', 'HEAD'])}\n")
     report.add(last_line(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv"]))
@@ -467,28 +552,34 @@ def main() -> int:
 
         cuda.use_device(emulator.EmulatedDevice(emulator.build()))
         wanted = [step for step in wanted if step in ("operators", "models")]
-    ok = True
     if "build" in wanted:
-        ok = build(report)
-    if ok and "tests" in wanted:
-        run_tests(report)
-    if ok:
-        from deltaic.ops import cuda
-
-        meter = Meter(args.rehearse)
-        formats = ("bf16", "int4") if args.rehearse else ("bf16", "int8", "int4")
-        if "operators" in wanted:
-            measure_operators(report, meter, cuda, TINY if args.rehearse else SIZES["4B"], formats)
-        if "models" in wanted:
-            sizes = {"tiny": TINY} if args.rehearse else {name: SIZES[name] for name in args.sizes}
-            measure_models(report, meter, cuda, sizes, formats)
-    if ok and "sanitizer" in wanted:  # last: it takes what time is left
-        run_sanitizer(report)
-    file = args.report or ROOT / "build" / f"gpu-{card.split(' (')[0].replace(' ', '-')}.md"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(report.lines) + "\n")
+        report.step("build", partial(build, report))
+    importlib.invalidate_caches()
+    if not args.rehearse and importlib.util.find_spec("deltaic._cuda") is None:
+        report.add("- the rest: FAILED, as there are no kernels to run")
+        wanted = []
+    if "tests" in wanted:
+        report.step("tests", partial(run_tests, report))
+    meter = Meter(args.rehearse)
+    formats = ("bf16", "int4") if args.rehearse else ("bf16", "int8", "int4")
+    if "operators" in wanted:
+        size = TINY if args.rehearse else SIZES["4B"]
+        report.step("operators", lambda: measure_operators(report, meter, op_set(), size, formats))
+    if "models" in wanted:
+        sizes = {"tiny": TINY} if args.rehearse else {name: SIZES[name] for name in args.sizes}
+        report.step("models", lambda: measure_models(report, meter, op_set(), sizes, formats))
+    if "overlap" in wanted and torch.cuda.get_device_capability() >= (9, 0):
+        report.step("overlap", partial(run_overlapped, report))
+    if "sanitizer" in wanted:  # last: it takes what time is left
+        report.step("sanitizer", partial(run_sanitizer, report))
     print(f"\nWritten to {file}")
-    return 0 if ok and not any("FAILED" in line for line in report.lines) else 1
+    return 1 if report.failed else 0
+
+
+def op_set() -> Any:
+    from deltaic.ops import cuda
+
+    return cuda
 
 
 if __name__ == "__main__":

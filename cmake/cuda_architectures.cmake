@@ -12,6 +12,15 @@ set(DELTAIC_CUDA_OLDEST 75)
 set(DELTAIC_CUDA_TOOLKIT 12.0)
 # Code for x.0 runs on every x.y; 86 and 89 have instructions of their own.
 set(DELTAIC_CUDA_GENERATIONS 75 80 86 89 90 100 120)
+# Chips with a CPU beside them, whose code runs on nothing else.
+set(DELTAIC_CUDA_INTEGRATED 87 88 101)
+
+# Path of the CUDA compiler where CMake itself does not look: it knows PATH, CUDACXX and CUDA_PATH.
+function(deltaic_cuda_compiler result)
+  find_program(DELTAIC_NVCC nvcc PATHS ENV CUDA_HOME /usr/local/cuda PATH_SUFFIXES bin)
+  mark_as_advanced(DELTAIC_NVCC)
+  set(${result} "${DELTAIC_NVCC}" PARENT_SCOPE)
+endfunction()
 
 # Compute capabilities of the cards of this machine, such as "80;90", rising.
 function(deltaic_cuda_cards result)
@@ -66,6 +75,9 @@ function(deltaic_cuda_architectures architectures names problem)
       # The newest architecture that is not newer than the card: its code where they are of one generation, else PTX.
       set(best "")
       foreach(arch ${known})
+        if(arch IN_LIST DELTAIC_CUDA_INTEGRATED AND NOT arch EQUAL card)
+          continue()
+        endif()
         if(arch GREATER_EQUAL DELTAIC_CUDA_OLDEST AND arch LESS_EQUAL card)
           set(best ${arch})
         endif()

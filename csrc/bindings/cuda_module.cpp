@@ -102,7 +102,7 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
         }
     });
     m.attr("formats") = py::make_tuple(kFormats[0], kFormats[1], kFormats[2], kFormats[3]);
-    py::class_<Matrices>(m, "Matrices")
+    py::class_<Matrices>(m, "Matrices", py::module_local())  // with a card, tests load both builds into one process
         .def(py::init(&make_matrices), py::arg("parts"), py::arg("count"), py::arg("glu"));
 
 #define X(name, arguments) define(m, #name, &name);
@@ -114,6 +114,7 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
 
 #if defined(DELTAIC_EMULATE)
     m.attr("emulated") = true;
+    m.def("use_tensor_cores", &use_tensor_cores);
     m.def("set_order", [](const std::string& order, uint64_t seed) {
         if (order != "forward" && order != "reverse" && order != "random")
             throw Error("set_order: forward, reverse or random");

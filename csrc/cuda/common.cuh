@@ -293,11 +293,33 @@ __device__ __forceinline__ void mma_float(float (&c)[4], const float (&a)[4], co
     mma_tf32(c, a_high, b_high);
 }
 
+// --- the kernel before
+// -----------------------------------------------------------------------------------------------------------------
+// Kernels may be launched so that their blocks start while the kernel before still runs (see `launch`). A kernel
+// therefore begins with grid_begin(), which returns when all that was written before can be seen; one that has
+// something to do that depends on nothing, such as reading weights, does it between the two halves. Every kernel must
+// come to grid_wait() in every thread: that it ends says that those before it have ended.
+__device__ __forceinline__ void grid_trigger() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void grid_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void grid_begin() {
+    grid_trigger();
+    grid_wait();
+}
+
 // --- launches
 // ------------------------------------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 [[noreturn]] void throw_cuda_error(const char* what, cudaError_t error);
+extern bool overlap_kernels;  // whether a kernel's blocks may start before the kernel before has ended
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream stream,
@@ -306,6 +328,17 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
         const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) throw_cuda_error(name, error);
+    }
+    if (overlap_kernels) {
+        cudaLaunchAttribute attribute = {};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
+        config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute, config.numAttrs = 1;
+        const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+        if (error != cudaSuccess) throw_cuda_error(name, error);
+        return;
     }
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
     const cudaError_t error = cudaGetLastError();

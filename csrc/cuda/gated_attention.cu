@@ -47,6 +47,7 @@ template <class T, class KV>
 __global__ void prepare_kernel(const T* proj, const float* q_norm, const float* k_norm, const float* cosine,
                                const float* sine, float eps, Shape s, const int64_t* cu_seqlens, const int64_t* starts,
                                Cache<KV> cache, KV* q, int64_t tokens) {
+    grid_begin();
     const int lane = threadIdx.x % kWarp;
     const int64_t item = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp,
                   heads = s.Hq + s.Hkv;
@@ -86,6 +87,7 @@ __global__ void prepare_kernel(const T* proj, const float* q_norm, const float* 
 template <int D, bool PER_TOKEN>  // PER_TOKEN: groups of at most 8 heads
 __global__ void __launch_bounds__(128) attend_kernel(const bf16* q, Shape s, const int64_t* cu_seqlens,
                                                      const int64_t* starts, Cache<bf16> cache, Partial out) {
+    grid_begin();
     const int64_t group = s.Hq / s.Hkv, head = blockIdx.y, warp = threadIdx.x / kWarp;
     int64_t b, first_row, split;
     int count;
@@ -114,6 +116,7 @@ __global__ void __launch_bounds__(128) attend_kernel(const bf16* q, Shape s, con
 template <class KV>
 __global__ void attend_row_kernel(const KV* q, Shape s, const int64_t* cu_seqlens, const int64_t* starts,
                                   Cache<KV> cache, Partial out) {
+    grid_begin();
     const int64_t t = blockIdx.x, h = blockIdx.y, split = static_cast<int64_t>(blockIdx.z) * 4 + threadIdx.x / kWarp;
     const int64_t b = sequence_of(cu_seqlens, t), see = starts[b] + t - cu_seqlens[b] + 1, row = t * s.Hq + h;
     if (split >= out.splits || split * kRun >= see) return;
@@ -124,6 +127,7 @@ __global__ void attend_row_kernel(const KV* q, Shape s, const int64_t* cu_seqlen
 template <class T>
 __global__ void combine_kernel(Partial partial, const T* proj, Shape s, const int64_t* cu_seqlens,
                                const int64_t* starts, T* y) {
+    grid_begin();
     const int64_t t = blockIdx.x, h = blockIdx.y, row = t * s.Hq + h, b = sequence_of(cu_seqlens, t);
     const int64_t active = active_splits(starts[b] + t - cu_seqlens[b] + 1, partial.splits);
     for (int64_t i = threadIdx.x; i < s.D; i += blockDim.x) {

@@ -41,6 +41,7 @@ constexpr int kConvTile = 16;
 template <class T>
 __global__ void conv_kernel(const T* proj, const float* weight, Pointers states, const int64_t* cu_seqlens, Shape s,
                             float* c, float* trace, int64_t update) {
+    grid_begin();
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = blockIdx.z;
     const int64_t begin = cu_seqlens[b] + static_cast<int64_t>(blockIdx.y) * kConvTile, end = cu_seqlens[b + 1];
     if (channel >= s.C || begin >= end) return;
@@ -65,6 +66,7 @@ __global__ void conv_kernel(const T* proj, const float* weight, Pointers states,
 
 template <class T>
 __global__ void conv_state_kernel(const T* proj, Pointers states, const int64_t* cu_seqlens, Shape s) {
+    grid_begin();
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = blockIdx.y;
     const int64_t n = cu_seqlens[b + 1] - cu_seqlens[b];
     if (channel >= s.C) return;
@@ -100,6 +102,7 @@ template <class T, int ROWS>
 __global__ void __launch_bounds__(128, 2)
     recurrent_kernel(const T* proj, const float* c, const float* A_log, const float* dt_bias, Pointers states,
                      const int64_t* cu_seqlens, Shape s, float* trace, float* o) {
+    grid_begin();
     DELTAIC_SHARED(float, q, kMaxWidth);
     DELTAIC_SHARED(float, k, kMaxWidth);
     DELTAIC_SHARED(float, parts, 4 * 2 * kColumns);
@@ -174,6 +177,7 @@ __global__ void __launch_bounds__(128, 2)
 template <int ROWS>
 __global__ void __launch_bounds__(128) commit_kernel(const float* trace, Pointers states, const int64_t* cu_seqlens,
                                                      const int64_t* counts, Shape s, int64_t layers, int64_t tokens) {
+    grid_begin();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + lane, h = blockIdx.y;
     const int64_t b = blockIdx.z / layers, layer = blockIdx.z % layers, n = counts[b];
@@ -200,6 +204,7 @@ __global__ void __launch_bounds__(128) commit_kernel(const float* trace, Pointer
 // The last three rows of (old rows, first counts[b] rows of u). Block (channels, layer, sequence).
 __global__ void commit_conv_kernel(const float* trace, Pointers states, const int64_t* cu_seqlens,
                                    const int64_t* counts, Shape s, int64_t tokens) {
+    grid_begin();
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, layer = blockIdx.y,
                   b = blockIdx.z, n = counts[b];
     if (channel >= s.C || n == 0) return;
@@ -217,6 +222,7 @@ __global__ void commit_conv_kernel(const float* trace, Pointers states, const in
 template <class T>
 __global__ void gated_norm_kernel(const float* o, const T* proj, const float* norm, float eps, Shape s, T* y,
                                   int64_t heads) {
+    grid_begin();
     const int lane = threadIdx.x % kWarp;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
     if (i >= heads) return;
@@ -278,6 +284,7 @@ template <class T>
 __global__ void __launch_bounds__(kPrepareThreads)
     chunk_prepare_kernel(const T* proj, const float* c, const float* A_log, const float* dt_bias,
                          const int64_t* cu_seqlens, Shape s, float* buffers, int64_t max_chunks) {
+    grid_begin();
     DELTAIC_DYNAMIC_SHARED(base);
     const int64_t h = blockIdx.y, b = blockIdx.z, chunk = blockIdx.x;
     const int64_t begin = cu_seqlens[b] + chunk * kChunk, end = cu_seqlens[b + 1];
@@ -391,6 +398,7 @@ constexpr int kScanThreads = 128, kStatePitch = kColumns + 4;
 __global__ void __launch_bounds__(kScanThreads)
     chunk_scan_kernel(float* buffers, Pointers states, const int64_t* cu_seqlens, Shape s, float* o,
                       int64_t max_chunks) {
+    grid_begin();
     DELTAIC_SHARED(float, S, kMaxWidth* kStatePitch);
     DELTAIC_SHARED(float, W, kChunk* kStatePitch);
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t2 = lane % 4 * 2;

@@ -18,6 +18,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 // gate.
 __global__ void route_kernel(const float* logits, int64_t E, int64_t top_k, int64_t* experts, float* coefficients,
                              int64_t tokens) {
+    grid_begin();
     const int lane = threadIdx.x % kWarp;
     const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
     if (t >= tokens) return;
@@ -56,6 +57,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     expert_up_kernel(const T* x, const float* norm, float eps, Matrix routed, Matrix shared, const int64_t* experts,
                      int64_t top_k, float* activation, int64_t pitch) {
+    grid_begin();
     DELTAIC_DYNAMIC_SHARED(base);
     DELTAIC_SHARED(float, scratch, 32);
     const int64_t slot = blockIdx.y, t = blockIdx.z;
@@ -78,6 +80,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     expert_down_kernel(const float* activation, int64_t pitch, Matrix routed, Matrix shared, const int64_t* experts,
                        const float* coefficients, int64_t top_k, const T* residual, T* y) {
+    grid_begin();
     DELTAIC_DYNAMIC_SHARED(base);
     const int64_t t = blockIdx.y, H = routed.rows;
     const int64_t n = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * 2;
@@ -107,12 +110,15 @@ __global__ void __launch_bounds__(kThreads)
 // -------------------------------------------------------------------------------------------------------------------
 
 constexpr int kTile = 32;  // entries (token, slot) of one expert that a block multiplies at once
+constexpr int kGroupThreads = 1024;
 
 // Entries t * top_k + slot sorted by expert, each expert's in ascending order, and the tiles that cover them: tile i
 // has entries [tiles[3i+1], tiles[3i+2]) of `sorted` and expert tiles[3i], -1 after the last. One block; `counts` has 2
 // * E numbers.
-__global__ void group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted,
-                             int64_t* tiles, int64_t max_tiles) {
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles,
+                 int64_t max_tiles) {
+    grid_begin();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     for (int64_t e = warp; e < E; e += warps) {
         int64_t count = 0;
@@ -181,6 +187,7 @@ template <bool GLU>
 __global__ void __launch_bounds__(128)
     grouped_kernel(const bf16* x, int64_t pitch, int64_t per_row, Matrix m, int64_t outputs, const int64_t* sorted,
                    const int64_t* tiles, bf16* y, int64_t y_pitch) {
+    grid_begin();
     const int64_t* tile = tiles + 3 * static_cast<int64_t>(blockIdx.y);
     const int64_t expert = tile[0], n0 = (static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarp) * 8;
     if (expert < 0 || n0 >= outputs) return;
@@ -209,6 +216,7 @@ __global__ void __launch_bounds__(128)
 // y = sum over slots of coefficient * routed [T * top_k, H] + gate * shared [T, H] (+ residual).
 __global__ void scatter_kernel(const bf16* routed, const bf16* shared, const float* coefficients, int64_t top_k,
                                const bf16* residual, bf16* y, int64_t tokens, int64_t H) {
+    grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= tokens * H) return;
     const int64_t t = i / H, n = i % H;
@@ -263,7 +271,8 @@ void moe_group(const int64_t* experts, int64_t entries, int64_t E, int64_t* coun
                int64_t max_tiles, Stream stream) {
     if (entries == 0) return;
     if (max_tiles < moe_max_tiles(entries, E)) fail("moe_group", "too little room for the tiles");
-    launch("moe_group", group_kernel, 1, 1024, 0, stream, experts, entries, E, counts, sorted, tiles, max_tiles);
+    launch("moe_group", group_kernel, 1, kGroupThreads, 0, stream, experts, entries, E, counts, sorted, tiles,
+           max_tiles);
 }
 
 void moe_grouped(const void* x, int64_t pitch, int64_t per_row, const Matrices& w, const int64_t* sorted,

@@ -11,6 +11,7 @@ constexpr int kRowThreads = 256;
 
 template <class T>
 __global__ void rms_norm_kernel(const T* x, const float* weight, T* y, int64_t D, float eps) {
+    grid_begin();
     DELTAIC_SHARED(float, scratch, 32);
     const T* row = x + blockIdx.x * D;
     float sum = 0;
@@ -25,6 +26,7 @@ __global__ void rms_norm_kernel(const T* x, const float* weight, T* y, int64_t D
 
 template <class T>
 __global__ void layer_norm_kernel(const T* x, const float* weight, const float* bias, T* y, int64_t D, float eps) {
+    grid_begin();
     DELTAIC_SHARED(float, scratch, 32);
     const T* row = x + blockIdx.x * D;
     float sum = 0, squares = 0;
@@ -42,6 +44,7 @@ __global__ void layer_norm_kernel(const T* x, const float* weight, const float* 
 // ids outside the table read as row 0: the caller has checked ids that come from the host, and sampled ids lie inside.
 template <class T>
 __global__ void embed_kernel(const int64_t* ids, Matrix table, T* y) {
+    grid_begin();
     const int64_t id = ids[blockIdx.x], n = id < 0 || id >= table.rows ? 0 : id;
     for (int64_t k = threadIdx.x; k < table.columns; k += blockDim.x)
         y[blockIdx.x * table.columns + k] = from_float<T>(element(table, n, k));
@@ -51,6 +54,7 @@ __global__ void embed_kernel(const int64_t* ids, Matrix table, T* y) {
 // rad.
 __global__ void rope_table_kernel(const int64_t* positions, const float* frequencies, const int64_t* axes, float scale,
                                   float* cosine, float* sine, int64_t T, int64_t F) {
+    grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= T * F) return;
     const double angle = static_cast<float>(positions[i / F * 3 + axes[i % F]]) * frequencies[i % F];
@@ -61,6 +65,7 @@ __global__ void rope_table_kernel(const int64_t* positions, const float* frequen
 template <class T>
 __global__ void epilogue_kernel(const T* product, const float* bias, int64_t activation, const T* residual, T* y,
                                 int64_t T_, int64_t N) {
+    grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= T_ * N) return;
     float v = to_float(product[i]);
@@ -72,6 +77,7 @@ __global__ void epilogue_kernel(const T* product, const float* bias, int64_t act
 
 template <class T>
 __global__ void glu_kernel(const T* product, T* y, int64_t T_, int64_t I) {
+    grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= T_ * I) return;
     const int64_t t = i / I, n = i % I;

@@ -69,6 +69,9 @@ namespace cuda {
 DELTAIC_CUDA_OPS(X)
 #undef X
 
+// Whether products of a few bfloat16 rows use tensor cores, which need compute capability 8.0. True at first.
+void use_tensor_cores(bool use);
+
 // How much room the callers must give.
 int64_t gated_delta_net_chunk_floats(int64_t Hv, int64_t Dk, int64_t Dv, int64_t B, int64_t longest);
 int64_t moe_max_tiles(int64_t entries, int64_t E);

@@ -1,15 +1,20 @@
 // What the CUDA runtime says: errors as text, the toolkit this was built with, the driver, the cards.
+#include <cstdlib>
 #include <string>
 
 #include "cuda/common.cuh"
+#include "cuda/ops.h"
 #include "cuda/runtime.h"
 
 namespace deltaic {
 namespace cuda {
 
 void throw_cuda_error(const char* what, cudaError_t error) {
+    cudaGetLastError();  // the runtime keeps it, and the next launch would be blamed
     throw Error(std::string(what) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
+
+bool overlap_kernels = false;
 
 int toolkit_version() { return CUDART_VERSION; }
 
@@ -38,13 +43,22 @@ void set_device(int index) {
 }
 }  // namespace
 
-void use_device(int index) { used_device = index; }
+void use_device(int index) {
+    used_device = index;
+    int major = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    if (error != cudaSuccess) throw_cuda_error("cudaDeviceGetAttribute", error);
+    use_tensor_cores(major >= 8);
+    const char* overlap = std::getenv("DELTAIC_PDL");  // not the default before it has been measured on a card
+    overlap_kernels = major >= 9 && overlap && std::string(overlap) == "1";
+}
 
 DeviceGuard::DeviceGuard() {
     int current = 0;
-    if (cudaGetDevice(&current) == cudaSuccess && current == used_device) return;
+    const bool known = cudaGetDevice(&current) == cudaSuccess;
+    if (known && current == used_device) return;
     set_device(used_device);
-    before_ = current;
+    if (known) before_ = current;
 }
 
 DeviceGuard::~DeviceGuard() {

@@ -26,6 +26,7 @@ __device__ __forceinline__ uint32_t key_of(float x) {
 __global__ void penalise_kernel(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output,
                                 const int64_t* counts, int64_t output_count, float repetition, float frequency,
                                 float presence, int64_t limit) {
+    grid_begin();
     for (int64_t i = threadIdx.x; i < seen_count; i += blockDim.x) {
         const int64_t id = seen[i];
         if (id >= 0 && id < limit) logits[id] = logits[id] > 0 ? logits[id] / repetition : logits[id] * repetition;
@@ -48,6 +49,42 @@ __device__ __forceinline__ int64_t block_count(int64_t x, Shared<int64_t> scratc
     return total;
 }
 
+// Where the sum of 256 amounts, from the largest digit down or (with `rising`) from the smallest up, reaches `target`.
+struct Place {
+    int digit;       // the last one that holds anything, where the sum does not reach it
+    uint64_t above;  // the sum before that digit
+    bool found;
+};
+
+// By every warp for itself; `amount` must be complete. A lane sums eight digits, and the sums are added across lanes.
+__device__ __forceinline__ Place find_place(Shared<unsigned long long> amount, uint64_t target, bool rising) {
+    constexpr int kEach = 256 / kWarp;
+    const int lane = threadIdx.x % kWarp;
+    const auto digit = [&](int i) { return rising ? i : 255 - i; };
+    unsigned long long own = 0;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) own += amount[digit(lane * kEach + j)];
+    unsigned long long through = own;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+        const unsigned long long before = __shfl_up_sync(kAllLanes, through, offset);
+        if (lane >= offset) through += before;
+    }
+    const uint32_t reached = __ballot_sync(kAllLanes, through >= target), holds = __ballot_sync(kAllLanes, own > 0);
+    const int at = reached ? __ffs(static_cast<int>(reached)) - 1 : holds ? 31 - __clz(static_cast<int>(holds)) : 0;
+    Place place{255, __shfl_sync(kAllLanes, through - own, at), false};
+    for (int j = 0; j < kEach; ++j) {
+        const unsigned long long here = amount[digit(at * kEach + j)];
+        if (here) place.digit = digit(at * kEach + j);
+        if (place.above + here >= target) {
+            place.digit = digit(at * kEach + j), place.found = true;
+            break;
+        }
+        place.above += here;
+    }
+    return place;
+}
+
 // Where a front part ends: the entries with a larger key, and the first `ties` (by id) of those with this key.
 struct Cut {
     uint32_t key;
@@ -68,6 +105,25 @@ struct List {
     }
 };
 
+// amount[digit] += value in the lanes where `valid`; all lanes of the warp call it. Shared memory adds 64-bit numbers
+// by trying until no other lane was faster, so what most lanes share is summed across the warp first.
+__device__ __forceinline__ void add_amount(Shared<unsigned long long> amount, int digit, unsigned long long value,
+                                           bool valid) {
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn) {
+        const uint32_t left = __ballot_sync(kAllLanes, valid);
+        if (left == 0) return;
+        const int first = __ffs(static_cast<int>(left)) - 1, common = __shfl_sync(kAllLanes, digit, first);
+        const bool mine = valid && digit == common;
+        unsigned long long sum = mine ? value : 0;
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+        if (static_cast<int>(threadIdx.x % kWarp) == first) atomicAdd(shared_atomic(amount, common), sum);
+        valid = valid && !mine;
+    }
+    if (valid) atomicAdd(shared_atomic(amount, digit), value);
+}
+
 // The shortest front part of `within` whose amount reaches `target` (> 0): entries are counted, or with `weighted`
 // their weights summed. If the whole does not reach it, the whole.
 __device__ Cut find_cut(const List& list, Cut within, uint64_t target, bool weighted, Shared<unsigned long long> amount,
@@ -77,12 +133,13 @@ __device__ Cut find_cut(const List& list, Cut within, uint64_t target, bool weig
         __syncthreads();
         if (threadIdx.x < 256) amount[threadIdx.x] = 0;
         __syncthreads();
-        for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x) {
-            const uint32_t key = key_of(list.logits[i]);
-            if (key <= within.key || (key & mask) != prefix)
-                continue;  // ties at the border of `within` are added below
-            atomicAdd(shared_atomic(amount, key >> shift & 255u),
-                      static_cast<unsigned long long>(weighted ? list.weight(list.logits[i]) : 1u));
+        for (int64_t first = 0; first < list.n; first += blockDim.x) {
+            const int64_t i = first + threadIdx.x;
+            const float x = i < list.n ? list.logits[i] : 0.0f;
+            const uint32_t key = key_of(x);
+            // Ties at the border of `within` are added below.
+            const bool counts = i < list.n && key > within.key && (key & mask) == prefix;
+            add_amount(amount, static_cast<int>(key >> shift & 255u), counts && weighted ? list.weight(x) : 1u, counts);
         }
         __syncthreads();
         if (threadIdx.x == 0 && within.ties > 0 && (within.key & mask) == prefix) {
@@ -93,26 +150,9 @@ __device__ Cut find_cut(const List& list, Cut within, uint64_t target, bool weig
             amount[digit] = amount[digit] + each * static_cast<unsigned long long>(within.ties);
         }
         __syncthreads();
-        uint64_t above = 0;
-        int digit = 255;
-        int lowest = 255;  // lowest digit that holds anything, for a target beyond the whole
-        bool found = false;
-        for (int j = 255; j >= 0; --j) {
-            const uint64_t here = amount[j];
-            if (here) lowest = j;
-            if (above + here >= target) {
-                digit = j, found = true;
-                break;
-            }
-            above += here;
-        }
-        if (!found) {
-            digit = lowest;
-            target = ~0ull;  // take everything below, too
-            above = 0;
-        }
-        target -= above;
-        prefix |= static_cast<uint32_t>(digit) << shift;
+        const Place place = find_place(amount, target, false);
+        target = place.found ? target - place.above : ~0ull;  // else everything below, too
+        prefix |= static_cast<uint32_t>(place.digit) << shift;
         mask |= 255u << shift;
     }
     // prefix is a whole key now: how many of its ties are needed?
@@ -147,22 +187,16 @@ __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long>
         __syncthreads();
         if (threadIdx.x < 256) amount[threadIdx.x] = 0;
         __syncthreads();
-        for (int64_t i = threadIdx.x; i < list.n; i += blockDim.x) {
-            const uint64_t id = static_cast<uint64_t>(list.ids ? list.ids[i] : i);
-            if (key_of(list.logits[i]) == cut.key && (id & mask) == prefix)
-                atomicAdd(shared_atomic(amount, static_cast<int64_t>(id >> shift & 255u)), 1ull);
+        for (int64_t first = 0; first < list.n; first += blockDim.x) {
+            const int64_t i = first + threadIdx.x;
+            const uint64_t id = static_cast<uint64_t>(i < list.n && list.ids ? list.ids[i] : i);
+            const bool counts = i < list.n && key_of(list.logits[i]) == cut.key && (id & mask) == prefix;
+            add_amount(amount, static_cast<int>(id >> shift & 255u), 1u, counts);
         }
         __syncthreads();
-        int digit = 255;
-        for (int j = 0; j < 256; ++j) {
-            const int64_t here = static_cast<int64_t>(static_cast<unsigned long long>(amount[j]));
-            if (here >= wanted) {
-                digit = j;
-                break;
-            }
-            wanted -= here;
-        }
-        prefix |= static_cast<uint64_t>(digit) << shift;
+        const Place place = find_place(amount, static_cast<uint64_t>(wanted), true);
+        wanted -= static_cast<int64_t>(place.above);
+        prefix |= static_cast<uint64_t>(place.digit) << shift;
         mask |= static_cast<uint64_t>(255) << shift;
     }
     return static_cast<int64_t>(prefix);
@@ -172,6 +206,7 @@ __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long>
 __global__ void __launch_bounds__(kThreads)
     choose_kernel(const float* logits, const int64_t* ids, int64_t n, float temperature, int64_t top_k, double top_p,
                   double min_p, double uniform, int64_t* token) {
+    grid_begin();
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(float, peaks, 32);
@@ -224,6 +259,7 @@ __global__ void __launch_bounds__(kThreads)
 // A NaN comes first, so it is seen later. Where there are fewer than k, -inf and an id past the end fill up.
 __global__ void __launch_bounds__(kThreads)
     shortlist_kernel(const float* logits, int64_t limit, int64_t stretch, int64_t k, float* values, int64_t* ids) {
+    grid_begin();
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(int, used, 1);

@@ -25,6 +25,7 @@ struct Colour {
 // y [P, 3*p*p], columns (channel, y, x): (u8 / 255 - mean) / std. Block = patch.
 template <class T>
 __global__ void patches_kernel(const uint8_t* image, Grid grid, Colour colour, T* y) {
+    grid_begin();
     const int64_t i = blockIdx.x, p = grid.patch, K = 3 * p * p;
     int64_t row, column;
     grid.place(i, &row, &column);
@@ -40,6 +41,7 @@ __global__ void patches_kernel(const uint8_t* image, Grid grid, Colour colour, T
 // y += the position table [side*side, V], bilinear with aligned corners. Block = patch.
 template <class T>
 __global__ void add_positions_kernel(const float* table, int64_t side, Grid grid, T* y, int64_t V) {
+    grid_begin();
     int64_t row, column;
     grid.place(blockIdx.x, &row, &column);
     const float span = static_cast<float>(side - 1);
@@ -60,6 +62,7 @@ __global__ void add_positions_kernel(const float* table, int64_t side, Grid grid
 template <class T>
 __global__ void rotate_kernel(const T* qkv, const float* cosine, const float* sine, T* out, int64_t P, int64_t heads,
                               int64_t d) {
+    grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, V = heads * d;
     if (i >= P * V) return;
     const int64_t p = i / V, h = i % V / d, j = i % d, half = d / 2, other = j < half ? j + half : j - half;
@@ -84,6 +87,7 @@ struct SegmentRows {
 template <int D>
 __global__ void __launch_bounds__(128)
     attend_segment_kernel(const bf16* rotated, const int64_t* cu_seqlens, int64_t P, int64_t heads, Partial out) {
+    grid_begin();
     const int64_t head = blockIdx.y, begin = cu_seqlens[blockIdx.z], end = cu_seqlens[blockIdx.z + 1];
     const int64_t first = begin + (static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarp) * 16;
     if (first >= end) return;
@@ -99,6 +103,7 @@ __global__ void __launch_bounds__(128)
 template <class T>
 __global__ void attend_segment_row_kernel(const T* rotated, const int64_t* cu_seqlens, int64_t segments, int64_t P,
                                           int64_t heads, Partial out) {
+    grid_begin();
     const int64_t p = blockIdx.x, head = blockIdx.y;
     int64_t segment = 0;
     while (segment < segments && p >= cu_seqlens[segment + 1]) ++segment;
@@ -110,6 +115,7 @@ __global__ void attend_segment_row_kernel(const T* rotated, const int64_t* cu_se
 
 template <class T>
 __global__ void finish_kernel(Partial partial, T* y, int64_t count) {
+    grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;
     y[i] = from_float<T>(combine(partial, i / partial.D, 1, i % partial.D));

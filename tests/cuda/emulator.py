@@ -16,11 +16,13 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pybind11
 import torch
 from deltaic.ops.cuda_device import OutOfDeviceMemory
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -122,19 +124,104 @@ class _Memory:
         self.device.module.guarded_free(self.address)
 
 
+# Calls of the extension that are not launches: a capture does not record them.
+HOST_CALLS = {
+    "use_tensor_cores",
+    "Matrices", "KernelError", "gated_delta_net_chunk_floats", "moe_max_tiles", "guarded_alloc", "guarded_free"
+}  # fmt: skip
+# What torch may do in a captured graph here: look at memory in another way. Anything else would have to be recorded.
+VIEWS = {
+    "lift_fresh",
+    "view",
+    "_unsafe_view",
+    "slice",
+    "select",
+    "alias",
+    "detach",
+    "as_strided",
+    "reshape",
+    "unsqueeze",
+    "t",
+}
+
+
+class _NoTorchInCapture(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function.overloadpacket).removeprefix("aten.")
+        if name not in VIEWS:
+            raise AssertionError(f"torch computes or copies in a captured graph: {name}")
+        return function(*args, **(kwargs or {}))
+
+
+class _Recording:
+    """The extension as the device's operators see it: while a graph is captured, launches are noted and do not run."""
+
+    def __init__(self, device: EmulatedDevice, module: ModuleType):
+        self._device, self._module = device, module
+
+    def __getattr__(self, name: str) -> Any:
+        found, device = getattr(self._module, name), self._device
+        if not callable(found) or name in HOST_CALLS:
+            return found
+
+        def call(*args: Any) -> Any:
+            if device.capturing is None:
+                return found(*args)
+            return device.capturing.append((found, args))
+
+        return call
+
+
+class _Pool:
+    """Memory of captured graphs that run one after another: what one left there, another may overwrite."""
+
+    def __init__(self) -> None:
+        self.memory: list[_Memory] = []
+
+
+class EmulatedGraph:
+    """Launches with the very arguments that they were captured with, on memory that is poisoned before each replay."""
+
+    def __init__(self, pool: _Pool, launches: list[tuple[Any, tuple[Any, ...]]]):
+        self._pool, self._launches = pool, launches
+
+    def pool(self) -> _Pool:
+        return self._pool
+
+    def replay(self) -> None:
+        for memory in self._pool.memory:
+            np.asarray(memory)[:] = 0xCD
+        for function, args in self._launches:
+            function(*args)
+
+
 class EmulatedDevice:
-    """A device for deltaic.ops.cuda: torch CPU tensors in guarded, poisoned memory."""
+    """A device for deltaic.ops.cuda: torch CPU tensors in guarded, poisoned memory. As on a GPU, a captured graph holds
+    nothing but launches and addresses."""
 
     torch_device = "cpu"
 
     def __init__(self, module: ModuleType, memory: int = 1 << 40):
         """memory: bytes that the device is said to have."""
-        self.module, self.memory, self.used = module, memory, 0
+        self.module, self.memory, self.used = _Recording(self, module), memory, 0
+        self.capturing: list[tuple[Any, tuple[Any, ...]]] | None = None
+        self._pool: _Pool | None = None  # of the graph that is being captured
+
+    def capture(self, run, pool):
+        self._pool, self.capturing = pool or _Pool(), []
+        try:
+            with _NoTorchInCapture():
+                result = run()
+            return EmulatedGraph(self._pool, self.capturing), result
+        finally:
+            self._pool = self.capturing = None
 
     def stream(self) -> int:
         return 0
 
     def fill(self, target, host) -> None:
+        if self.capturing is not None:
+            raise AssertionError("the host's memory is read in a captured graph")
         target.copy_(host)
 
     def free_bytes(self) -> int:
@@ -145,9 +232,11 @@ class EmulatedDevice:
 
     def empty(self, shape, dtype) -> torch.Tensor:
         count = int(np.prod(tuple(shape), dtype=np.int64))
-        size = torch.empty(0, dtype=dtype).element_size()
+        size = dtype.itemsize
         if count * size > self.free_bytes():
             raise OutOfDeviceMemory(count * size, self.free_bytes())
         memory = _Memory(self, max(1, count * size), f"{str(dtype).removeprefix('torch.')}{list(shape)}")
+        if self._pool is not None:
+            self._pool.memory.append(memory)
         raw = torch.from_numpy(np.asarray(memory))
         return raw[: count * size].view(dtype).reshape(tuple(shape))

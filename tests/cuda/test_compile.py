@@ -14,7 +14,7 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ("80", "90", "120")
 # Kernels of a decoded token, as they appear in mangled names.
 DECODE = {
-    "linear": ("gemv_kernel",),
+    "linear": ("gemv_kernel", "gemv_mma_kernel"),
     "gated_delta_net": ("conv_kernel", "recurrent_kernel", "gated_norm_kernel", "commit_kernel", "commit_conv_kernel"),
     "gated_attention": (
         "prepare_kernel", "attend_kernelILi64ELb1", "attend_kernelILi128ELb1", "attend_kernelILi256ELb1",
@@ -52,3 +52,20 @@ def test_sources_compile_and_decode_kernels_do_not_spill(tmp_path, stem):
 
 def test_every_source_is_compiled():
     assert set(DECODE) == {file.stem for file in (SOURCES / "cuda").glob("*.cu")}
+
+
+def test_every_kernel_waits_for_the_one_before():
+    """With overlapping launches a kernel that does not would read what is not written yet, and end before its time."""
+    kernels = 0
+    for file in (SOURCES / "cuda").glob("*.cu"):
+        if file.stem == "runtime":
+            continue
+        text = file.read_text()
+        for found in re.finditer(r"__global__\s+void\b[^{;]*?(\w+_kernel)\s*\([^{;]*\)\s*\{\s*(\w+)\(\);", text):
+            kernels += 1
+            assert found[2] == ("grid_trigger" if found[1] == "gemv_mma_kernel" else "grid_begin"), found[1]
+        assert text.count("__global__") == len(re.findall(r"grid_(?:begin|trigger)\(\);", text)), file.name
+    assert kernels > 20
+    product = (SOURCES / "cuda" / "gemv_mma.cuh").read_text()
+    assert product.count("grid_wait();") == 1
+    assert product.index("fetch(split, span);\n    grid_wait();") < product.index("load8(from")

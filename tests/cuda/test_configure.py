@@ -56,6 +56,8 @@ def chosen(tmp_path: Path, *, mode="AUTO", archs="", toolkit="13.0", known=CUDA_
         ({"cards": "8.9\\n8.9\\n7.5\\n"}, "75-real;89-real"),
         ({"cards": "12.1\\n"}, "121-real"),
         ({"cards": "12.0\\n", "toolkit": "12.0", "known": CUDA_12_0}, "90-virtual"),  # newer than the toolkit
+        # 101 is one of the chips with a CPU beside them
+        ({"cards": "10.3\\n", "toolkit": "12.8", "known": "75 80 86 87 89 90 100 101 120"}, "100-real"),
         ({"cards": "8.9\\n6.1\\n"}, "89-real"),  # an old card beside a usable one
         ({"mode": "ON"}, "75-real;80-real;86-real;89-real;90-real;100-real;120-real;80-virtual;121-virtual"),
         ({"mode": "ON", "toolkit": "12.0", "known": CUDA_12_0},
@@ -84,6 +86,21 @@ def test_why_nothing_is_built(tmp_path, asked, problem):
     found = chosen(tmp_path, **asked)
     assert problem in found["problem"]
     assert found["architectures"] == ""
+
+
+def test_a_compiler_outside_path_is_found(tmp_path):
+    """Where the toolkit's installer puts it, and many never add it to PATH."""
+    (tmp_path / "bin").mkdir()
+    nvcc = program(tmp_path / "bin", "nvcc", "exit 0")
+    script = tmp_path / "script.cmake"
+    script.write_text(
+        f'include({ROOT}/cmake/cuda_architectures.cmake)\ndeltaic_cuda_compiler(found)\nmessage("found=${{found}}")\n'
+    )
+    environment = {**os.environ, "PATH": "/nowhere", "CUDA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [shutil.which("cmake"), "-P", str(script)], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert f"found={nvcc}" in done.stderr
 
 
 def configure(folder: Path, path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:

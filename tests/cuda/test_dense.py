@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import emulator
 import numpy as np
 import pytest
 import torch
@@ -55,6 +56,15 @@ def test_linear(device, rng, kind, format, tokens):
     )
     y = cuda.linear(tensor(x, kind), w, bias=bias, activation="gelu_erf")
     assert_close(y, reference.linear(x, expected, bias=bias, activation="gelu_erf"), kind)
+
+
+@pytest.mark.parametrize("tokens", [2, 18])
+def test_a_head_gives_floats_with_every_epilogue(device, rng, tokens):
+    w, x, bias = cuda.pack([normal(rng, 9, 40)], "bf16"), rounded(normal(rng, tokens, 40), "bf16"), normal(rng, 9)
+    w.float_output = True
+    y = cuda.linear(tensor(x, "bf16"), w, bias=bias)
+    assert y.dtype == torch.float32
+    assert_close(y, reference.linear(x, reference_weight(w), bias=bias), "bf16")
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -116,3 +126,57 @@ def test_wrong_arguments_are_named(device, rng):
         with pytest.raises(cuda.ArgumentError, match=message):
             call()
     assert torch.isfinite(cuda.linear(good, w)).all()
+
+
+@pytest.fixture
+def tensor_cores(device):
+    """Switches them off and on again, on the emulator; on a card they are as they are."""
+    if not device.module.emulated:
+        pytest.skip("the card decides")
+    yield device.module.use_tensor_cores
+    device.module.use_tensor_cores(True)
+
+
+# The last two have more runs of columns than shared memory takes at once: for 8 tokens, and for one.
+@pytest.mark.parametrize("K", [8, 136, 1024, 2184, 17000])
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_products_on_tensor_cores(tensor_cores, rng, format, K):
+    """As exact as sums of floats, with a norm too, and for every number of tokens the same bits."""
+    N = 40 if K < 10000 else 3
+    w = cuda.pack([normal(rng, N, K), normal(rng, 1, K)], format)
+    w.float_output = True
+    x, norm, bias = normal(rng, cuda.FEW, K), normal(rng, K, scale=0.2), normal(rng, N + 1)
+    residual = tensor(normal(rng, cuda.FEW, N + 1), "bf16")
+    x = tensor(x, "bf16")
+    plain, normed = array(cuda.linear(x, w)), array(cuda.linear(x, w, norm=norm, bias=bias, residual=residual))
+    assert_close(plain, reference.linear(array(x), reference_weight(w)), "f32")
+    for n in (1, 2, 5, 8, 9):
+        some = cuda.linear(x[:n].contiguous(), w, norm=norm, bias=bias, residual=residual[:n].contiguous())
+        np.testing.assert_array_equal(array(some), normed[:n])
+    tensor_cores(False)
+    assert_close(plain, array(cuda.linear(x, w)), "f32")
+    assert_close(normed, array(cuda.linear(x, w, norm=norm, bias=bias, residual=residual)), "f32")
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("inner", [1, 8, 19])
+def test_gated_products_on_tensor_cores(tensor_cores, rng, format, inner):
+    w = cuda.pack_glu(normal(rng, inner, 264), normal(rng, inner, 264), format)
+    x, norm = tensor(normal(rng, 9, 264), "bf16"), normal(rng, 264, scale=0.2)
+    y = cuda.swiglu(x, w, norm=norm)
+    assert_close(y, reference.swiglu(array(x), reference_weight(w), norm=norm), "bf16", factor=2)
+    np.testing.assert_array_equal(array(cuda.swiglu(x[:1].contiguous(), w, norm=norm)), array(y)[:1])
+    tensor_cores(False)
+    assert_close(y, array(cuda.swiglu(x, w, norm=norm)), "bf16", factor=2)
+
+
+@pytest.mark.parametrize("rows", [8200, 16400, 32800])
+def test_large_matrices_share_no_tile(emulated, rng, rows):
+    """The more rows, the fewer warps on each: 4, 2 and 1 of eight. One order of threads will do."""
+    emulated.set_order("reverse", 1)
+    cuda.use_device(emulator.EmulatedDevice(emulated))
+    try:
+        w, x = cuda.pack([normal(rng, rows, 264)], "int8"), tensor(normal(rng, 2, 264), "bf16")
+        assert_close(cuda.linear(x, w), reference.linear(array(x), reference_weight(w)), "bf16")
+    finally:
+        cuda.use_device(None)

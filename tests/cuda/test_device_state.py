@@ -223,6 +223,21 @@ def test_memory_that_runs_out_on_the_way_leaves_a_usable_process(model_device, l
     np.testing.assert_array_equal(model.forward(PROMPT), expected)
 
 
+def test_a_fork_that_finds_no_memory_keeps_both(model_device, load):
+    """The copy that the first write makes is counted like any other memory."""
+    if not model_device.module.emulated:
+        pytest.skip("needs a device whose memory can be set")
+    model = load("cuda")
+    state = model.new_state()
+    model.forward(PROMPT, state)
+    twin = state.fork()
+    model_device.memory = model_device.used + 1000
+    with pytest.raises(StateError, match="no memory"):
+        model.forward(" and", twin)
+    model_device.memory = 1 << 40
+    np.testing.assert_array_equal(model.forward(" and", twin), model.forward(" and", state))
+
+
 def test_tensors_of_another_device_are_refused(model_device):
     w = cuda.pack([np.ones((4, 8), np.float32)], "f32")
     with pytest.raises(cuda.ArgumentError, match="x is on meta, expected"):

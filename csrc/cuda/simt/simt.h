@@ -183,6 +183,10 @@ inline void check_mask(uint32_t mask) {
     (::simt::check_mask(mask),                                                                                     \
      ::simt::shuffle(value, ::simt::lane() + (offset) > 31 ? ::simt::lane() : ::simt::lane() + (offset), __FILE__, \
                      __LINE__))
+#define __shfl_up_sync(mask, value, offset)                                                                   \
+    (::simt::check_mask(mask),                                                                                \
+     ::simt::shuffle(value, ::simt::lane() < (offset) ? ::simt::lane() : ::simt::lane() - (offset), __FILE__, \
+                     __LINE__))
 #define __ballot_sync(mask, predicate) (::simt::check_mask(mask), ::simt::ballot(predicate, __FILE__, __LINE__))
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == 0xffffffffu)
@@ -203,6 +207,7 @@ T atomicMax(T* address, std::type_identity_t<T> value) {
 inline void __threadfence() {}
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;

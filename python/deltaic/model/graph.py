@@ -36,7 +36,7 @@ class _Slot:
 class DecodeGraph:
     """Steps of B sequences with as many rows each, captured on first use; a graph serves every state of its shape.
 
-    `ops` is deltaic.ops.cuda. On a device that cannot capture (the tests' emulator) the same calls run one by one.
+    `ops` is deltaic.ops.cuda.
     """
 
     def __init__(self, text: TextModel, ops: Any):
@@ -86,8 +86,7 @@ class DecodeGraph:
         captured = self._graphs.get(key)
         if captured is None:
             captured = _Captured(self._text, self._ops, len(states), rows, traced, room, first)
-            if not self._ops.device().module.emulated:
-                self._pool = captured.capture(self._pool, first.kv_dtype)
+            self._pool = captured.capture(self._pool, first.kv_dtype)
             self._graphs[key] = captured
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
@@ -128,21 +127,12 @@ class _Captured:
 
     def capture(self, pool: Any, kv_dtype: str) -> Any:
         """Make the graph, in a pool of memory; returns the pool."""
-        import torch
-
-        dev, sequences = self._ops.device(), len(self._parts[2])
-        scratch = [State(self._text.config, self._ops, kv_dtype) for _ in range(sequences)]
+        scratch = [State(self._text.config, self._ops, kv_dtype) for _ in self._parts[2]]  # states that nobody needs
         for state in scratch:
             state.reserve(self._rows)
-        self._fill([[0] * self._rows] * sequences, scratch)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(dev.torch_device):
-            self._forward()  # loads every kernel, on states that nobody needs
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._hidden = self._forward()
-        self._graph = graph
-        return graph.pool()
+        self._fill([[0] * self._rows] * len(scratch), scratch)
+        self._graph, self._hidden = self._ops.device().capture(self._forward, pool)
+        return self._graph.pool()
 
     def _forward(self) -> Any:
         text, ops = self._text, self._ops
@@ -168,7 +158,5 @@ class _Captured:
 
     def run(self, tokens: Sequence[Sequence[int]], states: Sequence[State]) -> Any:
         self._fill(tokens, states)
-        if self._graph is None:
-            return self._forward()
         self._graph.replay()
-        return self._hidden.clone()  # the graph writes it anew in every step
+        return self._ops.copy(self._hidden)  # the graph writes it anew in every step

@@ -300,7 +300,11 @@ def _own_blocks(table: Any, entries: int, shared: int) -> int:
 
 
 def copy_array(array: Any) -> Any:
-    return memory.copy(array) if isinstance(array, np.ndarray) else array.clone()
+    if isinstance(array, np.ndarray):
+        return memory.copy(array)
+    from ..ops.cuda_memory import copy
+
+    return copy(array)
 
 
 def _writeable(array: Any) -> bool:

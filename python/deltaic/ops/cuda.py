@@ -21,6 +21,7 @@ from .cuda_memory import (
     Tensor,
     address,
     check,
+    copy,
     device,
     free_bytes,
     from_host,
@@ -64,6 +65,7 @@ __all__ = [
     "activations",
     "checksum",
     "concatenate",
+    "copy",
     "copy_from_host",
     "device",
     "embed",
@@ -162,6 +164,8 @@ def linear(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
+    import torch
+
     if w.glu or w.count != 1:
         raise ArgumentError(f"linear: w must be a pack() of [N, K], found shape {w.shape}, glu {w.glu}")
     if activation not in ACTIVATIONS:
@@ -177,16 +181,13 @@ def linear(
     kind = ACTIVATIONS.index(activation)
     if x.shape[0] <= FEW:
         return _gemv(x, w, N, norm, eps, bias, kind, residual, w.float_output)
-    product = _product(x if norm is None else rms_norm(x, norm, eps), w)
-    if w.float_output:
-        product = product.float()
-    if bias is None and kind == 0 and residual is None:
-        return product
-    y, dev = new(product.shape, x.dtype), device()
-    dev.module.epilogue(
-        address(product), address(bias), kind, address(residual), address(y), *product.shape, type_of(x), dev.stream()
-    )
-    return y
+    y = _product(x if norm is None else rms_norm(x, norm, eps), w)
+    if bias is not None or kind or residual is not None:
+        product, y, dev = y, new(y.shape, x.dtype), device()
+        dev.module.epilogue(
+            address(product), address(bias), kind, address(residual), address(y), *y.shape, type_of(x), dev.stream()
+        )
+    return copy(y, torch.float32) if w.float_output else y
 
 
 def swiglu(x: Tensor, w: Weight, *, norm: Any = None, eps: float = 1e-6) -> Tensor:
@@ -223,21 +224,18 @@ def _product(h: Tensor, w: Weight) -> Tensor:
     import torch
 
     dev = device()
-    only = w.parts[0]
-    if len(w.parts) == 1 and only.q.dtype == h.dtype:
-        return torch.matmul(h, only.q[:, : only.columns].T)
     y = new([h.shape[0], sum(part.rows for part in w.parts)], h.dtype)
     first = 0
     for i, part in enumerate(w.parts):
         if part.q.dtype == h.dtype:
-            y[:, first : first + part.rows] = torch.matmul(h, part.q[:, : part.columns].T)
+            torch.mm(h, part.q[:, : part.columns].T, out=y[:, first : first + part.rows])
         else:
             tile = max(1, DEQUANTISED_BYTES // (part.columns * h.element_size()))
             room = new([min(tile, part.rows), part.columns], h.dtype)
             for row in range(0, part.rows, tile):
                 n = min(tile, part.rows - row)
                 dev.module.dequantise(w.handle, i, row, n, address(room), type_of(h), dev.stream())
-                y[:, first + row : first + row + n] = torch.matmul(h, room[:n].T)
+                torch.mm(h, room[:n].T, out=y[:, first + row : first + row + n])
         first += part.rows
     return y
 
@@ -571,7 +569,7 @@ def activations(rows: np.ndarray, table: Weight) -> Tensor:
     """float32 rows [T, H] of the host in the activation dtype of a model whose embedding table is `table`."""
     import torch
 
-    return upload(rows).to(getattr(torch, table.activation_dtype))
+    return copy(upload(rows), getattr(torch, table.activation_dtype))
 
 
 def wait() -> None:
@@ -590,4 +588,6 @@ def concatenate(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Several tensors, one after another along `axis`."""
     import torch
 
-    return torch.cat(list(parts), dim=axis)
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return torch.cat(list(parts), dim=axis, out=new(shape, parts[0].dtype))

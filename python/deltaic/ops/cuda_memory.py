@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Tensor = Any  # torch.Tensor; torch is imported late
+Result = TypeVar("Result")
 PINNED_BYTES = 1 << 20  # larger arrays are copied while the host waits
 _threads = 1
 
@@ -31,22 +32,57 @@ class Device(Protocol):
     def stream(self) -> int: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
     def fill(self, target: Tensor, host: Tensor) -> None: ...  # host may change as soon as it returns
+    def capture(
+        self, run: Callable[[], Result], pool: Any
+    ) -> tuple[Graph, Result]: ...  # pool: of graphs before, or None
     def free_bytes(self) -> int: ...
     def wait(self) -> None: ...
 
 
+class Graph(Protocol):
+    """Launches that were captured, and their memory. Graphs of one pool overwrite each other's results."""
+
+    def replay(self) -> None: ...
+    def pool(self) -> Any: ...
+
+
 class _Cuda:
-    """The GPU."""
+    """The GPU. Work goes to torch's current stream; where that changes, the new one waits for what the last one was
+    given, so that weights, states and graphs may be used on any."""
 
     def __init__(self) -> None:
+        import torch
+
         from .cuda_device import open_device
 
         self.module, self.torch_device = open_device()
+        self._stream = torch.cuda.default_stream(self.torch_device)
+        self._capture_stream: Any = None
 
     def stream(self) -> int:
         import torch
 
-        return int(torch.cuda.current_stream(self.torch_device).cuda_stream)
+        stream = torch.cuda.current_stream(self.torch_device)
+        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+            self._stream = stream
+        return int(stream.cuda_stream)
+
+    def capture(self, run: Callable[[], Result], pool: Any) -> tuple[Graph, Result]:
+        import torch
+
+        with torch.cuda.device(self.torch_device):
+            run()  # loads every kernel, which a capture must not do
+            torch.cuda.synchronize()
+            if self._capture_stream is None:  # one for all: a pool gives memory back to the stream that it came from
+                self._capture_stream = torch.cuda.Stream(self.torch_device)
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=self._capture_stream, capture_error_mode="thread_local"):
+                    result = run()
+            finally:
+                torch.cuda.set_stream(before)  # where a capture fails, torch leaves its own stream as the current one
+        return graph, result
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         import torch
@@ -54,10 +90,13 @@ class _Cuda:
         try:
             return torch.empty(tuple(shape), dtype=dtype, device=self.torch_device)
         except torch.cuda.OutOfMemoryError:
-            needed = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+            needed = math.prod(shape) * dtype.itemsize
             raise OutOfDeviceMemory(needed, self.free_bytes()) from None
 
     def fill(self, target: Tensor, host: Tensor) -> None:
+        self.stream()
+        if host.numel() == 0:
+            return
         if host.numel() * host.element_size() <= PINNED_BYTES:
             target.copy_(host.pin_memory(), non_blocking=True)  # torch keeps the pinned copy until it has been read
         else:
@@ -159,6 +198,11 @@ def require_memory(nbytes: int) -> None:
 
 def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return device().empty(shape, dtype)
+
+
+def copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy on the device, in another dtype where that is given."""
+    return new(x.shape, dtype or x.dtype).copy_(x)
 
 
 def upload(array: np.ndarray) -> Tensor:
