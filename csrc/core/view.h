@@ -51,6 +51,7 @@ constexpr int64_t kRun = 128;   // columns that share d, and for which activatio
 constexpr int64_t kGroup = 16;  // columns that share s
 constexpr int64_t kWordBytes =
     128;  // activations of one token that meet a run: 128 int8 or 64 bfloat16 numbers, 32 words
+constexpr int64_t kInt4RunBytes = 1024 + 64 + 32;  // of a run of an int4 block, scales and d included
 constexpr int64_t kFormBytes = kRun * kBlockRows;  // of a run of weights on its way through a kernel
 
 DELTAIC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,7 +66,7 @@ DELTAIC_INLINE int64_t block_bytes(Format format, int64_t columns) {
         case Format::int8:
             return ceil_div(columns, kRun) * (2048 + 32);
         default:
-            return ceil_div(columns, kRun) * (1024 + 64 + 32);
+            return ceil_div(columns, kRun) * kInt4RunBytes;
     }
 }
 

@@ -21,13 +21,14 @@ namespace {
 
 constexpr int64_t kTaps = 4;
 constexpr int64_t kChunk = 64;                  // tokens whose q, k, v are prepared at a time
-constexpr int64_t kInPlace = 4;                 // up to so many tokens the copy of S into a dense block does not pay
+constexpr int64_t kInPlace = 4;                 // up to so many tokens a dense block does not pay
 constexpr int kColumns = kWidth == 16 ? 4 : 2;  // vectors of 16 columns in one block: accumulators fill the registers
-constexpr int kWide = kWidth == 16 ? 8 : 2;  // the same where one token passes over S once: rows are read as they lie
-constexpr int64_t kAhead = 8;                // rows fetched ahead: the hardware does not follow such strides
-constexpr float kL2Eps = 1e-6f;              // fixed by the model, not rms_norm_eps
-constexpr float kSmallestExponent = -87.3f;  // below it e^x is subnormal
-constexpr int64_t kVerified = kChunk;        // rows of a sequence that a verify step may have
+constexpr int kWide = kWidth == 16 ? 8 : 2;     // the same where few tokens pass over S: rows are read as they lie
+constexpr int64_t kWideRows = 8;                // rows of a verify step, which does not write S, that count as few
+constexpr int64_t kAhead = 8;                   // rows fetched ahead: the hardware does not follow such strides
+constexpr float kL2Eps = 1e-6f;                 // fixed by the model, not rms_norm_eps
+constexpr float kSmallestExponent = -87.3f;     // below it e^x is subnormal
+constexpr int64_t kVerified = kChunk;           // rows of a sequence that a verify step may have
 
 struct Gates {
     float decay, beta, kq;  // e^g, beta, k.q
@@ -109,22 +110,46 @@ struct Ahead {
     }
 };
 
-// The delta rule for n tokens on VB * 16 columns of S (row stride `stride`); v [n, width] becomes o.
+// A block of columns of S: rows `stride` apart.
+struct Block {
+    float* data;
+    int64_t stride;
+};
+
+// One token on VB * 16 columns: to <- decay from + now dv^T, and the products of that with the next token's k and q.
+// Without kStore nobody wants it but these products.
+template <int VB, bool kStore>
+DELTAIC_INLINE void update(const Block& from, const Block& to, int64_t Dk, f32x16 decay, const float* now,
+                           const f32x16 (&dv)[VB], const float* next_k, const float* next_q, f32x16 (&sk)[VB],
+                           f32x16 (&sq)[VB]) {
+    for (int64_t d = 0; d < Dk; ++d) {
+        const f32x16 kd = set1(now[d]), k1 = set1(next_k[d]), q1 = set1(next_q[d]);
+        DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
+            const f32x16 s = fma(kd, dv[b], mul(decay, load(from.data + d * from.stride + b * 16)));
+            if (kStore) store(to.data + d * to.stride + b * 16, s);
+            sk[b] = fma(s, k1, sk[b]);
+            sq[b] = fma(s, q1, sq[b]);
+        }
+    }
+}
+
+// The delta rule for n tokens on VB * 16 columns of S; v [n, width] becomes o. Between the first and the last token the
+// columns lie in `work`, which may be S.
 // Products with the next token's k and q are taken while S is in registers anyway. Every sum runs over d = 0..Dk-1 in
-// order, whatever n and VB are, so that the bits do not depend on how tokens come. With `errors`, dv is stored and the
-// last token does not change S.
+// order, whatever n and VB are, so that the bits do not depend on how tokens come. With `errors`, dv is stored and S
+// stays as it is.
 template <int VB>
-DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float* q, const float* k, int64_t k_width,
-                               const Gates* gates, float* v, int64_t v_width, int64_t n, const Errors& errors,
-                               const Ahead& ahead) {
-    const bool strided = stride > VB * 16;  // what lies in one piece is fetched ahead by the hardware, and faster
+DELTAIC_INLINE void delta_rule(const Block& S, const Block& work, int64_t Dk, const float* q, const float* k,
+                               int64_t k_width, const Gates* gates, float* v, int64_t v_width, int64_t n,
+                               const Errors& errors, const Ahead& ahead) {
+    const bool strided = S.stride > VB * 16;  // what lies in one piece is fetched ahead by the hardware, and faster
     f32x16 sk[VB], sq[VB], dv[VB];
     DELTAIC_UNROLL for (int b = 0; b < VB; ++b) sk[b] = sq[b] = zero();
     for (int64_t d = 0; d < Dk; ++d) {
         const f32x16 kd = set1(k[d]), qd = set1(q[d]);
         DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
-            if (strided) prefetch(S + (d + kAhead) * stride + b * 16);
-            const f32x16 s = load(S + d * stride + b * 16);
+            if (strided) prefetch(S.data + (d + kAhead) * S.stride + b * 16);
+            const f32x16 s = load(S.data + d * S.stride + b * 16);
             sk[b] = fma(s, kd, sk[b]);
             sq[b] = fma(s, qd, sq[b]);
         }
@@ -141,58 +166,57 @@ DELTAIC_INLINE void delta_rule(float* S, int64_t stride, int64_t Dk, const float
             sk[b] = sq[b] = zero();
         }
         const float* now = k + i * k_width;
+        const Block& from = i == 0 ? S : work;
         if (i + 1 == n) {
             if (errors.dv) break;
-            for (int64_t d = 0; d < Dk; ++d) {
-                const f32x16 kd = set1(now[d]);
-                DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
-                    float* s = S + d * stride + b * 16;
-                    store(s, fma(kd, dv[b], mul(decay, load(s))));
+            const auto last = [&](const Block& from) __attribute__((always_inline)) {
+                for (int64_t d = 0; d < Dk; ++d) {
+                    const f32x16 kd = set1(now[d]);
+                    DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
+                        const f32x16 s = mul(decay, load(from.data + d * from.stride + b * 16));
+                        store(S.data + d * S.stride + b * 16, fma(kd, dv[b], s));
+                    }
                 }
-            }
+            };
+            from.data == S.data ? last(S) : last(work);
             break;
         }
         const float *next_k = now + k_width, *next_q = q + (i + 1) * k_width;
-        for (int64_t d = 0; d < Dk; ++d) {
-            const f32x16 kd = set1(now[d]), k1 = set1(next_k[d]), q1 = set1(next_q[d]);
-            DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
-                float* p = S + d * stride + b * 16;
-                const f32x16 s = fma(kd, dv[b], mul(decay, load(p)));
-                store(p, s);
-                sk[b] = fma(s, k1, sk[b]);
-                sq[b] = fma(s, q1, sq[b]);
-            }
+        if (errors.dv && i + 2 == n) {
+            update<VB, false>(from, work, Dk, decay, now, dv, next_k, next_q, sk, sq);
+        } else {
+            update<VB, true>(from, work, Dk, decay, now, dv, next_k, next_q, sk, sq);
         }
     }
 }
 
-// The same for all Dv columns. `dense` [Dk][VB * 16] holds the block of columns being worked on, if more tokens than a
-// few pass over it or if the columns have to be padded. `dv` (rows `dv_stride` apart), where given: takes the errors,
-// and S stays as it is.
+// The same for all Dv columns. `dense` [Dk][columns of a block] holds what is worked on, if more tokens than a few pass
+// over it, if S is to stay or if the columns have to be padded. `dv` (rows `dv_stride` apart), where given: takes the
+// errors, and S stays as it is.
 void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const float* k, const Gates* gates, float* v,
                      int64_t n, float* dense, float* dv, int64_t dv_stride, const Ahead& ahead) {
     const int64_t k_width = padded(Dk), v_width = padded(Dv);
-    const bool in_place = n <= (dv ? 1 : kInPlace) && Dv % 16 == 0;
+    const bool pad = Dv % 16 != 0, few = n <= kInPlace;
     for (int64_t c = 0; c < v_width;) {
-        const bool wide = in_place && n == 1 && v_width - c >= kWide * 16;
+        const bool wide = !pad && n <= (dv ? kWideRows : 1) && v_width - c >= kWide * 16;
         const bool full = v_width - c >= kColumns * 16;
         const int64_t columns = wide ? kWide * 16 : full ? kColumns * 16 : 16;
-        float* block = in_place ? S + c : dense;
-        const int64_t stride = in_place ? Dv : columns;
-        if (!in_place) {
+        const Block packed{dense, columns}, rows{S + c, Dv}, block = pad ? packed : rows;
+        if (pad) {
             for (int64_t d = 0; d < Dk; ++d)
                 for (int64_t b = 0; b < columns; b += 16)
                     store(dense + d * columns + b, load_n(S + d * Dv + c + b, Dv - c - b));
         }
+        const Block work = few && !dv ? block : packed;
         const Errors errors{dv ? dv + c : nullptr, dv_stride, Dv - c};
         if (wide) {
-            delta_rule<kWide>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
+            delta_rule<kWide>(block, work, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         } else if (full) {
-            delta_rule<kColumns>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
+            delta_rule<kColumns>(block, work, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         } else {
-            delta_rule<1>(block, stride, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
+            delta_rule<1>(block, work, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         }
-        if (!in_place && !dv) {
+        if (pad && !dv) {
             for (int64_t d = 0; d < Dk; ++d)
                 for (int64_t b = 0; b < columns; b += 16)
                     store_n(S + d * Dv + c + b, load(dense + d * columns + b), Dv - c - b);
@@ -229,7 +253,7 @@ void gated_delta_net(View proj, View conv_weight, View A_log, View dt_bias, View
     const int64_t W = trace ? trace.shape[1] : 0;
 
     const int64_t k_width = padded(Dk), v_width = padded(Dv);
-    const int64_t per_thread = kChunk * (2 * k_width + v_width) + Dk * kColumns * 16;
+    const int64_t per_thread = kChunk * (2 * k_width + v_width) + Dk * max64(kColumns, kWide) * 16;
     float* buffers = scratch_f32(thread_count() * per_thread);
 
     parallel_for(B * Hk, grain_for(T * Hv * Dk * Dv * 4, B * Hk, 1), [&](int64_t begin, int64_t end, int thread) {

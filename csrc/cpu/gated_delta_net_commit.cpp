@@ -1,13 +1,43 @@
 // gated_delta_net_commit: the rows of a verify step that were accepted reach the states of all layers.
 //
-// One pass over S: every element is read once, goes through all accepted rows in a register, and is written once, by
-// the operations of decoding in their order, S <- e^g S + k dv^T. Plain decoding leaves the same bits.
+// One pass over S for up to four rows: every element is read once, goes through them in a register, and is written
+// once, by the operations of decoding in their order, S <- e^g S + k dv^T. Plain decoding leaves the same bits.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/simd.h"
 
 namespace deltaic {
 namespace DELTAIC_ISA {
+
+namespace {
+
+// Rows of the trace of one layer and value head, `stride` apart.
+struct Accepted {
+    const float *k, *dv, *decay;
+    int64_t stride;
+};
+
+// Rows first..first + N of S [Dk, Dv]. What is the same along a row of S is in registers.
+template <int64_t N>
+DELTAIC_INLINE void apply(float* S, int64_t Dk, int64_t Dv, const Accepted& rows, int64_t first) {
+    f32x16 decay[N];
+    for (int64_t i = 0; i < N; ++i) decay[i] = set1(rows.decay[(first + i) * rows.stride]);
+    for (int64_t d = 0; d < Dk; ++d) {
+        f32x16 k[N];
+        for (int64_t i = 0; i < N; ++i) k[i] = set1(rows.k[(first + i) * rows.stride + d]);
+        for (int64_t c = 0; c < Dv; c += 16) {
+            const bool whole = c + 16 <= Dv;
+            f32x16 s = whole ? load(S + d * Dv + c) : load_n(S + d * Dv + c, Dv - c);
+            DELTAIC_UNROLL for (int64_t i = 0; i < N; ++i) {
+                const float* dv = rows.dv + (first + i) * rows.stride + c;
+                s = fma(k[i], whole ? load(dv) : load_n(dv, Dv - c), mul(decay[i], s));
+            }
+            whole ? store(S + d * Dv + c, s) : store_n(S + d * Dv + c, s, Dv - c);
+        }
+    }
+}
+
+}  // namespace
 
 void gated_delta_net_commit(View trace, int64_t Hk, View cu_seqlens, View counts, Views conv_states, Views states) {
     const char* const op = "gated_delta_net_commit";
@@ -27,16 +57,17 @@ void gated_delta_net_commit(View trace, int64_t Hk, View cu_seqlens, View counts
             const int64_t layer = task / (B * Hv), b = task / Hv % B, j = task % Hv;
             const float* row =
                 trace.f32() + (layer * T + starts[b]) * W;  // u (C) | k (Hk*Dk) | dv (Hv*Dv) | decay (Hv)
-            const float *k = row + C + j / (Hv / Hk) * Dk, *dv = row + C + Hk * Dk + j * Dv,
-                        *decay = row + C + Hk * Dk + Hv * Dv + j;
+            const Accepted rows{row + C + j / (Hv / Hk) * Dk, row + C + Hk * Dk + j * Dv,
+                                row + C + Hk * Dk + Hv * Dv + j, W};
             float* S = states[b].f32() + (layer * Hv + j) * Dk * Dv;
-            for (int64_t d = 0; d < Dk && n[b] > 0; ++d)
-                for (int64_t c = 0; c < Dv; c += 16) {
-                    f32x16 s = load_n(S + d * Dv + c, Dv - c);
-                    for (int64_t i = 0; i < n[b]; ++i)
-                        s = fma(set1(k[i * W + d]), load_n(dv + i * W + c, Dv - c), mul(set1(decay[i * W]), s));
-                    store_n(S + d * Dv + c, s, Dv - c);
-                }
+            for (int64_t i = 0; i < n[b]; ++i)  // of the next head: short pieces that no stream leads to
+                for (int64_t c = 0; c < Dv; c += 16)
+                    prefetch(rows.dv + i * W + Dv + c), prefetch(rows.k + i * W + Dk + c);
+            int64_t done = 0;
+            for (; n[b] - done >= 4; done += 4) apply<4>(S, Dk, Dv, rows, done);
+            if (n[b] - done == 3) apply<3>(S, Dk, Dv, rows, done);
+            if (n[b] - done == 2) apply<2>(S, Dk, Dv, rows, done);
+            if (n[b] - done == 1) apply<1>(S, Dk, Dv, rows, done);
             // A share of the channels: the last rows of old tail and accepted inputs together, oldest first.
             const int64_t first = C * j / Hv, last = C * (j + 1) / Hv;
             float* tail = conv_states[b].f32() + layer * taps * C;

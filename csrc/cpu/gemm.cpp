@@ -26,11 +26,11 @@ DELTAIC_INLINE void store_sums(const f32x16 (&acc)[NB][NT], float* sums) {
 
 constexpr int kPanelBlocks = kParts == 1 ? kGroupBlocks : 1;  // blocks of it: 24 of 32 registers are sums
 
-// Bytes that a stream of weights is asked for ahead of its use; 0: not at all. Where little is computed per line, a
-// block read in order is fetched by the processor's own prefetching, at the speed of memory; where much is, the
-// distance must cover the time of an access to memory (measured: bench/results/dense-zen4-2vcpu.md).
+// Bytes that a stream of weights is asked for ahead of its use; 0: not at all. A block whose lines are loaded in order
+// is fetched by the processor's own prefetching, at the speed of memory; where much is computed per line, the distance
+// must cover the time of an access to memory (measured: bench/results/dense-zen4-2vcpu.md).
 DELTAIC_INLINE constexpr int64_t far_ahead(Format format, int tokens) {
-    if (format == Format::int4) return tokens >= 3 && tokens <= 5 ? 16384 : 0;
+    if (format == Format::int4) return tokens < 3 ? 0 : kParts == 1 ? 8192 : tokens <= 5 ? 16384 : 0;
     if (format == Format::int8) return tokens <= 4 ? 0 : 24576;
     return tokens <= 4 ? 1024 : 4096;
 }
@@ -47,7 +47,10 @@ void stream_block(Format format, const uint8_t* w, const Activations& a, float* 
     constexpr int64_t kFar8 = far_ahead(Format::int8, NT), kFar4 = far_ahead(Format::int4, NT);
     f32x16 acc[1][NT], d[1];
     clear<1, NT>(acc);
-    for (int64_t i = 0; i < at.lines; i += 64) prefetch(w + i);  // at once: a line now and then would break the stream
+    // What lies before the lines at once, for a line of it now and then would break the stream; and the lines'
+    // beginning, from where the processor's own prefetching goes on while all that arrives.
+    for (int64_t i = 0; i < at.lines; i += 64) prefetch(w + i);
+    for (int64_t i = 0; i < 8; ++i) prefetch_far(w + at.lines + i * 64);
     for (int64_t run = 0; run < a.runs; ++run) {
         i32x16 sum[1][NT];
         const int64_t token = run * a.stride;
@@ -55,10 +58,8 @@ void stream_block(Format format, const uint8_t* w, const Activations& a, float* 
         if (format == Format::int8) {
             run_int8<(kFar8 > 0), 1, NT>(lines, 0, kFar8, a.quads(run), a.run_sum + token, sum);
         } else if constexpr (NT <= few_tokens(Format::int4)) {
-            // all that a run holds, at once and in the order in which it lies in memory
-            if (kFar4 > 0)
-                for (int64_t i = 0; i < 1120; i += 64) prefetch_far(w + run * 1120 + kFar4 + i);
-            run_int4<1, NT>(lines, w + at.scales + run * 64, 0, a.quads(run), a.group_bias + token * 8, sum);
+            run_int4<(kFar4 > 0), 1, NT>(lines, w + at.scales + run * 64, 0, w + run * kInt4RunBytes + kFar4,
+                                         a.quads(run), a.group_bias + token * 8, sum);
         }
         load_halves<1>(w + run * 32, 0, d);
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[0][t] = add_run(acc[0][t], sum[0][t], a.scale[token + t], d[0]);
@@ -129,7 +130,7 @@ __attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, con
     } else if (has_form(Format::int4) || format == Format::int8) {
         run_int8<false, NB, NT>(lines, line_stride, 0, a.quads(run), a.run_sum + token, sum);
     } else {
-        run_int4<NB, NT>(lines, scales, stride, a.quads(run), a.group_bias + token * 8, sum);
+        run_int4<false, NB, NT>(lines, scales, stride, nullptr, a.quads(run), a.group_bias + token * 8, sum);
     }
     f32x16 d[NB];
     load_halves<NB>(halves, stride, d);

@@ -58,7 +58,8 @@ DELTAIC_INLINE Activations scratch_activations(int64_t T, int64_t K, bool floats
         a.q = static_cast<int8_t*>(scratch(static_cast<size_t>(a.runs * a.stride * kWordBytes)));
         a.scale = scratch_f32(a.stride * a.runs);
         a.run_sum = static_cast<int32_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 4));
-        a.group_bias = static_cast<int16_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 16));
+        a.group_bias =
+            static_cast<int16_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 16 + 2));  // read in words
     }
     return a;
 }
@@ -126,7 +127,8 @@ DELTAIC_INLINE int32_t store_run(int8_t* q, const f32x16 (&v)[8], int16_t* bias)
 // next block lies `stride` bytes further; token t's numbers lie at q + t * 128; run_sum[t] is the sum of its q.
 // run_int4: the same of (nibble - 8) * s * q; `w` is the run's 16 lines, `scales` its 64 bytes, bias[t * 8 + g] is
 // -8 times the sum of group g's q.
-// With kAhead, what lies `far` bytes after each line is asked for in the second-level cache.
+// With kAhead, what lies `far` bytes after each line, or at `ahead` (a whole run of int4), is asked for in the
+// second-level cache.
 //
 // From few_tokens(format) on, where has_form(format), the lines of a run are first written in another form, which all
 // tokens then meet: by form_run, into kFormBytes. AVX-512 turns int4 into lines of int8 for run_int8; NEON has tiles of
@@ -186,80 +188,46 @@ DELTAIC_INLINE ivec low_quad(ivec line, ivec s) {
 }
 DELTAIC_INLINE ivec high_quad(ivec line, ivec s) { return low_quad(_mm512_srli_epi16(line, 4), s); }
 
-// The same where there are few tokens: not every line is multiplied by its scale, but a group's sum of each token
-// (15 * 127 * 16 < 2^15).
-template <int NB, int NT>
-DELTAIC_INLINE void run_int4_few(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
-                                 const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+// Two groups at a time: their dot products fit 16 bits each (8 * 127 * 16 < 2^15, so what a group's bias has above them
+// does no harm), and one instruction multiplies both by their scales. Zen 4 multiplies in two of its four pipes only:
+// 36 times per token and run here; weights times their scales would take 36 and 32 for all tokens together.
+//
+// What matters most is that the processor's own prefetching follows: lines loaded in order, by a loop (each of its four
+// loads then moves on by the same 256 bytes), and twice, as long as there is time for it.
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const uint8_t* ahead,
+                             const int8_t* q, const int16_t* bias, i32x16 (&sum)[NB][NT]) {
     const ivec nibble = _mm512_set1_epi8(15), one = _mm512_set1_epi32(0x00010001);
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) sum[b][t].part[0] = i_set1(0);
     }
-    DELTAIC_UNROLL for (int pair = 0; pair < 4; ++pair) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+    DELTAIC_LOOP for (int pair = 0; pair < 4; ++pair) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+        if (kAhead)
+            DELTAIC_UNROLL for (int i = 0; i < 5; ++i) prefetch_far(ahead + pair * (kInt4RunBytes / 4) + i * 64);
         const ivec packed = i_load_u8(scales + b * stride + pair * 16);
-        const ivec both =
-            i_add(i_and(_mm512_or_si512(packed, _mm512_slli_epi32(packed, 12)), _mm512_set1_epi32(0x000f000f)), one);
-        const ivec s[2] = {i_and(both, i_set1(0xffff)), _mm512_srli_epi32(both, 16)};
-        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
-            ivec& total = sum[b][t].part[0];
-            total = _mm512_dpwssd_epi32(total, both, i_set1(load_i32(bias + t * 8 + pair * 2)));
-        }
-        DELTAIC_UNROLL for (int half = 0; half < 2; ++half) {
-            const int64_t g = pair * 2 + half;
-            const ivec line0 = i_load(w + b * stride + g * 128), line1 = i_load(w + b * stride + g * 128 + 64);
-            const ivec quads[4] = {
-                _mm512_and_si512(line0, nibble), _mm512_and_si512(_mm512_srli_epi16(line0, 4), nibble),
-                _mm512_and_si512(line1, nibble), _mm512_and_si512(_mm512_srli_epi16(line1, 4), nibble)};
-            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
-                ivec dot = i_set1(0);
-                DELTAIC_UNROLL for (int j = 0; j < 4; ++j) dot =
-                    _mm512_dpbusd_epi32(dot, quads[j], i_set1(load_i32(q + t * kWordBytes + g * kGroup + 4 * j)));
-                ivec& total = sum[b][t].part[0];
-                total = _mm512_dpwssd_epi32(total, dot, s[half]);
-            }
-        }
-    }
-}
-
-template <int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
-                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
-    if constexpr (NT <= 3) return run_int4_few<NB, NT>(w, scales, stride, q, bias, sum);
-    constexpr int C = chains(NB * NT);
-    ivec acc[NB][NT][C];
-    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int c = 0; c < C; ++c) acc[b][t][c] = i_set1(0);
-    }
-    for (int pair = 0; pair < 4; ++pair) {
-        ivec s[2][NB];
-        DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-            unpack_scales(scales + b * stride + pair * 16, &s[0][b], &s[1][b]);
-            const ivec both = _mm512_mask_blend_epi16(0xaaaaaaaau, s[0][b], s[1][b]);
-            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
-                acc[b][t][0] = _mm512_dpwssd_epi32(acc[b][t][0], both, i_set1(load_i32(bias + t * 8 + pair * 2)));
-            }
-        }
+        ivec s = _mm512_or_si512(packed, _mm512_slli_epi32(packed, 12));
+        keep(s);  // or GCC makes one instruction of three operands, which is slower than two
+        s = i_add(i_and(s, _mm512_set1_epi32(0x000f000f)), one);
+        ivec quads[2][4];
         DELTAIC_UNROLL for (int line = 0; line < 4; ++line) {
-            ivec low[NB], high[NB];
-            DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-                const uint8_t* p = w + b * stride + (pair * 4 + line) * 64;
-                const ivec both = i_load(p);
-                low[b] = low_quad(both, s[line / 2][b]), high[b] = high_quad(both, s[line / 2][b]);
-            }
-            const int c0 = 2 * line % C, c1 = (2 * line + 1) % C;
-            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
-                const int8_t* at = q + t * kWordBytes + (pair * 4 + line) * 8;
-                const ivec first = i_set1(load_i32(at)), second = i_set1(load_i32(at + 4));
-                DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-                    acc[b][t][c0] = _mm512_dpbusd_epi32(acc[b][t][c0], low[b], first);
-                    acc[b][t][c1] = _mm512_dpbusd_epi32(acc[b][t][c1], high[b], second);
-                }
-            }
+            const uint8_t* p = w + b * stride + (pair * 4 + line) * 64;
+            ivec both = i_load(p);
+            keep_in_order(both);
+            ivec high = _mm512_srli_epi16(NT <= 2 ? i_load(p) : both, 4);
+            if (NT <= 2) keep_in_order(high);
+            quads[line / 2][line % 2 * 2] = i_and(both, nibble);
+            quads[line / 2][line % 2 * 2 + 1] = i_and(high, nibble);
         }
-    }
-    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-        DELTAIC_UNROLL for (int c = 1; c < C; ++c) acc[b][t][0] = i_add(acc[b][t][0], acc[b][t][c]);
-        sum[b][t].part[0] = acc[b][t][0];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+            const int8_t* at = q + t * kWordBytes + pair * 2 * kGroup;
+            ivec dot[2];
+            DELTAIC_UNROLL for (int g = 0; g < 2; ++g) dot[g] = i_set1(load_i32(bias + t * 8 + pair * 2 + g));
+            DELTAIC_UNROLL for (int j = 0; j < 4; ++j) DELTAIC_UNROLL for (int g = 0; g < 2; ++g) {
+                dot[g] = _mm512_dpbusd_epi32(dot[g], quads[g][j], i_set1(load_i32(at + g * kGroup + 4 * j)));
+            }
+            const ivec dots = _mm512_mask_mov_epi16(dot[0], 0xaaaaaaaau, _mm512_slli_epi32(dot[1], 16));
+            sum[b][t].part[0] = _mm512_dpwssd_epi32(sum[b][t].part[0], dots, s);
+        }
     }
 }
 
@@ -314,9 +282,10 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, cons
 
 // Nibbles are below 16: the four quads of a group (15 * 127 * 2 * 4 = 15240) are added in 16 bits, and what widens the
 // pairs to 32 bits multiplies them by s.
-template <int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
-                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const uint8_t* ahead,
+                             const int8_t* q, const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    for (int64_t i = 0; kAhead && i < kInt4RunBytes; i += 64) prefetch_far(ahead + i);
     const __m256i low = _mm256_set1_epi8(15), nibble = _mm256_set1_epi16(15), one = _mm256_set1_epi16(1);
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
         ivec acc[NT];
@@ -363,9 +332,10 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t, const in
                 sum[b][t].part[lane / kWidth][lane % kWidth] = dot;
             }
 }
-template <int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
-                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const uint8_t* ahead,
+                             const int8_t* q, const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    for (int64_t i = 0; kAhead && i < kInt4RunBytes; i += 64) prefetch_far(ahead + i);
     for (int b = 0; b < NB; ++b)
         for (int t = 0; t < NT; ++t)
             for (int lane = 0; lane < 16; ++lane) {

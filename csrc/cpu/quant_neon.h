@@ -112,9 +112,10 @@ DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, cons
     }
 }
 
-template <int NB, int NT>
-DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const int8_t* q,
-                             const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const uint8_t* ahead,
+                             const int8_t* q, const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    for (int64_t i = 0; kAhead && i < kInt4RunBytes; i += 64) prefetch_far(ahead + i);
     const uint8x16_t nibble = vdupq_n_u8(15), one = vdupq_n_u8(1);
     const uint32_t bytes[4] = {0xffffff00u, 0xffffff01u, 0xffffff02u, 0xffffff03u};
     uint8x16_t widen[kParts];  // rows 4 i .. 4 i + 3 of 16 bytes to lanes of 32 bits

@@ -10,6 +10,8 @@
 
 // Before a loop over register tiles: its arrays become registers only where the loop is gone.
 #define DELTAIC_UNROLL _Pragma("GCC unroll 16")
+// Before a short loop that must stay one.
+#define DELTAIC_LOOP _Pragma("GCC unroll 1")
 
 #if defined(__AVX512F__)
 #include "cpu/simd/avx512.h"
@@ -35,6 +37,16 @@ template <class Vector>
 DELTAIC_INLINE void keep(Vector& v) {
 #if defined(__AVX512F__)
     asm("" : "+v"(v));
+#else
+    (void)v;
+#endif
+}
+
+// The same for several in a row, which are loaded in the order of these calls.
+template <class Vector>
+DELTAIC_INLINE void keep_in_order(Vector& v) {
+#if defined(__AVX512F__)
+    asm volatile("" : "+v"(v));
 #else
     (void)v;
 #endif
