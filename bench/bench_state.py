@@ -8,6 +8,8 @@
 turns  time to first token of turn 10 of a conversation, with a cold cache and with the one that turns 1 to 9 left
 prefixes  what is read, and how long that takes, where a prompt begins like an earlier one: 20 questions after one
        system prompt, one after the other and in one batch; a prompt asked again, with another last message, branched
+messages  time to first token of short prompts of one to five messages, read in one pass that leaves the checkpoints
+       between messages, beside a pass for each message
 file   rates of saving and loading a long state, beside those of writing (with fsync) and reading as many plain bytes
 fork   seconds for a fork, and for the first write after it
 load   the cache's bytes and the process's memory while random prompts come in that share beginnings
@@ -29,7 +31,8 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from common import timed
+from common import medians, timed
+from deltaic.generate import prefill
 from deltaic.machine import resident_bytes
 from deltaic.model.state import State
 
@@ -118,6 +121,28 @@ def bench_prefixes(model: deltaic.Model, args: argparse.Namespace) -> dict[str, 
 
 
 # ------------------------------------------------------------------------------- files
+
+
+# ------------------------------------------------------------------------------- messages
+
+
+def bench_messages(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Messages of about 20 tokens, nothing cached; the two ways in turn."""
+    rng = np.random.default_rng(0)
+    said = [{"role": ("user", "assistant")[i % 2], "content": words(model, 20, rng)} for i in range(5)]
+
+    def first_token(count: int, marks: int) -> None:
+        model.cache.clear()
+        prefill.MARKS = marks
+        model.chat(said[:count], max_new_tokens=1, thinking=False, temperature=0.0)
+
+    most, cases = prefill.MARKS, {}
+    for count in (1, 3, 5):
+        ways = {"one pass": most, "a pass each": 0}
+        found = medians({name: (lambda m=marks, n=count: first_token(n, m)) for name, marks in ways.items()}, 11)
+        cases[count] = {"tokens": len(model.prepare(said[:count], thinking=False)), **found}
+    prefill.MARKS = most
+    return {"cases": cases}
 
 
 def long_state(model: deltaic.Model, tokens: int) -> State:
@@ -267,6 +292,13 @@ def describe(part: str, f: dict[str, Any]) -> str:
             f"  all 20 in one batch    {sum(n > 0 for n in cached)} of 20 from the cache, {f['batch_seconds']:.2f} s"
         )
         return "\n".join(["prefixes", *lines, batch])
+    if part == "messages":
+        lines = [
+            f"  {count} messages, {c['tokens']:4d} tokens: {1e3 * c['one pass']:.1f} ms, with a pass for each message "
+            f"{1e3 * c['a pass each']:.1f} ms"
+            for count, c in f["cases"].items()
+        ]
+        return "\n".join(["messages  first token of", *lines])
     if part == "file":
         r = f["bytes_per_second"]
         return (
@@ -306,6 +338,12 @@ def plot(part: str, f: dict[str, Any], figure: Any, axis: Any) -> None:
         axis.tick_params(axis="y", labelsize=7)
         axis.invert_yaxis()
         axis.legend()
+    elif part == "messages":
+        for way in ("a pass each", "one pass"):
+            counts = [c["tokens"] for c in f["cases"].values()]
+            axis.plot(counts, [1e3 * c[way] for c in f["cases"].values()], "o-", label=way)
+        axis.set(xlabel="tokens of the prompt", ylabel="ms", title="One, three, five messages", ylim=(0, None))
+        axis.legend()
     elif part == "file":
         rates = {name: rate / 1e6 for name, rate in f["bytes_per_second"].items()}
         labels = {"write": "plain write", "save": "State.save", "read": "plain read", "load": "State.load"}
@@ -327,6 +365,7 @@ def main() -> None:
     benches: dict[str, parts.Bench] = {
         "turns": bench_turns,
         "prefixes": bench_prefixes,
+        "messages": bench_messages,
         "file": bench_file,
         "fork": bench_fork,
         "load": bench_load,
