@@ -3,8 +3,9 @@
 // Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes
 // the maxima of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits
 // above it lie in those few groups: they are gathered and sorted, and hold the first part of the descending order.
-// Where the filters turn out to reach further, the threshold is lowered. Logits changed by a penalty (few) are kept
-// aside, in double precision, and masked out of the passes; candidates are compared and summed in double precision.
+// Where the filters reach further, only the ranges of logits in which they and the draw end are sorted (Ranges). Logits
+// changed by a penalty (few) are kept aside, in double precision, and masked out of the passes; candidates are compared
+// and summed in double precision.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/simd.h"

@@ -68,13 +68,14 @@ class ChunkedPrefill:
         encoded and there is room in the states. alone: nobody decodes meanwhile."""
         invariant = self._runner.ops.SPLIT_INVARIANT
         room = prefix.PREFILL_TOKENS if alone or not invariant else self._tokens
+        uncut = invariant and len(reading) == 1  # a pass over one prompt can leave checkpoints on the way
         chunks: list[tuple[ScheduledSequence, PromptReader, int]] = []
         for sequence in reading:
             with batch.blaming([sequence]):
                 reader = sequence.reader or self._begin(batch, sequence)
                 if reader is None or not sequence.pauses:  # it waits for another, or the cache held all of it
                     continue
-                end = sequence.pauses[0 if len(reading) > 1 or not invariant else -1][0]
+                end, _ = sequence.pauses[-1 if uncut else 0]
                 if invariant:
                     end = min(end, reader.at + room)
                 unseen = reader.unseen(end)

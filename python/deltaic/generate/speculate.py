@@ -30,8 +30,8 @@ MTP_DEPTH = 4
 PENDING_ROWS = 64  # hidden rows that wait for the MTP layer before their entries are made
 KEPT_ROWS = 32  # rows it has seen at least before it drafts again, where it had not been of use for long
 MOST_RESTS = 32  # steps after which "auto" thinks again whether the MTP layer's drafts would pay
-SAMPLE = 8  # while nothing changes, the time of one step of so many is recorded
 FIRST_RESTS = 15  # the same in the beginning, where it rested in the sequence before
+SAMPLE = 8  # while nothing changes, the time of one step of so many is recorded
 # A look at the text, and a new choice, take so many seconds. While it rests they may take this share of the time, but
 # there is one in so many steps.
 LOOK_SECONDS, LOOK_SHARE, MOST_BLIND = 2e-5, 0.01, 32
@@ -137,10 +137,7 @@ class Speculator:
         if self._rest % self._blind == 0:
             return False
         self._rest -= 1
-        self._step += 1
-        if seconds is not None and not self._wrote:
-            self._costs.record_step(1, seconds)
-        self._wrote = False
+        self.learn(0, 0, seconds)
         if self._lookup is not None:
             self._lookup.ids.append(token)
         if self._keeps:
