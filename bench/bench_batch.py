@@ -27,6 +27,7 @@ from deltaic import _core
 from deltaic.generate.prefill import PromptReader
 from deltaic.generate.request import Request
 from deltaic.generate.scheduler import PREFILL_TOKENS, Scheduler
+from deltaic.machine import preemptions
 
 
 def without_ends(bench: parts.Bench) -> parts.Bench:
@@ -100,9 +101,11 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         """Seconds from one token of every running sequence to the next."""
         for request in running:
             request.take()
+        before = preemptions()
         began, kernels = time.perf_counter(), _core.kernel_seconds()
         scheduler.step()
         seconds = time.perf_counter() - began
+        preempted.append(preemptions() - before)
         outside.append(seconds - (_core.kernel_seconds() - kernels))
         assert all(request.take() for request in running), "a step gave a running sequence no token"
         return seconds
@@ -113,14 +116,18 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         return time.perf_counter() - began
 
     outside: list[float] = []
+    preempted: list[int] = []
     usual = [gap() for _ in range(20)]
     outside.clear()
+    preempted.clear()
     new = scheduler.submit(long, max_new_tokens=2000, temperature=0.0, speculate="off")
     beside: list[float] = []
     alone: list[float] = []
     while new.result.completion_tokens == 0:
         beside.append(gap())
         alone.append(chunk())
+    usually = statistics.median(preempted)
+    quiet = [n <= 2 * usually for n in preempted]
     after = [gap() for _ in range(10)]
     scheduler.close()
     step = statistics.median(usual)
@@ -137,7 +144,10 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         "gaps_after": after,
         "longest_gap_seconds": max(beside),
         "steps_beyond_the_chunk": sorted((g - c) / step for g, c in zip(beside, alone, strict=True)),
-        "over_the_limit": sum(g > 2 * step + c for g, c in zip(beside, alone, strict=True)),
+        "over_the_limit": sum(over := [g > 2 * step + c for g, c in zip(beside, alone, strict=True)]),
+        # gaps in which other processes took the processor more than twice as often as usual say more about them
+        "disturbed": len(quiet) - sum(quiet),
+        "over_the_limit_undisturbed": sum(o and q for o, q in zip(over, quiet, strict=True)),
         # what the machine does by itself: chunks that took a step longer alone than those around them
         "alone_over": sum(c > n + step for c, n in zip(alone, near, strict=True)),
         "outside_kernels_seconds": outside if args.device == "cpu" else None,
@@ -209,8 +219,9 @@ def describe(part: str, f: dict[str, Any]) -> str:
         f"{f['prompt_tokens']} tokens is read beside them in {len(more)} chunks of {f['prefill_tokens']} "
         f"({1e3 * statistics.median(f['chunk_seconds']):.0f} ms alone): gaps of at most "
         f"{1e3 * f['longest_gap_seconds']:.0f} ms, the time of the chunk and {statistics.median(more):.1f} steps "
-        f"(median; highest {more[-1]:.1f}); {f['over_the_limit']} over a chunk and 2 steps; of the chunks alone, "
-        f"{f['alone_over']} took a step longer than those around them" + outside
+        f"(median; highest {more[-1]:.1f}); {f['over_the_limit']} over a chunk and 2 steps, of the "
+        f"{len(more) - f['disturbed']} gaps that no other process disturbed {f['over_the_limit_undisturbed']}; of the "
+        f"chunks alone, {f['alone_over']} took a step longer than those around them" + outside
     )
 
 
