@@ -1,6 +1,6 @@
 """Where does the time of a decoded token go: kernels, the binding that calls them, sampling, or Python?
 
-    python bench/bench_step.py MODEL [--steps 200] [--context 128] [--threads N] [--memory map] [--json]
+    python bench/bench_step.py MODEL [--steps 200] [--context 128] [--threads N] [--memory map] [--beside 1] [--json]
 
 Decodes with the default sampling and prints medians over the steps. Kernel time is counted inside the extension, around
 the kernels alone. Every other step runs with a clock around each call of the extension as well: what such a call takes
@@ -22,6 +22,7 @@ from typing import Any
 
 import deltaic
 import numpy as np
+from common import beside
 from deltaic import _core
 from deltaic.benchmark import PROBE_BYTES, read_bandwidth, traffic_per_token
 from deltaic.generate.options import SamplingParams
@@ -159,10 +160,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--memory", default="map", choices=("map", "copy"), help="see deltaic.load")
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="so many busy processes run meanwhile")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     model = deltaic.load(args.model, threads=args.threads, memory=args.memory, cache_bytes=0)
-    facts = measure(model, args.steps, args.context)
+    with beside(args.beside):
+        facts = measure(model, args.steps, args.context)
     facts["sampling_options_us"] = sampling_options(model)
     if args.json:
         print(json.dumps(facts))

@@ -1,9 +1,11 @@
-"""What several benches need: clocks, answers that no token ends, a child's environment, pictures."""
+"""What several benches need: clocks, answers that no token ends, a busy machine, a child's environment, pictures."""
 
 from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +40,18 @@ def endless(model: deltaic.Model) -> Iterator[None]:
         yield
     finally:
         model.__dict__["end_ids"] = ends
+
+
+@contextmanager
+def beside(processes: int) -> Iterator[None]:
+    """So many other processes compute meanwhile, each as much as it may."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def environment() -> dict[str, str]:

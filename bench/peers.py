@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import environment
+from common import beside, environment
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 PACKAGES = ("llama-cpp-python", "torch", "transformers")
@@ -114,7 +114,7 @@ def as_table(summary: dict[str, Any], args: argparse.Namespace) -> str:
     """For people."""
     lines = [
         f"tokens/s, {args.threads} threads, medians of {args.rounds} rounds in alternation; seconds from starting the",
-        f"process to the first token after {START_PROMPT}; largest resident memory",
+        f"process to the first token after {START_PROMPT}; largest resident memory; {args.beside} busy processes beside",
         f"{'':34} {f'prefill-{args.prompt}':>12} {'decode':>8} {'start':>8} {'memory':>9}",
     ]
     for name, values in summary["medians"].items():
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="so many busy processes run meanwhile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers here")
     args = parser.parse_args()
     known = [*PAIRS, *PAIRS.values(), TRANSFORMERS]
@@ -155,7 +156,8 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in names:
             python = sys.executable if name.startswith("deltaic") else peers_python
-            result = run(name, models[name], python, args)
+            with beside(args.beside):
+                result = run(name, models[name], python, args)
             runs[name].append(result)
             print(f"{name}: prefill {result['prefill']:.1f}, decode {result['decode']:.1f}", file=sys.stderr)
     summary = summarise(runs)

@@ -60,13 +60,13 @@ class Pool {
         n_ = n;
         grain_ = grain;
         const int64_t portions = (n + grain - 1) / grain;
+        left_.store(static_cast<uint32_t>(portions), std::memory_order_relaxed);
         for (int t = 0; t < threads_; ++t) shares_[t].store({portions * t / threads_, portions * (t + 1) / threads_});
-        running_.store(static_cast<uint32_t>(threads_ - 1), std::memory_order_relaxed);
         epoch_.fetch_add(1, std::memory_order_release);
         epoch_.notify_all();
         take_ranges(0);
-        const uint32_t left = running_.load(std::memory_order_acquire);
-        if (left != 0) spin_then_wait(running_, left, [&] { return running_.load(std::memory_order_acquire) == 0; });
+        const uint32_t left = left_.load(std::memory_order_acquire);
+        if (left != 0) spin_then_wait(left_, left, [&] { return left_.load(std::memory_order_acquire) == 0; });
     }
 
   private:
@@ -79,7 +79,7 @@ class Pool {
 
     class alignas(64) Share {
       public:
-        void store(Portions p) { word_.store(packed(p), std::memory_order_relaxed); }
+        void store(Portions p) { word_.store(packed(p), std::memory_order_release); }
 
         // Takes what `split` names of what is left, its beginning or its end. False: nothing is left.
         template <class Split>
@@ -91,7 +91,7 @@ class Pool {
                 *taken = split(left);
                 const Portions rest =
                     taken->begin == left.begin ? Portions{taken->end, left.end} : Portions{left.begin, taken->begin};
-                if (word_.compare_exchange_weak(word, packed(rest), std::memory_order_relaxed)) return true;
+                if (word_.compare_exchange_weak(word, packed(rest), std::memory_order_acquire)) return true;
             }
         }
 
@@ -105,19 +105,28 @@ class Pool {
     // First the thread's own share, the same part of the same arrays in every operator, so that what it wrote it finds
     // in its cache: a quarter of what is left at a time, from its beginning. Then half of what another has left, from
     // its end. Both read on where they were, and what is left in the end is small.
+    //
+    // A loop ends when its portions are done, whoever did them: a thread that the system has not woken yet, or that
+    // another process keeps from its processor, is waited for only if it has taken one. It may come late, even to
+    // another loop than it was called for: whoever has taken a portion sees the loop that it belongs to, which cannot
+    // end meanwhile.
     void take_ranges(int thread) {
         Portions taken;
+        uint32_t done = 0;
+        const auto compute = [&] {
+            function_(context_, taken.begin * grain_, std::min(taken.end * grain_, n_), thread);
+            done += static_cast<uint32_t>(taken.size());
+        };
         while (shares_[thread].take(
             [](Portions left) { return Portions{left.begin, left.begin + std::max<int64_t>(1, left.size() / 4)}; },
             &taken))
-            call(taken, thread);
+            compute();
         for (int i = 1; i < threads_; ++i)
             while (shares_[(thread + i) % threads_].take(
                 [](Portions left) { return Portions{left.end - (left.size() + 1) / 2, left.end}; }, &taken))
-                call(taken, thread);
+                compute();
+        if (done != 0 && left_.fetch_sub(done, std::memory_order_acq_rel) == done && thread != 0) left_.notify_all();
     }
-
-    void call(Portions p, int thread) { function_(context_, p.begin * grain_, std::min(p.end * grain_, n_), thread); }
 
     void work(int thread) {
         uint32_t seen = 0;
@@ -126,7 +135,6 @@ class Pool {
             seen = epoch_.load(std::memory_order_acquire);
             if (stop_.load(std::memory_order_acquire)) return;
             take_ranges(thread);
-            if (running_.fetch_sub(1, std::memory_order_release) == 1) running_.notify_all();
         }
     }
 
@@ -137,7 +145,7 @@ class Pool {
     void* context_ = nullptr;
     int64_t n_ = 0, grain_ = 1;
     alignas(64) std::atomic<uint32_t> epoch_{0};
-    alignas(64) std::atomic<uint32_t> running_{0};
+    alignas(64) std::atomic<uint32_t> left_{0};  // portions of the loop that are not done
     std::atomic<bool> stop_{false};
 };
 

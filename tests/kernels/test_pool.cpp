@@ -1,5 +1,11 @@
-// The thread pool: every index of a loop once, in ranges that begin at multiples of the grain, whatever the timing.
+// The thread pool: every index of a loop once, in ranges that begin at multiples of the grain, whatever the timing, and
+// whether all threads come or not.
+#include <pthread.h>
+#include <signal.h>
+#include <time.h>
+
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <mutex>
@@ -26,6 +32,44 @@ std::vector<std::pair<int64_t, int64_t>> ranges_of(int64_t n, int64_t grain, int
     return found;
 }
 
+std::atomic<bool> held{false}, release{false};
+
+void hold(int) {
+    held = true;
+    const timespec millisecond{0, 1000000};
+    while (!release) nanosleep(&millisecond, nullptr);
+}
+
+// A thread that has taken nothing is not waited for, as if another process kept it from its processor: loops end
+// though thread 1 is held in a signal's handler.
+bool loops_end_without_a_thread() {
+    set_thread_count(2);
+    std::atomic<bool> known{false};
+    pthread_t other{};
+    while (!known)
+        parallel_for(64, 1, [&](int64_t, int64_t, int thread) {
+            if (thread == 1 && !known.exchange(true)) other = pthread_self();
+        });
+    release = held = false;
+    signal(SIGUSR1, hold);
+    pthread_kill(other, SIGUSR1);
+    while (!held) std::this_thread::yield();
+    std::thread rescuer([] {  // where the loops do wait, the test fails instead of hanging
+        for (int i = 0; i < 1000 && !release; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        release = true;
+    });
+    int64_t done = 0;
+    bool alone = true;
+    for (int loop = 0; loop < 100; ++loop)
+        parallel_for(64, 1, [&](int64_t begin, int64_t end, int thread) {
+            alone = alone && thread == 0;
+            done += end - begin;
+        });
+    const bool ended = !release.exchange(true);
+    rescuer.join();
+    return ended && alone && done == 6400;
+}
+
 }  // namespace
 
 void check_pool(int* passed, int* failed) {
@@ -44,6 +88,7 @@ void check_pool(int* passed, int* failed) {
                     ++(right && next == n ? good : bad);
                 }
     }
+    ++(loops_end_without_a_thread() ? good : bad);
     std::printf("%-11s %-16s %5d passed %5d failed\n", "pool", "", good, bad);
     *passed += good, *failed += bad;
 }
