@@ -114,7 +114,8 @@ def as_table(summary: dict[str, Any], args: argparse.Namespace) -> str:
     """For people."""
     lines = [
         f"tokens/s, {args.threads} threads, medians of {args.rounds} rounds in alternation; seconds from starting the",
-        f"process to the first token after {START_PROMPT}; largest resident memory; {args.beside} busy processes beside",
+        f"process to the first token after {START_PROMPT}; largest resident memory"
+        + (f"; {args.beside} busy processes beside" if args.beside else ""),
         f"{'':34} {f'prefill-{args.prompt}':>12} {'decode':>8} {'start':>8} {'memory':>9}",
     ]
     for name, values in summary["medians"].items():
