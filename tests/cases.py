@@ -216,6 +216,29 @@ add("gated_delta_net", "tiny", gated_delta_net, lengths=(1, 70), **_DELTA | {"sc
 add("gated_delta_net", "large", gated_delta_net, lengths=(1, 70), **_DELTA | {"scale": 1e3})
 
 
+def side_by_side(layers: list[dict[str, Any]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The conv_states and states of several layers that share a batch, as [L, ...] per sequence."""
+    conv, states = (
+        [np.stack(of_layers) for of_layers in zip(*(layer[name] for layer in layers), strict=True)]
+        for name in ("conv_states", "states")
+    )
+    return conv, states
+
+
+def gated_delta_net_commit(
+    ops: ModuleType, layers: list[dict[str, Any]], trace: Any, counts: list[int], conv: list[Any], states: list[Any]
+) -> None:
+    """Call the operator for these layers."""
+    ops.gated_delta_net_commit(
+        trace,
+        num_k_heads=layers[0]["num_k_heads"],
+        cu_seqlens=layers[0]["cu_seqlens"],
+        counts=np.array(counts, np.int64),
+        conv_states=conv,
+        states=states,
+    )
+
+
 # gated attention
 
 KV_LAYERS, KV_LAYER = 3, 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import gated_delta_net_commit, side_by_side
 from deltaic.errors import ArgumentError
 from deltaic.ops import cuda, reference
 from helpers import array, assert_close, normal, reference_weight, tensor
@@ -16,11 +17,7 @@ LAYERS = 2
 def layers_of(rng, lengths, **sizes):
     """Cases of LAYERS layers that share the batch, and their states [L, ...] per sequence."""
     layers = [delta_case(rng, lengths, "f32", **sizes) for _ in range(LAYERS)]
-    stacked = [
-        [np.stack([layer[name][b] for layer in layers]) for b in range(len(lengths))]
-        for name in ("conv_states", "states")
-    ]
-    return layers, *stacked
+    return layers, *side_by_side(layers)
 
 
 def width(layer):
@@ -35,13 +32,6 @@ def verified(layers, conv, states):
         case = layer | {"conv_states": [c[i] for c in conv], "states": [s[i] for s in states]}
         outputs.append(array(cuda.gated_delta_net(**dict(case, proj=tensor(layer["proj"])), trace=trace[i])))
     return outputs, trace
-
-
-def commit(ops, layers, trace, counts, conv, states):
-    ops.gated_delta_net_commit(
-        trace, num_k_heads=layers[0]["num_k_heads"], cu_seqlens=layers[0]["cu_seqlens"],
-        counts=np.array(counts, np.int64), conv_states=conv, states=states,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -60,7 +50,7 @@ def test_verify_and_commit_equal_plain_decoding(device, rng, lengths, counts, si
     for before, after in zip([*conv, *states], [*on[0], *on[1]], strict=True):
         np.testing.assert_array_equal(array(after), before, err_msg="a verify step wrote to a state")
     plain = [tensor(x) for x in conv], [tensor(x) for x in states]
-    commit(cuda, layers, trace, counts, *on)
+    gated_delta_net_commit(cuda, layers, trace, counts, *on)
     for i, layer in enumerate(layers):
         for b, n in enumerate(counts):
             first = layer["cu_seqlens"][b]
@@ -83,8 +73,8 @@ def test_verify_matches_the_reference(device, rng):
         case = layer | {"conv_states": [c[i] for c in conv], "states": [s[i] for s in states]}
         assert_close(outputs[i], reference.gated_delta_net(**case, trace=wanted[i]), "f32", factor=4)
     assert_close(trace, wanted, "f32", factor=4)
-    commit(reference, layers, wanted, [2, 0, 5, 0], conv, states)
-    commit(cuda, layers, trace, [2, 0, 5, 0], *on)
+    gated_delta_net_commit(reference, layers, wanted, [2, 0, 5, 0], conv, states)
+    gated_delta_net_commit(cuda, layers, trace, [2, 0, 5, 0], *on)
     for found, expected in zip([*on[0], *on[1]], [*conv, *states], strict=True):
         assert_close(found, expected, "f32", factor=4)
 
@@ -98,9 +88,9 @@ def test_what_does_not_fit_is_refused(device, rng):
     _, trace = verified(layers, *on)
     for counts in ([-1, 0], [4, 0], [0, 3]):
         with pytest.raises(ArgumentError, match="counts"):
-            commit(cuda, layers, trace, counts, *on)
+            gated_delta_net_commit(cuda, layers, trace, counts, *on)
     with pytest.raises(ArgumentError, match="trace is"):
-        commit(cuda, layers, trace[:, :, :-1].contiguous(), [1, 1], *on)
+        gated_delta_net_commit(cuda, layers, trace[:, :, :-1].contiguous(), [1, 1], *on)
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16", "int8", "int4"])

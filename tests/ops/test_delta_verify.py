@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from cases import gated_delta_net as draw
+from cases import gated_delta_net_commit, side_by_side
 from deltaic.errors import ArgumentError
 from deltaic.ops import reference
 from hypothesis import given, settings
@@ -19,11 +20,7 @@ LAYERS = 2
 def layers_of(rng, lengths, heads, dims):
     """Arguments of LAYERS layers that share the batch, their states as slices of [L, ...] per sequence."""
     layers = [draw(rng, lengths, heads, dims, None, 1.0) for _ in range(LAYERS)]
-    stacked = [
-        [np.stack([layer[name][b] for layer in layers]) for b in range(len(lengths))]
-        for name in ("conv_states", "states")
-    ]
-    return layers, *stacked
+    return layers, *side_by_side(layers)
 
 
 def trace_of(layers):
@@ -41,17 +38,6 @@ def verify(ops, layers, conv, states):
         for i, layer in enumerate(layers)
     ]
     return outputs, trace
-
-
-def commit(ops, layers, trace, counts, conv, states):
-    ops.gated_delta_net_commit(
-        trace,
-        num_k_heads=layers[0]["num_k_heads"],
-        cu_seqlens=layers[0]["cu_seqlens"],
-        counts=np.array(counts, np.int64),
-        conv_states=conv,
-        states=states,
-    )
 
 
 def one_by_one(ops, layer, i, conv, states, counts):
@@ -87,7 +73,7 @@ def test_verify_and_commit_equal_plain_decoding(ops, heads, dims, data, seed):
     plain_conv, plain_states = [x.copy() for x in conv], [x.copy() for x in states]
     for i, layer in enumerate(layers):
         one_by_one(ops, layer, i, plain_conv, plain_states, counts)
-    commit(ops, layers, trace, counts, conv, states)
+    gated_delta_net_commit(ops, layers, trace, counts, conv, states)
     np.testing.assert_equal([conv, states], [plain_conv, plain_states])
 
 
@@ -99,8 +85,8 @@ def test_verify_matches_the_reference(ops, rng):
         np.testing.assert_allclose(y, e, atol=2e-5 * np.abs(e).max())
     np.testing.assert_allclose(trace, e_trace, atol=2e-5 * np.abs(e_trace).max())
     e_conv, e_states = [x.copy() for x in conv], [x.copy() for x in states]
-    commit(reference, layers, e_trace, [2, 0, 5, 0], e_conv, e_states)
-    commit(ops, layers, trace, [2, 0, 5, 0], conv, states)
+    gated_delta_net_commit(reference, layers, e_trace, [2, 0, 5, 0], e_conv, e_states)
+    gated_delta_net_commit(ops, layers, trace, [2, 0, 5, 0], conv, states)
     np.testing.assert_equal(conv, e_conv)  # rows of the input, moved but not computed
     for s, e in zip(states, e_states, strict=True):
         np.testing.assert_allclose(s, e, atol=2e-5 * np.abs(e).max())
@@ -114,7 +100,7 @@ def test_what_does_not_fit_is_refused(ops, rng):
     _, trace = verify(ops, layers, conv, states)
     for counts in ([-1, 0], [4, 0], [0, 3]):
         with pytest.raises(ArgumentError, match="counts"):
-            commit(ops, layers, trace, counts, conv, states)
+            gated_delta_net_commit(ops, layers, trace, counts, conv, states)
 
 
 def test_the_first_rows_of_a_matrix_are_a_view(ops, rng):
