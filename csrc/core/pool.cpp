@@ -25,12 +25,14 @@ void pause_cpu() {
 }
 
 // Waits until `ready()`: spins first, since the next operator of a decode step comes within microseconds, then sleeps.
+// After `patience` rounds of about a microsecond it lets others have the processor, if there are any.
 template <class Ready>
-void spin_then_wait(std::atomic<uint32_t>& word, uint32_t seen, const Ready& ready) {
+void spin_then_wait(std::atomic<uint32_t>& word, uint32_t seen, int patience, const Ready& ready) {
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(200);
-    while (!ready()) {
+    for (int round = 0; !ready(); ++round) {
         for (int i = 0; i < 64 && !ready(); ++i) pause_cpu();
         if (ready()) return;
+        if (round >= patience) std::this_thread::yield();
         if (std::chrono::steady_clock::now() > deadline) {
             word.wait(seen, std::memory_order_acquire);
             seen = word.load(std::memory_order_acquire);
@@ -66,7 +68,7 @@ class Pool {
         epoch_.notify_all();
         take_ranges(0);
         const uint32_t left = left_.load(std::memory_order_acquire);
-        if (left != 0) spin_then_wait(left_, left, [&] { return left_.load(std::memory_order_acquire) == 0; });
+        if (left != 0) spin_then_wait(left_, left, 50, [&] { return left_.load(std::memory_order_acquire) == 0; });
     }
 
   private:
@@ -131,7 +133,7 @@ class Pool {
     void work(int thread) {
         uint32_t seen = 0;
         for (;;) {
-            spin_then_wait(epoch_, seen, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
+            spin_then_wait(epoch_, seen, 0, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
             seen = epoch_.load(std::memory_order_acquire);
             if (stop_.load(std::memory_order_acquire)) return;
             take_ranges(thread);
