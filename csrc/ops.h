@@ -66,10 +66,10 @@
        double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,      \
        int64_t limit, double uniform, View token))                                                                     \
     X(sample_rows,                                                                                                     \
-      "logits f32[T,V]; temperature double; top_k int; top_p double; min_p double; limit int; draws i64[T]; "          \
-      "tokens i64![T]",                                                                                                \
-      (View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View draws,          \
-       View tokens))                                                                                                   \
+      "logits f32![T,V]; temperature double; top_k int; top_p double; min_p double; limit int; unused i64[u]; "        \
+      "draws i64[T]; tokens i64![T]",                                                                                  \
+      (View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View unused,         \
+       View draws, View tokens))                                                                                       \
     X(log_softmax_top,                                                                                                 \
       "logits f32[V]; limit int; k int; token int; logprob f32![1]; top_ids i64![k]; top_logprobs f32![k]",            \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \

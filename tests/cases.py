@@ -444,7 +444,10 @@ def sample_rows(rng: Rng, T: int, V: int, limit: int, ties: bool, **changes: Any
     logits = normal(rng, T, V)
     filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **changes}
     draws, tokens = rng.integers(0, 2**53, T), np.full(T, -1)
-    return {"logits": np.round(logits) if ties else logits, "limit": limit, "draws": draws, "tokens": tokens, **filters}
+    # of small vocabularies none, of others the likeliest and some ids that nobody asks about
+    unused = np.unique([*logits[:, :limit].argmax(1), limit, V - 1]) if V > 100 else np.empty(0, np.int64)
+    arrays = {"logits": np.round(logits) if ties else logits, "unused": unused, "draws": draws, "tokens": tokens}
+    return {"limit": limit, **arrays, **filters}
 
 
 for _T, _V, _limit in [(0, 5, 5), (1, 1, 1), (1, 704, 688), (3, 5003, 4999)]:

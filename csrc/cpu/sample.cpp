@@ -509,13 +509,19 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
     token.i64()[0] = choose(op, l, choice);
 }
 
-void sample_rows(View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View draws,
-                 View tokens) {
+void sample_rows(View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View unused,
+                 View draws, View tokens) {
+    const int64_t vocabulary = logits.shape[1];
+    for (int64_t i = 0; i < unused.shape[0]; ++i)
+        if (unused.i64()[i] < 0 || unused.i64()[i] >= vocabulary)
+            fail("sample_rows", "unused must hold ids of the vocabulary");
     for (int64_t t = 0; t < logits.shape[0]; ++t) {
+        float* const row = logits.f32() + t * vocabulary;
+        for (int64_t i = 0; i < unused.shape[0]; ++i) row[unused.i64()[i]] = -kInfinity;
         const double uniform = static_cast<double>(draws.i64()[t]) * 0x1p-53;
         const Choice choice{temperature, top_k, top_p, min_p, uniform};
-        check("sample_rows", choice, limit, logits.shape[1]);
-        Logits l{logits.f32() + t * logits.shape[1], limit};
+        check("sample_rows", choice, limit, vocabulary);
+        Logits l{row, limit};
         tokens.i64()[t] = choose("sample_rows", l, choice);
     }
 }

@@ -49,6 +49,8 @@ class Recorded:
 
     def __init__(self, sampler):
         self.sampler, self.logits = sampler, []
+        self.draft, self.choice = sampler.draft, sampler.choice
+        self.choosing = lambda rows: None
 
     def next(self, logits):
         self.logits.append(logits.copy())

@@ -185,16 +185,19 @@ void test_sample_rows(Suite& t) {
             Floats logits = normal(random, {T, V}, 2.0);
             for (float& x : logits.data) x = std::round(x);  // so that there are ties
             const int64_t limit = 1 + random.below(V);
-            Integers tokens({T}), draws({T});
+            Integers tokens({T}), draws({T}), unused({limit > 2 ? 2 : 0});
             for (int64_t i = 0; i < T; ++i) draws[i] = (int64_t{1} << 21) * random.below(int64_t{1} << 32);
+            for (int64_t& id : unused.data) id = random.below(V);
             for (const double temperature : {0.0, 0.8}) {
                 t.call([&] {
-                    t.ops.sample_rows(logits.view(), temperature, 20, 0.9, 0.0, limit, draws.view(), tokens.view());
+                    t.ops.sample_rows(logits.view(), temperature, 20, 0.9, 0.0, limit, unused.view(), draws.view(),
+                                      tokens.view());
                 });
                 bool right = true;
                 for (int64_t i = 0; i < T; ++i) {
                     Floats row({V});
                     std::copy_n(logits.data.begin() + i * V, V, row.data.begin());
+                    for (const int64_t id : unused.data) row[id] = -std::numeric_limits<float>::infinity();
                     Request r;
                     r.temperature = temperature, r.top_k = 20, r.top_p = 0.9, r.limit = limit;
                     r.uniform = static_cast<double>(draws[i]) / 9007199254740992.0;
@@ -204,17 +207,23 @@ void test_sample_rows(Suite& t) {
             }
         }
     Floats logits = normal(random, {2, 10});
-    Integers tokens({2}), draws({2});
+    Integers tokens({2}), draws({2}), unused({0});
     draws[0] = draws[1] = 0;
     logits[14] = std::numeric_limits<float>::quiet_NaN();
     const auto rows = [&](int64_t limit) {
-        t.call([&] { t.ops.sample_rows(logits.view(), 0.0, 0, 1.0, 0.0, limit, draws.view(), tokens.view()); });
+        t.call([&] {
+            t.ops.sample_rows(logits.view(), 0.0, 0, 1.0, 0.0, limit, unused.view(), draws.view(), tokens.view());
+        });
     };
     t.refuses("NaN", [&] { rows(5); });
     t.refuses("no logits", [&] { rows(0); });
     draws[1] = int64_t{1} << 53;
     logits[14] = 0.0f;
     t.refuses("a draw of 1", [&] { rows(5); });
+    draws[1] = 0;
+    unused = Integers({1});
+    unused[0] = 10;
+    t.refuses("an unused id outside the vocabulary", [&] { rows(5); });
 }
 
 void test_log_softmax_top(Suite& t) {

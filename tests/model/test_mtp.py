@@ -7,7 +7,7 @@ from itertools import pairwise
 import deltaic
 import numpy as np
 import pytest
-from deltaic.model.mtp import Choice
+from deltaic.model.choice import choice_of
 from deltaic.model.state import BLOCK_TOKENS
 from safetensors.numpy import load_file
 from tiny import picture
@@ -186,12 +186,19 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature):
-    """And the step that verifies them in the same replay is the step by itself."""
-    mtp, text, limit = model._runner.mtp, model._runner.text, 200
-    choice = Choice(temperature, 7, 0.9, 0.0, limit)
-    filters = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
-    filters |= {name: np.empty(0, np.int64) for name in ("output_ids", "output_counts", "prompt_ids")}
+@pytest.mark.parametrize("chooses", [False, True])
+def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, chooses):
+    """And the step that verifies them in the same replay is the step by itself, with logits or with what follows."""
+    mtp, text, limit, unused = model._runner.mtp, model._runner.text, 200, (3, 90)
+    choice = choice_of(temperature, 7, 0.9, 0.0, limit, unused)
+    options = {"temperature": temperature, "top_k": 7, "top_p": 0.9, "min_p": 0.0, "limit": limit}
+    options |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+    options |= {name: np.empty(0, np.int64) for name in ("output_ids", "output_counts", "prompt_ids")}
+
+    def chosen(logits, draw):
+        logits[list(unused)] = -np.inf
+        return text.ops.sample(logits, **options, uniform=float(draw) / 2**53)
+
     one, other = model.new_state(), model.new_state()
     for n, depth in ((3, 1), (1, 4), (2, 3), (40, 2), (1, 4)):
         hidden = rng.normal(size=(n, 64)).astype(np.float32)
@@ -199,21 +206,27 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature):
         for state in (one, other):  # with so many tokens, of which the first are all the same
             state.reserve(first + n)
             state.length = first + n
-        draws = rng.integers(0, 2**53, depth)
+        draws = rng.integers(0, 2**53, 1 + depth)
         c = text.config
         traces = [np.zeros((c.num_delta_layers, depth + 1, c.delta_trace_width), np.float32) for _ in range(2)]
-        drafts, verified = mtp.draft_at_once(hidden, ids, one, first, choice, draws, traces[0] if n < 40 else None)
+        drafts, verified = mtp.draft_at_once(
+            hidden, ids, one, first, choice, draws, depth, traces[0] if n < 40 else None, chooses=chooses
+        )
         m, expected = mtp.extend(hidden, [ids], [other], [first])[0][-1:], []
         for ahead in range(depth):
             if ahead:
                 m, _ = mtp.draft(m, expected[-1:], [other], ahead - 1)
-            uniform = float(draws[ahead]) / 2**53
-            expected.append(text.ops.sample(mtp.logits(m)[0], **choice._asdict(), **filters, uniform=uniform))
+            expected.append(chosen(mtp.logits(m)[0], draws[ahead]))
         assert drafts == expected
         assert len(verified) == (2 if n < 40 else 0)
         if verified:
-            step = text.step([[ids[-1], *drafts]], [other], traces[1], head=True)
-            for found, plain in zip((*verified, traces[0]), (*step, traces[1]), strict=True):
+            plain_hidden, logits, _ = text.step([[ids[-1], *drafts]], [other], traces[1], head=True)
+            if chooses:
+                rows = text.step([[ids[-1], *drafts]], [other], traces[1], choosing=(choice, draws))
+                np.testing.assert_array_equal(rows[0], plain_hidden)
+                assert verified[1].tolist() == rows[2] == [*map(chosen, logits.copy(), draws)]
+            pairs = [(verified[0], plain_hidden), (traces[0], traces[1]), *([] if chooses else [(verified[1], logits)])]
+            for found, plain in pairs:
                 if text.ops.SPLIT_INVARIANT:
                     np.testing.assert_array_equal(found, plain)
                 else:

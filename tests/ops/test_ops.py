@@ -284,6 +284,7 @@ def check_sample_rows(case, inputs, arguments, found):
     given = {name: inputs[name] for name in names}
     given |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
     given |= {"output_ids": none, "output_counts": none, "prompt_ids": none}
+    inputs["logits"][:, inputs["unused"]] = -np.inf  # all that is to be written to them
     for token, row, draw in zip(arguments["tokens"], inputs["logits"], inputs["draws"], strict=True):
         check_sample(case, given | {"logits": row, "uniform": draw / 2**53}, {}, int(token))
 

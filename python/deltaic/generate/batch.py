@@ -83,7 +83,7 @@ class RunningBatch:
                 verification = self._runner.verify(states, tokens)
                 hidden = verification.hidden
             else:
-                hidden, _ = self._runner.decode([ids[0] for ids in tokens], states)
+                hidden, *_ = self._runner.decode([ids[0] for ids in tokens], states)
             row = 0
             for sequence, ids in zip(fed, tokens, strict=True):
                 sequence.step(hidden[row : row + len(ids)], ids[1:])

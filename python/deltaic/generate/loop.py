@@ -42,10 +42,10 @@ def generate_ids(
     read_prompt(runner, reader, reading)
     hidden = reader.last
     assert hidden is not None  # a prompt has at least one token
-    steps = _Steps(runner, state, hidden, speculator)
+    steps = _Steps(runner, state, hidden, sampler, speculator)
     try:
         for produced in range(1, max_new_tokens + 1):
-            token, logprobs = sampler.next(steps.logits())
+            token, logprobs = steps.next()
             yield token, logprobs
             if token in end_ids or produced == max_new_tokens:
                 break
@@ -60,21 +60,27 @@ class _Steps:
     """The steps of one sequence: each is a forward pass over a token and the drafts after it, and serves as many tokens
     as drafts turn out right, and one more. Its rows reach the state when their tokens have been asked for."""
 
-    def __init__(self, runner: Runner, state: State, hidden: np.ndarray, speculator: Speculator | None) -> None:
+    def __init__(
+        self, runner: Runner, state: State, hidden: np.ndarray, sampler: Sampler, speculator: Speculator | None
+    ) -> None:
         """hidden [1, H]: the row that the first token is sampled from; the state has it already."""
-        self._runner, self._state, self._speculator = runner, state, speculator
+        self._runner, self._state, self._sampler, self._speculator = runner, state, sampler, speculator
         self._hidden = hidden
         self._drafts: list[int] = []
         self._row = 0
         self._verification: Verification | None = None
+        self._chosen: list[int] | None = None  # the token after each row; None: to be chosen from its logits
         self._logits: np.ndarray | None = None
         self._seconds: float | None = None  # of this step, with all that drafts cost; None: not worth knowing
 
-    def logits(self) -> np.ndarray:
-        """Logits [vocab] for the next token."""
+    def next(self) -> tuple[int, TokenLogprobs | None]:
+        """The next token."""
+        if self._chosen is not None:
+            self._sampler.took()
+            return self._chosen[self._row], None
         if self._logits is None:
             self._logits = self._runner.logits(self._hidden)
-        return self._logits[self._row]
+        return self._sampler.next(self._logits[self._row])
 
     def go_on(self, token: int, room: int) -> None:
         """`token` was chosen, and at most `room` more are wanted: the next row, or the next step."""
@@ -83,7 +89,7 @@ class _Steps:
                 self._row += 1
                 return
         elif self._speculator is None or self._speculator.passes(self._hidden, token, self._seconds):
-            self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
+            self._plain(token)
             self._seconds = None
             return
         began, rows, drafts, before = 0.0, self._hidden[: self._row + 1], self._drafts, self._verification
@@ -103,21 +109,29 @@ class _Steps:
             if isinstance(plan, list):
                 if before is not None:
                     self._runner.write(before)
-                v = self._runner.verify([self._state], [[token, *plan]], head=True)
+                choosing = self._sampler.choosing(1 + len(plan))
+                v = self._runner.verify([self._state], [[token, *plan]], head=True, choosing=choosing)
             else:
                 v = self._runner.draft_and_verify(plan, before)
-            self._verification, self._hidden, self._logits, self._drafts = v, v.hidden, v.logits, v.tokens[0][1:]
+            self._verification, self._drafts = v, v.tokens[0][1:]
+            self._hidden, self._logits, self._chosen = v.hidden, v.logits, v.chosen
         else:
             if before is not None:
                 self._runner.write(before)
             if began:
                 began = perf_counter()  # most plain steps come without a look at the text
-            self._hidden, self._logits = self._runner.decode([token], [self._state], head=True)
+            self._plain(token)
         self._row, self._seconds = 0, None
         if began:
             self._runner.wait()
             if self._runner.recordings == recordings:
                 self._seconds = perf_counter() - began
+
+    def _plain(self, token: int) -> None:
+        """A step without drafts."""
+        self._hidden, self._logits, self._chosen = self._runner.decode(
+            [token], [self._state], head=True, choosing=self._sampler.choosing(1)
+        )
 
     def close(self) -> np.ndarray:
         """Leave the state as it is when the last token that was sampled has not been fed; its hidden row [1, H]."""

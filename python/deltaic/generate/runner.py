@@ -19,6 +19,7 @@ from .prefix import image_places
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
+    from ..model.choice import Choosing
     from ..model.graph import DecodeGraph
     from ..model.mtp import MtpModel
     from ..model.state import State
@@ -38,6 +39,7 @@ class Verification:
     tokens  per sequence the token that comes next and the drafts after it
     hidden  [T, H] (before the final norm): of sequence b rows cu_seqlens[b] .. cu_seqlens[b + 1], one per token
     logits  [T, vocab], where they were asked for
+    chosen  the token after each row, where they were to be chosen
     """
 
     states: list[State]
@@ -45,6 +47,7 @@ class Verification:
     cu_seqlens: np.ndarray
     hidden: np.ndarray
     logits: np.ndarray | None
+    chosen: list[int] | None
     trace: np.ndarray
     counts: np.ndarray | None = None  # int64 [B], how many of each sequence's tokens its state has got
 
@@ -184,16 +187,21 @@ class Runner:
         return self.decode([token], [state])[0]
 
     def decode(
-        self, tokens: Sequence[int], states: Sequence[State], *, head: bool = False
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Feed one token to each of B states; hidden rows [B, H] (before the final norm), and their logits [B, vocab],
-        None without `head`."""
+        self,
+        tokens: Sequence[int],
+        states: Sequence[State],
+        *,
+        head: bool = False,
+        choosing: Choosing | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None, list[int] | None]:
+        """Feed one token to each of B states. Hidden rows [B, H] (before the final norm); with `head` their logits
+        [B, vocab]; with `choosing`, where the op set can, the token after each of them instead of these."""
         with self._lock:
             self._set_threads()
             if self._graph is not None and self._graph.takes([[token] for token in tokens]):
                 hidden = self._graph.decode(tokens, states)
-                return hidden, self.text.logits(hidden) if head else None
-            found = self.text.step([[token] for token in tokens], states, head=head)
+                return hidden, self.text.logits(hidden) if head else None, None
+            found = self.text.step([[token] for token in tokens], states, head=head, choosing=choosing)
             for token, state in zip(tokens, states, strict=True):
                 state.token_ids.append(token)
         return found
@@ -222,39 +230,49 @@ class Runner:
 
     # ------------------------------------------------------------------------------- drafts
 
-    def verify(self, states: Sequence[State], tokens: Sequence[Sequence[int]], *, head: bool = False) -> Verification:
+    def verify(
+        self,
+        states: Sequence[State],
+        tokens: Sequence[Sequence[int]],
+        *,
+        head: bool = False,
+        choosing: Choosing | None = None,
+    ) -> Verification:
         """Run the next token of each sequence, and the drafts that may follow it, against its state without changing
-        it. tokens: per sequence 1 to 64 ids. head: with logits. `commit` the result, or drop it."""
+        it. tokens: per sequence 1 to 64 ids. head, choosing: see `decode`. `commit` the result, or drop it."""
         cu_seqlens = row_bounds(*map(len, tokens))
         with self._lock:
             self._set_threads()
             trace = self._take_trace(sum(map(len, tokens)))
             if self._graph is not None and self._graph.takes(tokens):
-                hidden = self._graph.verify(tokens, states, trace)
+                hidden, chosen = self._graph.verify(tokens, states, trace), None
                 logits = self.text.logits(hidden) if head else None
             else:
-                hidden, logits = self.text.step(tokens, states, trace, head=head)
-        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, trace)
+                hidden, logits, chosen = self.text.step(tokens, states, trace, head=head, choosing=choosing)
+        return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, chosen, trace)
 
     def draft_and_verify(self, wanted: Drafting, before: Verification | None = None) -> Verification:
         """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
-        these drafts; with logits. before: a verification that has been counted and is to be written first."""
-        w = wanted
+        these drafts; with logits or chosen tokens. before: a verification that has been counted and is to be written
+        first."""
+        w, rows, choosing = wanted, 1 + wanted.depth, wanted.sampler.choosing(1 + wanted.depth)
         if self._graph is not None or w.choice is None:
             if before is not None:
                 self.write(before)
-            return self.verify([w.state], [[w.tokens[-1], *self.draft([w])[0]]], head=True)
+            tokens = [[w.tokens[-1], *self.draft([w])[0]]]
+            return self.verify([w.state], tokens, head=True, choosing=choosing)
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
-            trace = self._take_trace(1 + w.depth)
-            drafts, (hidden, logits) = self.mtp.draft_at_once(
-                w.hidden, w.tokens, w.state, w.first, w.choice, w.sampler.draws(w.depth), trace, _owed(before)
+            trace, draws, chooses = self._take_trace(rows), w.sampler.draws(rows), choosing is not None
+            drafts, (hidden, found) = self.mtp.draft_at_once(
+                w.hidden, w.tokens, w.state, w.first, w.choice, draws, w.depth, trace, _owed(before), chooses=chooses
             )
             if before is not None:
                 self._traces[before.trace.shape[1]] = before.trace
         tokens = [[w.tokens[-1], *drafts]]
-        return Verification([w.state], tokens, row_bounds(1 + w.depth), hidden, logits, trace)
+        logits, chosen = (None, found.tolist()) if chooses else (found, None)
+        return Verification([w.state], tokens, row_bounds(rows), hidden, logits, chosen, trace)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:
         """Advance each state by its first counts[b] tokens (0 to all), bit for bit as `step` would have. Once per
@@ -299,8 +317,8 @@ class Runner:
             self._set_threads()
             if len(wanted) == 1 and wanted[0].depth and (choice := wanted[0].choice) is not None:
                 w = wanted[0]
-                draws = w.sampler.draws(w.depth)
-                return [self.mtp.draft_at_once(w.hidden, w.tokens, w.state, w.first, choice, draws)[0]]
+                draws = w.sampler.draws(1 + w.depth)
+                return [self.mtp.draft_at_once(w.hidden, w.tokens, w.state, w.first, choice, draws, w.depth)[0]]
             deepest, alone = max((w.depth for w in wanted), default=0), len(wanted) == 1
             m, logits = self.mtp.extend(
                 wanted[0].hidden if alone else self.joined(w.hidden for w in wanted),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..model.choice import choice_of
 from .options import SamplingParams
 from .result import TokenLogprobs
 
 if TYPE_CHECKING:
-    from ..model.mtp import Choice
+    from ..model.choice import Choice, Choosing
 
 _DRAWN = 32  # random numbers that a sampler draws at a time
 
@@ -38,11 +38,16 @@ class Sampler:
         self.params = params
         self._ops = ops
         self._limit = limit
+        self._unused_ids = tuple(unused)
         index = np.array(unused, np.int64)
         self._unused = ops.upload(index) if hasattr(ops, "upload") else index
         self._logprobs = logprobs
         self._rng = np.random.default_rng(params.seed)
-        self._uniforms: deque[float] = deque()  # drawn ahead: for drafts, and because a call costs more than a number
+        # Drawn ahead, for drafts and because a call costs more than a number; those from `_at` on are not used up. A
+        # double that numpy draws is a multiple of 2^-53, and is kept as such.
+        self._draws = np.zeros(_DRAWN, np.int64)
+        self._each = 0 if params.greedy else 1  # how many a token uses up
+        self._at = _DRAWN * self._each
         repeats = params.repetition_penalty != 1.0
         self._prompt_ids = np.unique(prompt_ids).astype(np.int64) if repeats else np.empty(0, np.int64)
         self._slots: dict[int, int] = {}
@@ -55,8 +60,7 @@ class Sampler:
         if len(self._unused):
             logits[self._unused] = -np.inf
         token = self._choose(logits, self._limit, self._uniform(0))
-        if self._uniforms:
-            self._uniforms.popleft()
+        self._at += self._each
         self._count(token)
         if self._logprobs is None:
             return token, None
@@ -73,25 +77,34 @@ class Sampler:
 
     @cached_property
     def choice(self) -> Choice | None:
-        """How `draft` chooses, with `draws`; None where penalties make it depend on what was chosen before."""
-        from ..model.mtp import Choice
-
+        """How `next` chooses, with `draws`; None where penalties make it depend on what was chosen before."""
         p = self.params
-        return None if p.penalised else Choice(p.temperature, p.top_k, p.top_p, p.min_p, self._limit)
+        if p.penalised:
+            return None
+        return choice_of(p.temperature, p.top_k, p.top_p, p.min_p, self._limit, self._unused_ids)
+
+    def choosing(self, rows: int) -> Choosing | None:
+        """How the next `rows` tokens may be chosen together by whoever computes their logits, instead of by `next`;
+        `took` is then called for each that counts. None where each needs what comes before it, or its logits."""
+        choice = self.choice
+        return None if choice is None or self._logprobs is not None else (choice, self.draws(rows))
+
+    def took(self) -> None:
+        """The next token has been chosen as `choosing` says."""
+        self._at += self._each
 
     def draws(self, count: int) -> np.ndarray:
-        """The random numbers of the next `count` tokens as `sample_rows` takes them: int64 [count]."""
-        if self.params.greedy:
-            return np.zeros(count, np.int64)
-        # a double that numpy draws is a multiple of 2^-53
-        return np.array([int(self._uniform(ahead) * 2**53) for ahead in range(count)], np.int64)
+        """The random numbers of the next `count` tokens as `sample_rows` takes them: int64 [count], not to be
+        written."""
+        end = self._at + count
+        while end > len(self._draws):
+            more = (self._rng.random(_DRAWN) * 2**53).astype(np.int64)  # the numbers of so many single calls
+            self._draws = np.concatenate([self._draws[self._at :], more])
+            self._at, end = 0, count
+        return self._draws[self._at : end]
 
     def _uniform(self, ahead: int) -> float:
-        if self.params.greedy:
-            return 0.0
-        while len(self._uniforms) <= ahead:
-            self._uniforms.extend(self._rng.random(_DRAWN).tolist())  # the numbers of so many single calls
-        return self._uniforms[ahead]
+        return float(self.draws(ahead + 1)[ahead]) / 2**53
 
     def _choose(self, logits: np.ndarray, limit: int, uniform: float) -> int:
         p, seen = self.params, len(self._slots)

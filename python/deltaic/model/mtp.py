@@ -5,27 +5,18 @@ are the decoder's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..ops.layout import row_bounds
-from .replay import Replay
+from .choice import Choice
+from .replay import Arrays, Replay
 from .state import State
 from .text import Array, Batch, Ints, TextModel
 from .weights import MtpWeights
 
 DRAFT_VOCABULARY = 32768  # rows of the head that drafts are chosen from, see `MtpModel.__init__`
-
-
-class Choice(NamedTuple):
-    """How drafts are chosen from logits: arguments of ops.reference.sample_rows."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    limit: int
 
 
 class _MtpBatch(Batch):
@@ -86,7 +77,7 @@ class MtpModel:
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
         batch = self._batch(list(states), counts, self.text.rope.text(spans))
 
-        def run() -> tuple[Array, ...]:
+        def run() -> Arrays:
             m = self._layer(self._final_norm(hidden), self.text.embed(ids), batch, wanted)
             return (m, self.logits(m)) if head else (m,)
 
@@ -126,21 +117,22 @@ class MtpModel:
         first: int,
         choice: Choice,
         draws: Ints,
+        depth: int,
         trace: Array | None = None,
         owed: tuple[Ints, Ints, Array] | None = None,
-    ) -> tuple[list[int], tuple[Array, ...]]:
-        """`extend` for one sequence, and a draft for each of `draws` [depth] (see ops.reference.sample_rows): what
-        `extend`, `logits`, the choice, `draft`, `logits`, ... give one by one, in one replay where the op set can.
+        *,
+        chooses: bool = False,
+    ) -> tuple[list[int], Arrays]:
+        """`extend` for one sequence, and `depth` drafts: what `extend`, `logits`, the choice, `draft`, `logits`, ...
+        give one by one, in one replay where the op set can. draws: random numbers for them, and one more.
 
         trace [L_delta, 1 + depth, config.delta_trace_width]: where given, `TextModel.step` follows in the same replay,
         with this trace and with the last of `tokens`, which comes next, and the drafts. owed: then also what
         `TextModel.write` has to do before, for a state whose rows have been counted.
-        Returns the drafts, and what the step returns: hidden rows [1 + depth, H] and logits [1 + depth, vocab]; without
-        a trace (). Raises what the step does.
+        Returns the drafts, and what the step gives: hidden rows [1 + depth, H] and logits [1 + depth, vocab], or where
+        it `chooses` int64 [1 + depth], the token after each row; without a trace (). Raises what the step does.
         """
-        text, n, depth = self.text, len(tokens), len(draws)
-        if choice.limit > self.head.shape[0]:
-            choice = choice._replace(limit=self.head.shape[0])
+        text, n = self.text, len(tokens)
         state.reserve_mtp(first, n + depth - 1)
         if trace is not None:
             state.intact = state.intact or owed is not None
@@ -152,7 +144,7 @@ class MtpModel:
         entries = state.mtp_length
         starts = np.array([state.length, entries, *range(entries + n, entries + n + depth - 1)], np.int64)
 
-        def run() -> tuple[Array, ...]:
+        def run() -> Arrays:
             def batch(first: int, rows: int, draft: int) -> Batch:
                 at, start = slice(first, first + rows), slice(1 + draft, 2 + draft)
                 return _MtpBatch([state], row_bounds(rows), [rows], starts[start], cos[at], sin[at], False)
@@ -163,21 +155,19 @@ class MtpModel:
             for i in range(depth):
                 if i:
                     m = self._layer(m, text.embed(ids[n + i - 1 : n + i]), batch(n + i - 1, 1, i))
-                text.ops.sample_rows(
-                    self.logits(m), **choice._asdict(), draws=draws[i : i + 1], tokens=ids[n + i : n + i + 1]
-                )
+                choice.choose(text.ops, self.logits(m), draws[i : i + 1], ids[n + i : n + i + 1])
             if trace is None:
                 return ()
             step = Batch([state], row_bounds(1 + depth), [1 + depth], starts[:1], cos[n:], sin[n:], False, trace)
             x = text.run_layers(text.embed(ids[n - 1 :]), step)
-            return x, text.logits(x)
+            return text.outcome(x, True, (choice, draws) if chooses else None)
 
         inputs = [hidden, ids, cos, sin, starts, draws, state.mtp]
         if trace is not None:
             inputs += (trace, state.kv, state.conv, state.delta)
         if owed is not None:
             inputs += owed[1:]
-        key = ("at once", n, depth, choice, trace is None, 0 if owed is None else owed[2].shape[1])
+        key = ("at once", n, depth, choice, chooses, trace is None, 0 if owed is None else owed[2].shape[1])
         verified = self.replay(key, n + depth, inputs, run)
         state.mtp_length += n
         state.intact = state.intact or trace is not None

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
 from ..ops.layout import row_bounds
+from .choice import Choosing
 from .config import TextConfig
-from .replay import Replay
+from .replay import Arrays, Replay
 from .rope import TextRope
 from .state import State
 from .weights import AttentionMixer, DeltaMixer, DenseFFN, SparseFFN, TextWeights
@@ -115,36 +116,52 @@ class TextModel:
         trace: Array | None = None,
         *,
         head: bool = False,
-    ) -> tuple[Array, Array | None]:
+        choosing: Choosing | None = None,
+    ) -> tuple[Array, Array | None, list[int] | None]:
         """Feed B sequences the text tokens that come next, one or a few ids each: `forward` of rows that are decoded,
         replayed where the op set can. On an op set that is SPLIT_INVARIANT a row gets the same bits in any company.
 
         trace [L_delta, T, config.delta_trace_width]: where given it is filled, and the states stay where they are until
         `count` and `write` tell how many rows count. Dropping it instead leaves the states as they were: of their K/V
         only what lies beyond `length` is written.
-        Returns what `forward` does, and the `logits` of all rows, None without `head`. Raises what `forward` does.
+        Returns what `forward` does; the `logits` of all rows, None without `head`; and the token that is chosen from
+        each of these, None without `choosing`, which takes the place of the logits. Raises what `forward` does.
         """
         counts = [len(ids) for ids in tokens]
         angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
         starts, bounds = self.reserve(states, counts), row_bounds(*counts)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
 
-        def run() -> tuple[Array, ...]:
+        def run() -> Arrays:
             batch = Batch(list(states), bounds, counts, starts, *angles, False, trace)
-            x = self.run_layers(self.embed(ids), batch)
-            return (x, self.logits(x)) if head else (x,)
+            return self.outcome(self.run_layers(self.embed(ids), batch), head, choosing)
 
         inputs = [ids, *angles, bounds, starts]
         for state in states:
             inputs += (state.conv, state.delta, state.kv)
+        if choosing is not None:
+            inputs.append(choosing[1])
         if trace is None:
             _begin_writing(states)
         else:
             inputs.append(trace)
-        found = self.replay((len(ids), len(states), trace is None, head), len(ids), inputs, run)
+        key = (len(ids), len(states), trace is None, head, choosing and choosing[0])
+        found = self.replay(key, len(ids), inputs, run)
         if trace is None:
             _advance(states, counts)
-        return found[0], found[1] if head else None
+        if choosing is not None:
+            return found[0], None, found[1].tolist()
+        return found[0], found[1] if head else None, None
+
+    def outcome(self, x: Array, head: bool, choosing: Choosing | None) -> Arrays:
+        """What is wanted of rows x [T, H] that have passed all layers: with `choosing` the token after each of them
+        too, int64 [T], or else with `head` their logits."""
+        if choosing is None:
+            return (x, self.logits(x)) if head else (x,)
+        choice, draws = choosing
+        tokens = np.zeros(len(x), np.int64)
+        choice.choose(self.ops, self.logits(x), draws, tokens)
+        return x, tokens
 
     def count(self, states: Sequence[State], counts: Sequence[int]) -> None:
         """Each of the states that a `step` with a trace has seen has got its first counts[b] rows; it is half-written

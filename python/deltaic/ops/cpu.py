@@ -345,10 +345,11 @@ def sample_rows(
     top_p: float,
     min_p: float,
     limit: int,
+    unused: Array,
     draws: Array,
     tokens: Array,
 ) -> None:
-    _core.sample_rows(logits, temperature, top_k, top_p, min_p, limit, draws, tokens)
+    _core.sample_rows(logits, temperature, top_k, top_p, min_p, limit, unused, draws, tokens)
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:

@@ -80,10 +80,13 @@ def sample_rows(
     top_p: float,
     min_p: float,
     limit: int,
+    unused: np.ndarray,
     draws: np.ndarray,
     tokens: np.ndarray,
 ) -> None:
     check("sample_rows", "logits", logits, [None, None], ["float32"])
+    if len(unused):
+        logits[:, upload(unused)] = -np.inf
     none = np.empty(0, np.int64)
     for t in range(logits.shape[0]):
         tokens[t] = sample(

@@ -784,11 +784,14 @@ def sample_rows(
     top_p: float,
     min_p: float,
     limit: int,
+    unused: Ints,
     draws: Ints,
     tokens: Ints,
 ) -> None:
     """Fill tokens [T] with what `sample` without penalties chooses from each row of logits [T, V], with the random
-    numbers uniform = draws / 2^53, draws [T] in [0, 2^53). Raises as it does."""
+    numbers uniform = draws / 2^53, draws [T] in [0, 2^53). The ids `unused` [u] are never chosen: their logits are
+    overwritten. Raises as `sample` does."""
+    logits[:, unused] = -np.inf
     none = np.empty(0, np.int64)
     for t, row in enumerate(logits):
         tokens[t] = sample(
