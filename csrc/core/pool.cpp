@@ -55,6 +55,18 @@ class Pool {
 
     int threads() const { return threads_; }
 
+    // Seconds in which all threads meet and part without having done anything; the least of some.
+    double meeting_seconds() {
+        using Clock = std::chrono::steady_clock;
+        Clock::duration least = Clock::duration::max();
+        for (int i = 0; i < 8; ++i) {
+            const Clock::time_point began = Clock::now();
+            run(threads_, 1, [](void*, int64_t, int64_t, int) {}, nullptr);
+            least = std::min(least, Clock::now() - began);
+        }
+        return std::chrono::duration<double>(least).count();
+    }
+
     void run(int64_t n, int64_t grain, RangeFunction function, void* context) {
         while ((n - 1) / grain >= kMostPortions) grain *= 2;
         function_ = function;
@@ -202,7 +214,14 @@ struct Runtime {
     std::mutex lock;
     int threads = 1;
     std::unique_ptr<Pool> pool;
+    int64_t alone_bytes = 0;
+    int until_measured = 0;  // questions about them
     Arena arena;
+
+    Pool& made_pool() {
+        if (!pool) pool = std::make_unique<Pool>(threads);
+        return *pool;
+    }
 };
 
 std::atomic<Runtime*> runtime{nullptr};
@@ -234,6 +253,20 @@ void set_thread_count(int threads) {
     if (threads == r.threads) return;
     r.pool.reset();
     r.threads = threads;
+    r.until_measured = 0;
+}
+
+int64_t alone_bytes() {
+    constexpr int kQuestions = 4096;
+    constexpr double kBytesPerSecond = 256e9, kLeast = 1 << 16, kMost = 1 << 20;
+    Runtime& r = get();
+    if (r.threads == 1) return INT64_MAX;
+    if (r.until_measured-- == 0) {
+        r.until_measured = kQuestions;
+        r.alone_bytes =
+            static_cast<int64_t>(std::clamp(kBytesPerSecond * r.made_pool().meeting_seconds(), kLeast, kMost));
+    }
+    return r.alone_bytes;
 }
 
 void parallel_run(int64_t n, int64_t grain, RangeFunction function, void* context) {
@@ -243,8 +276,7 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction function, void* contex
         function(context, 0, n, 0);
         return;
     }
-    if (!r.pool) r.pool = std::make_unique<Pool>(r.threads);
-    r.pool->run(n, grain, function, context);
+    r.made_pool().run(n, grain, function, context);
 }
 
 void* scratch(size_t bytes) { return get().arena.take(bytes); }

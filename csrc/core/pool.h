@@ -29,10 +29,13 @@ DELTAIC_INLINE void parallel_for(int64_t n, int64_t grain, const F& body) {
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// The grain for work that reads so many bytes: all of it where one thread is done before others would have met it.
+// Bytes that one thread reads while several would meet and part, and fetch from each other what they need: it is done
+// with less before them. How far apart cores are is measured now and then: a virtual machine moves between them.
+int64_t alone_bytes();
+
+// The grain for work that reads so many bytes: all of it where that is too little to be shared.
 DELTAIC_INLINE int64_t grain_for(int64_t bytes, int64_t n, int64_t grain) {
-    constexpr int64_t kAlone = int64_t{1} << 16;
-    return bytes < kAlone && n > grain ? n : grain;
+    return n > grain && bytes < alone_bytes() ? n : grain;
 }
 
 // 64-byte aligned memory that lives until the operator returns. Kept between operators, so a decoded token allocates

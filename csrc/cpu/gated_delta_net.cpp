@@ -199,8 +199,8 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
     const bool pad = Dv % 16 != 0, few = n <= kInPlace;
     for (int64_t c = 0; c < v_width;) {
         const bool wide = !pad && n <= (dv ? kWideRows : 1) && v_width - c >= kWide * 16;
-        const bool full = v_width - c >= kColumns * 16;
-        const int64_t columns = wide ? kWide * 16 : full ? kColumns * 16 : 16;
+        const bool full = v_width - c >= kColumns * 16, pair = v_width - c >= 32;
+        const int64_t columns = wide ? kWide * 16 : full ? kColumns * 16 : pair ? 32 : 16;
         const Block packed{dense, columns}, rows{S + c, Dv}, block = pad ? packed : rows;
         if (pad) {
             for (int64_t d = 0; d < Dk; ++d)
@@ -213,6 +213,8 @@ void delta_rule_head(float* S, int64_t Dk, int64_t Dv, const float* q, const flo
             delta_rule<kWide>(block, work, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         } else if (full) {
             delta_rule<kColumns>(block, work, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
+        } else if (pair) {
+            delta_rule<2>(block, work, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         } else {
             delta_rule<1>(block, work, Dk, q, k, k_width, gates, v + c, v_width, n, errors, ahead.columns(c));
         }

@@ -17,24 +17,35 @@ struct Accepted {
     int64_t stride;
 };
 
-// Rows first..first + N of S [Dk, Dv]. What is the same along a row of S is in registers.
-template <int64_t N>
-DELTAIC_INLINE void apply(float* S, int64_t Dk, int64_t Dv, const Accepted& rows, int64_t first) {
-    f32x16 decay[N];
-    for (int64_t i = 0; i < N; ++i) decay[i] = set1(rows.decay[(first + i) * rows.stride]);
+// Rows first..first + N on VB * 16 columns of S, `columns` of them real. What all rows of S need is in registers.
+template <int64_t N, int VB>
+DELTAIC_INLINE void apply(float* S, int64_t Dk, int64_t Dv, int64_t columns, const Accepted& rows, int64_t c,
+                          int64_t first) {
+    f32x16 decay[N], dv[N][VB];
+    DELTAIC_UNROLL for (int64_t i = 0; i < N; ++i) {
+        decay[i] = set1(rows.decay[(first + i) * rows.stride]);
+        const float* from = rows.dv + (first + i) * rows.stride + c;
+        DELTAIC_UNROLL for (int b = 0; b < VB; ++b) dv[i][b] = load_n(from + b * 16, columns - b * 16);
+    }
     for (int64_t d = 0; d < Dk; ++d) {
+        float* const row = S + d * Dv + c;
         f32x16 k[N];
-        for (int64_t i = 0; i < N; ++i) k[i] = set1(rows.k[(first + i) * rows.stride + d]);
-        for (int64_t c = 0; c < Dv; c += 16) {
-            const bool whole = c + 16 <= Dv;
-            f32x16 s = whole ? load(S + d * Dv + c) : load_n(S + d * Dv + c, Dv - c);
-            DELTAIC_UNROLL for (int64_t i = 0; i < N; ++i) {
-                const float* dv = rows.dv + (first + i) * rows.stride + c;
-                s = fma(k[i], whole ? load(dv) : load_n(dv, Dv - c), mul(decay[i], s));
-            }
-            whole ? store(S + d * Dv + c, s) : store_n(S + d * Dv + c, s, Dv - c);
+        DELTAIC_UNROLL for (int64_t i = 0; i < N; ++i) k[i] = set1(rows.k[(first + i) * rows.stride + d]);
+        DELTAIC_UNROLL for (int b = 0; b < VB; ++b) {
+            f32x16 s = load_n(row + b * 16, columns - b * 16);
+            DELTAIC_UNROLL for (int64_t i = 0; i < N; ++i) s = fma(k[i], dv[i][b], mul(decay[i], s));
+            store_n(row + b * 16, s, columns - b * 16);
         }
     }
+}
+
+// The same on all columns of S [Dk, Dv], many of them at a time: its rows are read in their order.
+template <int64_t N>
+void apply_head(float* S, int64_t Dk, int64_t Dv, const Accepted& rows, int64_t first) {
+    int64_t c = 0;
+    for (; c + 128 <= Dv; c += 128) apply<N, 8>(S, Dk, Dv, 128, rows, c, first);
+    for (; c + 32 <= Dv; c += 32) apply<N, 2>(S, Dk, Dv, 32, rows, c, first);
+    for (; c < Dv; c += 16) apply<N, 1>(S, Dk, Dv, Dv - c, rows, c, first);
 }
 
 }  // namespace
@@ -64,10 +75,10 @@ void gated_delta_net_commit(View trace, int64_t Hk, View cu_seqlens, View counts
                 for (int64_t c = 0; c < Dv; c += 16)
                     prefetch(rows.dv + i * W + Dv + c), prefetch(rows.k + i * W + Dk + c);
             int64_t done = 0;
-            for (; n[b] - done >= 4; done += 4) apply<4>(S, Dk, Dv, rows, done);
-            if (n[b] - done == 3) apply<3>(S, Dk, Dv, rows, done);
-            if (n[b] - done == 2) apply<2>(S, Dk, Dv, rows, done);
-            if (n[b] - done == 1) apply<1>(S, Dk, Dv, rows, done);
+            for (; n[b] - done >= 4; done += 4) apply_head<4>(S, Dk, Dv, rows, done);
+            if (n[b] - done == 3) apply_head<3>(S, Dk, Dv, rows, done);
+            if (n[b] - done == 2) apply_head<2>(S, Dk, Dv, rows, done);
+            if (n[b] - done == 1) apply_head<1>(S, Dk, Dv, rows, done);
             // A share of the channels: the last rows of old tail and accepted inputs together, oldest first.
             const int64_t first = C * j / Hv, last = C * (j + 1) / Hv;
             float* tail = conv_states[b].f32() + layer * taps * C;

@@ -218,7 +218,9 @@ void multiply_words(Format format, int64_t blocks, const uint8_t* w, int64_t str
         } else {
             with_tokens<few_tokens(Format::bf16)>(a.T, [&](auto T) {
                 constexpr int NT = decltype(T)::value, NB = kParts == 1 || NT <= 2 ? 2 : 1;
-                if (left >= NB) {
+                if (kParts == 1 && NT == 1 && left >= 4) {
+                    stream_bf16<4, NT>(block, stride, a, out), b += 4;
+                } else if (left >= NB) {
                     stream_bf16<NB, NT>(block, stride, a, out), b += NB;
                 } else {
                     stream_bf16<1, NT>(block, stride, a, out), b += 1;

@@ -16,8 +16,9 @@ DELTAIC_INLINE void tile_f32(const float* w, int64_t block_stride, int64_t k_str
     for (int64_t k = 0; k < K; ++k) {
         f32x16 wk[NB];
         DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-            wk[b] = load(w + b * block_stride + k * k_stride);
-            if (NT == 2 || NT == 3) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) keep(wk[b].part[i]);
+            f32x16 line = load(w + b * block_stride + k * k_stride);
+            if (NT == 2 || NT == 3) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) keep(line.part[i]);
+            wk[b] = line;
         }
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
             const f32x16 xk = set1(x[t * x_stride + k]);
@@ -172,7 +173,7 @@ DELTAIC_INLINE int64_t count_pairs(const Weight& w) {
 // share what is read.
 DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int64_t T, int threads) {
     const int64_t bytes = 2 * block_bytes(w.segment[0].format, w.columns);
-    const int64_t grain = max64(1, min64((int64_t{1} << 15) / max64(bytes, 1), pairs / (4 * threads)));
+    const int64_t grain = max64(1, min64((int64_t{1} << 15) / max64(bytes, 1), max64(2, pairs / (4 * threads))));
     return grain_for(bytes * pairs * ceil_div(T, 4), pairs, grain > 1 ? grain / 2 * 2 : 1);
 }
 

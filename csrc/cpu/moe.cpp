@@ -189,7 +189,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const int64_t out_bytes =
         2 * (routing.size * block_bytes(down.segment[0].format, I) + block_bytes(shared_down.segment[0].format, Is));
     const int64_t out_grain =
-        grain_for(out_bytes * out_pairs * ceil_div(T, 4), out_pairs, max64(1, out_pairs / (4 * threads)));
+        grain_for(out_bytes * out_pairs * ceil_div(T, 4), out_pairs, max64(2, out_pairs / (4 * threads)));
     parallel_for(out_pairs, out_grain, [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;
         const int64_t n = begin * 32, width = min64(end * 32, H) - n;

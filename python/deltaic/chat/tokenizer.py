@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from .prepared import Prepared
 
+_MOST_KNOWN = 1 << 16  # tokens whose bytes streams remember: those that are said are few
+
 
 def symbol_bytes() -> dict[str, int]:
     """GPT-2's table of printable stand-ins for the 256 bytes: printable Latin-1 stands for itself, the rest for
@@ -174,6 +176,11 @@ class Tokenizer:
         return DetokenizeStream(self, skip_special)
 
     @cached_property
+    def known_bytes(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
+        """`token_bytes` of ids that streams have seen, by `skip_special`."""
+        return {}, {}
+
+    @cached_property
     def _bytes(self) -> dict[str, int]:
         return symbol_bytes()
 
@@ -187,11 +194,17 @@ class DetokenizeStream:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._known = tokenizer.known_bytes[skip_special]
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; often empty in the middle of a character."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id, self._skip_special))
+        data = self._known.get(token_id)
+        if data is None:
+            data = self._tokenizer.token_bytes(token_id, self._skip_special)
+            if len(self._known) < _MOST_KNOWN:
+                self._known[token_id] = data
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         """What is left at the end (U+FFFD for an unfinished character). The stream may then be used for another

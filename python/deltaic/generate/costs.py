@@ -114,7 +114,9 @@ class Costs:
         self._since_plain += 1
 
     def _record(self, measured: dict[int, _Average], n: int, seconds: float) -> None:
-        average = measured.setdefault(n, _Average())
+        average = measured.get(n)
+        if average is None:
+            average = measured[n] = _Average()
         average.add(seconds / self._plain.value if self._plain.sure else seconds)
         self._refresh(average)
 

@@ -92,9 +92,10 @@ class _Steps:
             self._plain(token)
             self._seconds = None
             return
-        began, rows, drafts, before = 0.0, self._hidden[: self._row + 1], self._drafts, self._verification
-        self._drafts, self._verification = [], None
+        began, rows, drafts, before = 0.0, self._hidden, self._drafts, self._verification
         if before is not None:
+            rows = rows[: self._row + 1]
+            self._drafts, self._verification = [], None
             self._runner.count(before, [self._row + 1])
         speculator, recordings = self._speculator, 0
         plan: list[int] | Drafting = []

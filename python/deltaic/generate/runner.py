@@ -255,8 +255,9 @@ class Runner:
         """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
         these drafts; with logits or chosen tokens. before: a verification that has been counted and is to be written
         first."""
-        w, rows, choosing = wanted, 1 + wanted.depth, wanted.sampler.choosing(1 + wanted.depth)
-        if self._graph is not None or w.choice is None:
+        w, rows = wanted, 1 + wanted.depth
+        choice, choosing = w.sampler.choice, w.sampler.choosing(rows)
+        if self._graph is not None or choice is None:
             if before is not None:
                 self.write(before)
             tokens = [[w.tokens[-1], *self.draft([w])[0]]]
@@ -266,7 +267,7 @@ class Runner:
             self._set_threads()
             trace, draws, chooses = self._take_trace(rows), w.sampler.draws(rows), choosing is not None
             drafts, (hidden, found) = self.mtp.draft_at_once(
-                w.hidden, w.tokens, w.state, w.first, w.choice, draws, w.depth, trace, _owed(before), chooses=chooses
+                w.hidden, w.tokens, w.state, w.first, choice, draws, w.depth, trace, _owed(before), chooses=chooses
             )
             if before is not None:
                 self._traces[before.trace.shape[1]] = before.trace

@@ -159,10 +159,11 @@ class Speculator:
             self._wrote = False
             return
         self._wrote = True
-        if seconds is not None and self._chosen == 0:
-            self._costs.record_round(drafted, seconds, at_once=self._at_once)
-        elif seconds is not None:
-            self._costs.record_step(drafted + 1, seconds)
+        if seconds is not None:
+            if self._chosen == 0:
+                self._costs.record_round(drafted, seconds, at_once=self._at_once)
+            else:
+                self._costs.record_step(drafted + 1, seconds)
         self.record(drafted, accepted)
 
     def record(self, drafted: int, accepted: int) -> None:

@@ -135,16 +135,19 @@ class MtpModel:
         text, n = self.text, len(tokens)
         state.reserve_mtp(first, n + depth - 1)
         if trace is not None:
-            state.intact = state.intact or owed is not None
-            text.reserve([state], [1 + depth])
+            if owed is None:
+                state.check_intact("forward")
+            state.reserve(state.length + 1 + depth)
             state.intact = owed is None
-        ids = np.array([*tokens, *(0,) * depth], np.int64)  # the drafts are written into it
         # Rows 0 .. n - 1 belong to the entries that last, the n-th to the token that comes next, the others to drafts.
         cos, sin = text.rope.text([(first + state.rope_delta, n + 1 + depth)])
-        entries = state.mtp_length
-        starts = np.array([state.length, entries, *range(entries + n, entries + n + depth - 1)], np.int64)
+        entries, end = state.mtp_length, state.mtp_length + n
+        # The tokens and the drafts, which are written into it, then where the step starts and each pass of the layer.
+        numbers = np.array([*tokens, *(0,) * depth, state.length, entries, *range(end, end + depth - 1)], np.int64)
 
         def run() -> Arrays:
+            ids, starts = numbers[: n + depth], numbers[n + depth :]
+
             def batch(first: int, rows: int, draft: int) -> Batch:
                 at, start = slice(first, first + rows), slice(1 + draft, 2 + draft)
                 return _MtpBatch([state], row_bounds(rows), [rows], starts[start], cos[at], sin[at], False)
@@ -162,16 +165,17 @@ class MtpModel:
             x = text.run_layers(text.embed(ids[n - 1 :]), step)
             return text.outcome(x, True, (choice, draws) if chooses else None)
 
-        inputs = [hidden, ids, cos, sin, starts, draws, state.mtp]
+        inputs = [hidden, numbers, cos, sin, draws, state.mtp]
         if trace is not None:
             inputs += (trace, state.kv, state.conv, state.delta)
         if owed is not None:
             inputs += owed[1:]
         key = ("at once", n, depth, choice, chooses, trace is None, 0 if owed is None else owed[2].shape[1])
         verified = self.replay(key, n + depth, inputs, run)
-        state.mtp_length += n
-        state.intact = state.intact or trace is not None
-        return ids[n:].tolist(), verified
+        state.mtp_length = end
+        if trace is not None:
+            state.intact = True
+        return numbers[n : n + depth].tolist(), verified
 
     def _batch(
         self,

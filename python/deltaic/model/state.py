@@ -43,7 +43,7 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "_mtp_block", "_ready", "_shared", "_shared_blocks", "_shared_mtp", "_zeros", "conv",
+        "_block", "_max_tokens", "_mtp_block", "_ready", "_ready_mtp", "_shared", "_shared_blocks", "_shared_mtp", "_zeros", "conv",
         "delta", "fingerprint", "images", "intact", "kv", "kv_dtype", "length", "mtp", "mtp_first", "mtp_length",
         "rope_delta", "token_ids",
     )  # fmt: skip
@@ -91,6 +91,7 @@ class State:
         self._shared_blocks = 0  # blocks before this one may belong to other states too
         self._shared_mtp = 0  # the same of `mtp`
         self._ready = 0  # up to so many tokens there is nothing left to do for `reserve`
+        self._ready_mtp = 0  # up to so many entries there is nothing left to do for `reserve_mtp`
 
     def empty(self) -> State:
         """An empty state of the same model, with arrays where those of this one are."""
@@ -152,10 +153,14 @@ class State:
         """Make room for `entries` more entries of the MTP layer, of which the first belongs to `token`; where that does
         not continue those that are there, they are dropped. Raises StateError if memory runs out."""
         if token != self.mtp_first + self.mtp_length:
-            self.mtp, self.mtp_first, self.mtp_length, self._shared_mtp = type(self.kv)(), token, 0, 0
+            self.mtp, self.mtp_first, self.mtp_length = type(self.kv)(), token, 0
+            self._shared_mtp = self._ready_mtp = 0
+        if self.mtp_length + entries <= self._ready_mtp:
+            return
         try:
             self._shared_mtp = _own_blocks(self.mtp, self.mtp_length, self._shared_mtp)
             self._grow(self.mtp, (1, *self._block[1:]), self.mtp_length + entries)
+            self._ready_mtp = len(self.mtp) * BLOCK_TOKENS
         except (MemoryError, ValueError):
             raise StateError("no memory for the K/V of the MTP layer; use speculate='lookup' or 'off'") from None
 
@@ -166,7 +171,7 @@ class State:
         Raises StateError if the state is half-written.
         """
         self.check_intact("fork")
-        self._shared, self._ready = True, 0
+        self._shared, self._ready, self._ready_mtp = True, 0, 0
         if isinstance(self.delta, np.ndarray):
             self.conv.flags.writeable = self.delta.flags.writeable = False
         return self._twin(self.length, self.mtp_length)
@@ -175,7 +180,7 @@ class State:
         """This state as it was when it held `length` tokens. conv, delta: what these arrays were then, which become
         those of the new state; K/V blocks are shared as with a fork. Raises StateError if the state is half-written."""
         self.check_intact("fork")
-        self._ready = 0
+        self._ready = self._ready_mtp = 0
         twin = self._twin(length, max(0, min(self.mtp_length, length - 1 - self.mtp_first)))
         twin.conv, twin.delta, twin._shared, twin.rope_delta = conv, delta, False, rope_delta
         return twin
@@ -185,7 +190,7 @@ class State:
         twin = object.__new__(State)
         for name in State.__slots__:
             setattr(twin, name, getattr(self, name))
-        twin.length, twin.mtp_length, twin._ready = length, mtp_length, 0
+        twin.length, twin.mtp_length, twin._ready, twin._ready_mtp = length, mtp_length, 0, 0
         twin.token_ids = self.token_ids[:length]
         twin.images = [image for image in self.images if image[0] < length]
         used = -(-length // BLOCK_TOKENS)
@@ -217,7 +222,8 @@ class State:
             conv, delta = _moved(self.conv, home), _moved(self.delta, home)
         except MemoryError:
             raise StateError(f"no memory on the device for a state of {self.nbytes / 2**20:.0f} MiB") from None
-        self.conv, self.delta, (self.kv, self.mtp), self._ready = conv, delta, tables, 0
+        self.conv, self.delta, (self.kv, self.mtp) = conv, delta, tables
+        self._ready = self._ready_mtp = 0
         if moved:
             self._shared, self._shared_blocks, self._shared_mtp = False, 0, 0
         self._zeros = getattr(ops, "zeros", np.zeros)

@@ -168,8 +168,8 @@ class TextModel:
         until `write`, with the same, has followed."""
         for state, n in zip(states, counts, strict=True):
             state.reserve(state.length + n)  # a fork may have come in between
-        _begin_writing(states)
         for state, n in zip(states, counts, strict=True):
+            state.intact = False
             state.length += n
 
     def write(self, states: Sequence[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
