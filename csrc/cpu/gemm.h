@@ -169,11 +169,17 @@ DELTAIC_INLINE int64_t count_pairs(const Weight& w) {
     return pairs;
 }
 
+// Whether the weights of a product with T tokens are in the caches and quickly read: then they are not cut into more
+// portions than there are threads, so that each finds its own in its own cache.
+DELTAIC_INLINE bool in_caches(int64_t bytes, int64_t T) { return bytes < int64_t{1} << 20 && T <= 8; }
+
 // Pairs that a thread takes at least: about 32 KiB of weights, but at least four portions for each thread. A few tokens
 // share what is read.
 DELTAIC_INLINE int64_t pair_grain(const Weight& w, int64_t pairs, int64_t T, int threads) {
     const int64_t bytes = 2 * block_bytes(w.segment[0].format, w.columns);
-    const int64_t grain = max64(1, min64((int64_t{1} << 15) / max64(bytes, 1), max64(2, pairs / (4 * threads))));
+    const int64_t grain = in_caches(bytes * pairs, T)
+                              ? round_up(ceil_div(pairs, threads), 2)
+                              : max64(1, min64((int64_t{1} << 15) / max64(bytes, 1), pairs / (4 * threads)));
     return grain_for(bytes * pairs * ceil_div(T, 4), pairs, grain > 1 ? grain / 2 * 2 : 1);
 }
 

@@ -160,7 +160,7 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const bool whole = routing.size >= 8 * threads && T * top_k > 4 * routing.size;
     const int64_t grain =
         grain_for(2 * block_bytes(gate_up.segment[0].format, H) * (routed + shared_pairs) * ceil_div(T, 4),
-                  routed + shared_pairs, whole ? pairs : pair_grain(gate_up, routed, T, threads));
+                  routed + shared_pairs, whole ? pairs : pair_grain(gate_up, routed + shared_pairs, T, threads));
     parallel_for(routed + shared_pairs, grain, [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;
         while (begin < min64(end, routed)) {
@@ -188,8 +188,9 @@ void moe(View x, const Weight& router, const Weight& gate_up, const Weight& down
     const int64_t out_pairs = count_pairs(down);
     const int64_t out_bytes =
         2 * (routing.size * block_bytes(down.segment[0].format, I) + block_bytes(shared_down.segment[0].format, Is));
-    const int64_t out_grain =
-        grain_for(out_bytes * out_pairs * ceil_div(T, 4), out_pairs, max64(2, out_pairs / (4 * threads)));
+    const int64_t out_grain = grain_for(
+        out_bytes * out_pairs * ceil_div(T, 4), out_pairs,
+        in_caches(out_bytes * out_pairs, T) ? ceil_div(out_pairs, threads) : max64(1, out_pairs / (4 * threads)));
     parallel_for(out_pairs, out_grain, [&](int64_t begin, int64_t end, int thread) {
         uint8_t* const mine = work + thread * room;
         const int64_t n = begin * 32, width = min64(end * 32, H) - n;

@@ -43,9 +43,9 @@ class State:
     """
 
     __slots__ = (
-        "_block", "_max_tokens", "_mtp_block", "_ready", "_ready_mtp", "_shared", "_shared_blocks", "_shared_mtp", "_zeros", "conv",
-        "delta", "fingerprint", "images", "intact", "kv", "kv_dtype", "length", "mtp", "mtp_first", "mtp_length",
-        "rope_delta", "token_ids",
+        "_block", "_max_tokens", "_mtp_block", "_ready", "_ready_mtp", "_shared", "_shared_blocks", "_shared_mtp",
+        "_zeros", "conv", "delta", "fingerprint", "images", "intact", "kv", "kv_dtype", "length", "mtp", "mtp_first",
+        "mtp_length", "rope_delta", "token_ids",
     )  # fmt: skip
 
     def __init__(
