@@ -27,9 +27,10 @@ class Lookup:
         short, length = len(MATCHES) - 1, len(ids)
         if length < _SHORT:
             return None
-        after = self._after[short]
-        for end in range(self._noted[short], length):  # the pair before `end` has a continuation now
-            after[(ids[end - 2] * _MULTIPLIER + ids[end - 1]) % _PLACES] = end
+        after, end = self._after[short], self._noted[short]
+        for a, b in zip(ids[end - 2 : length - 2], ids[end - 1 : length - 1], strict=True):
+            after[(a * _MULTIPLIER + b) % _PLACES] = end  # the pair before `end` has a continuation now
+            end += 1
         self._noted[short] = length
         place = after.get((ids[-2] * _MULTIPLIER + ids[-1]) % _PLACES)
         if place is None or ids[place - 1] != ids[-1] or ids[place - 2] != ids[-2]:

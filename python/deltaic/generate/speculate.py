@@ -34,7 +34,7 @@ FIRST_RESTS = 15  # the same in the beginning, where it rested in the sequence b
 SAMPLE = 8  # while nothing changes, the time of one step of so many is recorded
 # A look at the text, and a new choice, take so many seconds. While it rests they may take this share of the time, but
 # there is one in so many steps.
-LOOK_SECONDS, LOOK_SHARE, MOST_BLIND = 2e-5, 0.01, 32
+LOOK_SECONDS, LOOK_SHARE, MOST_BLIND = 3e-5, 0.005, 128
 
 
 @dataclass(slots=True)
@@ -128,6 +128,8 @@ class Speculator:
                 self._keeps, self._pending, self._tokens = False, [], []
         if self._rest:
             self._blind = self._blind_steps()
+            if self._blind > 1 and self._rest % self._blind == 0:
+                self._rest -= 1  # it has just looked
         self._match = match
         return self._plan(state, source, depth)
 
@@ -137,7 +139,10 @@ class Speculator:
         if self._rest % self._blind == 0:
             return False
         self._rest -= 1
-        self.learn(0, 0, seconds)
+        if seconds is None and not self._wrote:
+            self._step += 1
+        else:
+            self.learn(0, 0, seconds)
         if self._lookup is not None:
             self._lookup.ids.append(token)
         if self._keeps:

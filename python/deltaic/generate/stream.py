@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from time import perf_counter
@@ -60,7 +61,7 @@ class Stream(GenerationIterator[StreamPiece]):
         self._pieces = self._run(tokens)
 
     def __next__(self) -> StreamPiece:
-        if self._pieces.gi_running:
+        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
             raise StateError("the stream is being read already; one reader at a time")
         return next(self._pieces)
 
