@@ -165,6 +165,35 @@ def test_random_numbers_are_those_of_the_seed_one_by_one_whatever_is_drafted():
                 assert spy.calls[-1]["uniform"] == expected[i + 1 + ahead]
 
 
+def test_tokens_chosen_together_are_those_chosen_one_by_one():
+    """With the same random numbers, and numbers that are not used up are the next ones."""
+    rows = np.random.default_rng(2).normal(size=(40, 50)).astype(np.float32)
+    for params in (SamplingParams(temperature=0.0), SamplingParams(temperature=1.5, top_k=30, top_p=0.9, seed=4)):
+        options = {"limit": 40, "prompt_ids": np.empty(0, np.int64), "unused": [3, 17]}
+        alone, together = Sampler(reference, params, **options), Sampler(reference, params, **options)
+        expected = [alone.next(row.copy())[0] for row in rows]
+        found: list[int] = []
+        while len(found) < len(rows):
+            choice, draws = together.choosing(5)
+            tokens = np.empty(5, np.int64)
+            choice.choose(reference, np.resize(rows[len(found) :], (5, 50)), draws, tokens)
+            for token in tokens[: 1 + len(found) % 4].tolist():
+                together.took()
+                found.append(token)
+            if len(found) < len(rows):
+                found.append(together.next(rows[len(found)].copy())[0])
+        assert found[: len(rows)] == expected
+
+
+@pytest.mark.parametrize("options", [{"presence_penalty": 1.0}, {"logprobs": 2}])
+def test_tokens_that_need_more_than_their_row_are_chosen_one_by_one(options):
+    logprobs = options.pop("logprobs", None)
+    sampler = Sampler(
+        reference, SamplingParams(**options), limit=40, prompt_ids=np.empty(0, np.int64), logprobs=logprobs
+    )
+    assert sampler.choosing(1) is None
+
+
 def test_ids_without_a_token_are_never_sampled():
     assert max(token for token, _ in draw(3, n=200)) < 40
     likely = {token for token, _ in draw(3, n=200)}

@@ -87,8 +87,13 @@ void check_pool(int* passed, int* failed) {
                     }
                     ++(right && next == n ? good : bad);
                 }
+        const int64_t alone = alone_bytes();
+        ++(alone >= int64_t{1} << 16 && alone <= int64_t{1} << 20 ? good : bad);
+        ++(grain_for(alone + (int64_t{1} << 20), 100, 3) == 3 && grain_for(1000, 100, 3) == 100 ? good : bad);
     }
     ++(loops_end_without_a_thread() ? good : bad);
+    set_thread_count(1);
+    ++(grain_for(int64_t{1} << 40, 100, 3) == 100 ? good : bad);
     std::printf("%-11s %-16s %5d passed %5d failed\n", "pool", "", good, bad);
     *passed += good, *failed += bad;
 }
