@@ -92,17 +92,17 @@ class _Steps:
             self._plain(token)
             self._seconds = None
             return
-        began, rows, drafts, before = 0.0, self._hidden, self._drafts, self._verification
+        speculator, recordings, began = self._speculator, 0, 0.0
+        if speculator is not None and speculator.measures:
+            began, recordings = perf_counter(), self._runner.recordings
+        rows, drafts, before = self._hidden, self._drafts, self._verification
         if before is not None:
             rows = rows[: self._row + 1]
             self._drafts, self._verification = [], None
             self._runner.count(before, [self._row + 1])
-        speculator, recordings = self._speculator, 0
         plan: list[int] | Drafting = []
         if speculator is not None:
             speculator.learn(len(drafts), self._row, self._seconds)
-            if speculator.measures:
-                began, recordings = perf_counter(), self._runner.recordings
             speculator.observe(rows, [*drafts[: self._row], token])
             space = self._state.context - self._state.length
             plan = speculator.draft(self._state, min(room, space) - 1)
