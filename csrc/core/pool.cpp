@@ -55,14 +55,32 @@ class Pool {
 
     int threads() const { return threads_; }
 
-    // Seconds in which all threads meet and part without having done anything; the least of some.
+    // Seconds in which all threads meet, and the first knows of it; the least of some. One that does not come in time
+    // is waited for no longer.
     double meeting_seconds() {
         using Clock = std::chrono::steady_clock;
+        struct Meeting {
+            Clock::time_point began;
+            int64_t expected;
+            std::atomic<int64_t> arrived{0};
+        };
         Clock::duration least = Clock::duration::max();
         for (int i = 0; i < 8; ++i) {
-            const Clock::time_point began = Clock::now();
-            run(threads_, 1, [](void*, int64_t, int64_t, int) {}, nullptr);
-            least = std::min(least, Clock::now() - began);
+            Meeting meeting{Clock::now(), threads_ - 1};
+            run(
+                threads_, 1,
+                [](void* context, int64_t begin, int64_t end, int thread) {
+                    Meeting& m = *static_cast<Meeting*>(context);
+                    if (thread != 0) {
+                        m.arrived.fetch_add(end - begin, std::memory_order_relaxed);
+                        return;
+                    }
+                    while (m.arrived.load(std::memory_order_relaxed) < m.expected &&
+                           Clock::now() - m.began < std::chrono::microseconds(20))
+                        pause_cpu();
+                },
+                &meeting);
+            least = std::min(least, Clock::now() - meeting.began);
         }
         return std::chrono::duration<double>(least).count();
     }
