@@ -123,6 +123,10 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
                                              : simt::Order::random,
                         seed);
     });
+    m.def("load_ptx", &simt::load_ptx);
+    m.def("use_ptx", &simt::use_ptx);
+    m.def("run_ptx", &simt::run_ptx);
+    m.def("ptx_coverage", &simt::ptx_coverage);
     m.def("guarded_alloc", [](size_t bytes, const std::string& name) {
         return reinterpret_cast<uintptr_t>(simt::guarded_alloc(bytes, name.c_str()));
     });

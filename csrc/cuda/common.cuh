@@ -10,6 +10,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #else
+#include <tuple>
+
 #include "cuda/simt/simt.h"
 #endif
 
@@ -347,8 +349,15 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
 #else
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, Stream, A... arguments) {
-    auto call = [&] { kernel(static_cast<P>(arguments)...); };
-    simt::run(name, grid, block, shared, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+    std::tuple<P...> values(static_cast<P>(arguments)...);
+    auto call = [&] { std::apply(kernel, values); };
+    std::apply(
+        [&](const P&... value) {
+            const simt::Argument list[] = {{&value, sizeof(P)}...};
+            simt::run({name, reinterpret_cast<const void*>(kernel), grid, block, shared, list, sizeof...(P),
+                       [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call});
+        },
+        values);
 }
 #endif
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +41,11 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 
+# The PTX machine computes what a GPU would: fast, with no sum and product joined, and for this processor alone.
+MACHINE_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# As cmake/cuda.cmake and CMake's release build have it; -lineinfo changes no instruction.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "--extended-lambda", "-lineinfo", "-ptx"]
+
 
 def compiler() -> str | None:
     """The C++ compiler, or None."""
@@ -55,16 +62,17 @@ def _included(text: str, seen: dict[str, str]) -> dict[str, str]:
     return seen
 
 
-def _digest(text: str) -> str:
+def _digest(text: str, flags: list[str]) -> str:
     """What an object depends on: its source, the headers it can see, the flags, Python and pybind11."""
-    digest = hashlib.sha256("".join([*FLAGS, sys.version, pybind11.__version__, text]).encode())
+    digest = hashlib.sha256("".join([*flags, sys.version, pybind11.__version__, text]).encode())
     for name, header in sorted(_included(text, {}).items()):
         digest.update((name + header).encode())
     return digest.hexdigest()[:24]
 
 
 def _compile(source: Path, text: str) -> Path:
-    key = _digest(text)
+    flags = [*FLAGS, *MACHINE_FLAGS, f"-DHOST={platform.node()}"] if source.stem.startswith("ptx") else FLAGS
+    key = _digest(text, flags)
     built = CACHE / f"{source.stem}-{key}.o"
     if built.exists():
         return built
@@ -73,7 +81,7 @@ def _compile(source: Path, text: str) -> Path:
     copy.write_text(text)
     includes = [f"-I{SOURCES}", f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     partial = built.with_suffix(f".{os.getpid()}.tmp")
-    command = [compiler(), *FLAGS, "-DDELTAIC_EMULATE", *includes, "-c", str(copy), "-o", str(partial)]
+    command = [compiler(), *flags, "-DDELTAIC_EMULATE", *includes, "-c", str(copy), "-o", str(partial)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{source.name} does not compile for the emulator:\n{result.stderr[-4000:]}")
@@ -84,7 +92,11 @@ def _compile(source: Path, text: str) -> Path:
 def build(edits: dict[str, tuple[str, str]] | None = None) -> ModuleType:
     """The extension `_cuda_emulated`. `edits`: file name -> (old text, new text), for mutation tests."""
     files = [f for f in sorted(SOURCES.glob("cuda/*.cu")) if f.stem != "runtime"]
-    files += [SOURCES / "cuda/simt/simt.cpp", SOURCES / "core/error.cpp", SOURCES / "bindings/cuda_module.cpp"]
+    files += [
+        *sorted(SOURCES.glob("cuda/simt/*.cpp")),
+        SOURCES / "core/error.cpp",
+        SOURCES / "bindings/cuda_module.cpp",
+    ]
     texts = {}
     for file in files:
         texts[file] = file.read_text()
@@ -111,6 +123,57 @@ def build(edits: dict[str, tuple[str, str]] | None = None) -> ModuleType:
     return module
 
 
+def nvcc_version() -> str | None:
+    """What nvcc says it is, or None where there is none."""
+    nvcc = shutil.which("nvcc")
+    return nvcc and subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _ptx(source: Path, capability: int, edits: dict[str, tuple[str, str]]) -> str:
+    """The PTX that nvcc makes of a source, after edits in it and in the headers that it includes."""
+    texts = _included(f'#include "cuda/{source.name}"', {})
+    for name, (old, new) in edits.items():
+        if texts[name].count(old) != 1:
+            raise RuntimeError(f"{name} holds {texts[name].count(old)} times what the mutation replaces: {old!r}")
+        texts[name] = texts[name].replace(old, new)
+    digest = hashlib.sha256("".join([nvcc_version() or "", *NVCC_FLAGS, str(capability)]).encode())
+    for name, text in sorted(texts.items()):
+        digest.update((name + text).encode())
+    built = CACHE / f"{source.stem}-{capability}-{digest.hexdigest()[:24]}.ptx"
+    if not built.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            for name, text in texts.items():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_text(text)
+            made = Path(folder) / "out.ptx"
+            command = ["nvcc", *NVCC_FLAGS, f"-arch=compute_{capability}", f"-I{folder}"]
+            command += [f"{folder}/cuda/{source.name}", "-o", str(made)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"{source.name} does not compile:\n{result.stderr[-4000:]}")
+            # nvcc names an anonymous namespace after the file; here it gets the host compiler's name.
+            anonymous = r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_[a-z_]+_cu_[0-9a-f]{8}"
+            made.write_text(re.sub(anonymous, "12_GLOBAL__N_1", made.read_text()))
+            made.rename(built)
+    return built.read_text()
+
+
+def load_ptx(
+    module: ModuleType, name: str, capability: int, edited: str = "", edits: dict[str, tuple[str, str]] | None = None
+) -> None:
+    """Give the emulator the PTX that nvcc makes for a compute capability, to be run after `module.use_ptx(name)`.
+
+    `edits`, for mutation tests: as for `build`, of files such as "cuda/norm.cu", in what the source `edited` includes.
+    """
+    files = [f for f in sorted(SOURCES.glob("cuda/*.cu")) if f.stem != "runtime"]
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(lambda f: _ptx(f, capability, edits or {} if f.name == edited else {}), files))
+    listed = subprocess.run(["nm", module.__file__], capture_output=True, text=True, check=True).stdout.split("\n")
+    symbols = {int(line[:16], 16): line.split()[2] for line in listed if "_kernel" in line and line[:16].strip()}
+    module.load_ptx(name, texts, symbols)
+
+
 class _Memory:
     """A guarded buffer of a device that numpy reads through the array interface, freed with the last array."""
 
@@ -127,7 +190,8 @@ class _Memory:
 # Calls of the extension that are not launches: a capture does not record them.
 HOST_CALLS = {
     "use_tensor_cores",
-    "Matrices", "KernelError", "gated_delta_net_chunk_floats", "moe_max_tiles", "guarded_alloc", "guarded_free"
+    "Matrices", "KernelError", "gated_delta_net_chunk_floats", "moe_max_tiles", "guarded_alloc", "guarded_free",
+    "load_ptx", "use_ptx", "run_ptx", "ptx_coverage",
 }  # fmt: skip
 # What torch may do in a captured graph here: look at memory in another way. Anything else would have to be recorded.
 VIEWS = {

@@ -2,6 +2,7 @@
 // memory.
 #include "cuda/simt/simt.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "cuda/simt/ptx.h"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -419,9 +421,61 @@ void note_write(const uint8_t* address, size_t bytes) {
     }
 }
 
-void run(const char* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes, void (*body)(void*), void* context) {
+namespace {
+
+std::map<std::string, ptx::Program> programs;
+const ptx::Program* program = nullptr;  // what launches run in place of the host's kernels
+std::map<uint64_t, std::string> symbols;
+
+const ptx::Kernel& ptx_kernel(const void* function) {
+    Dl_info library = {};
+    dladdr(reinterpret_cast<const void*>(&run), &library);
+    const auto offset = reinterpret_cast<uintptr_t>(function) - reinterpret_cast<uintptr_t>(library.dli_fbase);
+    const std::string& name = symbols[offset];
+    const ptx::Kernel* kernel = program->find(name);
+    if (!kernel) throw deltaic::Error("no PTX of the kernel '" + name + "'");
+    return *kernel;
+}
+
+}  // namespace
+
+void load_ptx(const std::string& name, const std::vector<std::string>& files,
+              const std::map<uint64_t, std::string>& names) {
+    ptx::Program& loaded = programs[name];
+    loaded = {};
+    for (const std::string& text : files) loaded.add(text);
+    symbols = names;
+}
+
+void use_ptx(const std::string& name) { program = name.empty() ? nullptr : &programs.at(name); }
+
+void run_ptx(const std::string& text, const std::string& kernel, unsigned blocks, unsigned threads,
+             size_t dynamic_shared, const std::vector<uint64_t>& arguments) {
+    ptx::Program one;
+    one.add(text);
+    std::vector<Argument> list;
+    for (const uint64_t& argument : arguments) list.push_back({&argument, sizeof argument});
+    Launch launch{kernel.c_str(), nullptr, {blocks}, {threads}, dynamic_shared, list.data(), list.size(), {}, {}};
+    if (!one.find(kernel)) throw deltaic::Error("simt: no PTX of the kernel '" + kernel + "'");
+    ptx::run(*one.find(kernel), launch, order, order_seed);
+}
+
+std::map<std::string, std::pair<size_t, std::vector<std::string>>> ptx_coverage(const std::string& name) {
+    std::map<std::string, std::pair<size_t, std::vector<std::string>>> coverage;
+    for (const auto& [kernel, found] : programs.at(name).kernels()) {
+        auto& [all, missed] = coverage[kernel];
+        all = found.code.size();
+        for (const ptx::Instr& in : found.code)
+            if (!in.ran) missed.push_back(ptx::location(found, in));
+    }
+    return coverage;
+}
+
+void run(const Launch& launch) {
+    const dim3 grid = launch.grid, threads = launch.block;
+    const size_t dynamic_bytes = launch.dynamic_shared;
     const auto refuse = [&](const std::string& message) {
-        throw deltaic::Error(std::string("simt: ") + kernel + ": " + message);
+        throw deltaic::Error(std::string("simt: ") + launch.name + ": " + message);
     };
     const unsigned count = threads.x * threads.y * threads.z;
     if (running) refuse("a kernel cannot launch a kernel here");
@@ -430,6 +484,13 @@ void run(const char* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes, void
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u)
         refuse("a grid of " + std::to_string(grid.x) + "x" + std::to_string(grid.y) + "x" + std::to_string(grid.z));
     if (dynamic_bytes > 232448) refuse("more dynamic shared memory than a block can have");
+    if (program) {
+        try {
+            return ptx::run(ptx_kernel(launch.kernel), launch, order, order_seed);
+        } catch (const deltaic::Error& error) {
+            refuse(error.what());
+        }
+    }
     allocate_stacks();
     install_fault_handler();
     block = std::make_unique<Block>();
@@ -438,7 +499,7 @@ void run(const char* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes, void
     b.fibres.resize(count);
     b.warps.resize(count / 32);
     b.dynamic_bytes = dynamic_bytes;
-    b.body = body, b.context = context, b.kernel = kernel;
+    b.body = launch.body, b.context = launch.context, b.kernel = launch.name;
     gridDim = grid, blockDim = threads;
     std::mt19937_64 random(order_seed);
     const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
@@ -450,6 +511,23 @@ void run(const char* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes, void
     running = false;
     shared_dirty = kShared;
     if (!b.error.empty()) refuse(b.error);
+}
+
+void guarded_region(uint64_t address, uint64_t* begin, uint64_t* end, uint64_t* data, uint64_t* data_end,
+                    std::string* name) {
+    *begin = 0, *end = UINT64_MAX;
+    for (const auto& [memory, g] : guarded) {
+        const uint64_t first = reinterpret_cast<uintptr_t>(g.base), last = first + g.total;
+        if (address >= last) {
+            *begin = std::max(*begin, last);
+        } else if (address < first) {
+            *end = std::min(*end, first);
+        } else {
+            *begin = first, *end = last, *data = reinterpret_cast<uintptr_t>(memory), *data_end = *data + g.bytes;
+            *name = g.name;
+            return;
+        }
+    }
 }
 
 void* guarded_alloc(size_t bytes, const char* name) {
@@ -472,6 +550,7 @@ void guarded_free(void* data) {
     if (it == guarded.end()) return;
     const Guarded g = it->second;
     guarded.erase(it);
+    ptx::forget(reinterpret_cast<uintptr_t>(data));
     bool intact = true;  // what lies before the data, and the slack after it, must still be poison
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     for (const uint8_t* p =

@@ -13,9 +13,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -65,7 +67,37 @@ const uint8_t* warp_collective(Collective kind, const char* file, int line, cons
 void block_barrier(const char* file, int line);
 int lane();
 
-void run(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared, void (*body)(void*), void* context);
+struct Argument {
+    const void* data;
+    size_t bytes;
+};
+struct Launch {
+    const char* name;
+    const void* kernel;  // as compiled for the host; `body` calls it with the arguments
+    dim3 grid, block;
+    size_t dynamic_shared;
+    const Argument* arguments;
+    size_t count;
+    void (*body)(void*);
+    void* context;
+};
+void run(const Launch& launch);
+
+// Reads the PTX files of all kernels (see ptx.h), to be used under this name. `symbols`: the names of this library's
+// functions by their offset.
+void load_ptx(const std::string& name, const std::vector<std::string>& files,
+              const std::map<uint64_t, std::string>& symbols);
+// From here on launches run that PTX; with an empty name what the host compiler made of the kernels again.
+void use_ptx(const std::string& name);
+// Runs a kernel of one PTX file that takes only 8-byte parameters.
+void run_ptx(const std::string& text, const std::string& kernel, unsigned blocks, unsigned threads,
+             size_t dynamic_shared, const std::vector<uint64_t>& arguments);
+// Kernels of it: how many instructions they have, and where those are that never ran.
+std::map<std::string, std::pair<size_t, std::vector<std::string>>> ptx_coverage(const std::string& name);
+
+// The addresses around this one that belong to one device buffer and its guards, or to none (then data_end is 0).
+void guarded_region(uint64_t address, uint64_t* begin, uint64_t* end, uint64_t* data, uint64_t* data_end,
+                    std::string* name);
 
 // Shared memory of the running block: `site` names one declaration in the source.
 uint8_t* shared_array(const char* file, int line, size_t bytes, size_t align);
