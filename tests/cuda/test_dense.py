@@ -133,6 +133,7 @@ def tensor_cores(device):
     """Switches them off and on again, on the emulator; on a card they are as they are."""
     if not device.module.emulated:
         pytest.skip("the card decides")
+    device.module.use_tensor_cores(True)
     yield device.module.use_tensor_cores
     device.module.use_tensor_cores(True)
 
