@@ -490,10 +490,15 @@ def measure_model(
     state = State(text.config, ops, "bf16")
     prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
     graph = DecodeGraph(text, ops)
-    token = int(text.logits(graph.decode([1], [state])).argmax())
+
+    def step(token: int) -> int:
+        _, logits, _ = graph.step([[token]], [state], head=True)
+        return int(logits.argmax())
+
+    token = step(1)
     start = time.perf_counter()
     for _ in range(steps):  # with the token read back every time, as in generation
-        token = int(text.logits(graph.decode([token], [state])).argmax())
+        token = step(token)
     seconds = (time.perf_counter() - start) / steps
     layers = meter.seconds(next(iter(graph._graphs.values()))._graph.replay, capture=False)
     parameters = sum(w.shape[0] * w.shape[1] for w in matrices(text.weights))

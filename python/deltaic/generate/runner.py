@@ -86,11 +86,12 @@ class Runner:
         self.features = FeatureCache(feature_bytes)
         self._threads = threads
         self._image_token_id = image_token_id
-        self._graph: DecodeGraph | None = None
-        if getattr(ops, "device_resident", False):
+        self._resident = getattr(ops, "device_resident", False)
+        self._steps: TextModel | DecodeGraph = text
+        if self._resident:
             from ..model.graph import DecodeGraph
 
-            self._graph = DecodeGraph(text, ops)
+            self._steps = DecodeGraph(text, ops)
         self._concatenate = getattr(ops, "concatenate", np.concatenate)
         self._zeros = getattr(ops, "zeros", np.zeros)
         self._traces: dict[int, np.ndarray] = {}  # that no verification uses, by their rows
@@ -198,10 +199,7 @@ class Runner:
         [B, vocab]; with `choosing`, where the op set can, the token after each of them instead of these."""
         with self._lock:
             self._set_threads()
-            if self._graph is not None and self._graph.takes([[token] for token in tokens]):
-                hidden = self._graph.decode(tokens, states)
-                return hidden, self.text.logits(hidden) if head else None, None
-            found = self.text.step([[token] for token in tokens], states, head=head, choosing=choosing)
+            found = self._steps.step([[token] for token in tokens], states, head=head, choosing=choosing)
             for token, state in zip(tokens, states, strict=True):
                 state.token_ids.append(token)
         return found
@@ -219,12 +217,12 @@ class Runner:
 
     def wait(self) -> None:
         """Let a device finish what it was given, before time is taken."""
-        if self._graph is not None:
+        if self._resident:
             self.ops.wait()
 
     def rows(self, hidden: np.ndarray) -> np.ndarray:
         """Hidden rows [n, H] of a file, float32, as this op set has them."""
-        if self._graph is None or not isinstance(hidden, np.ndarray):
+        if not self._resident or not isinstance(hidden, np.ndarray):
             return hidden
         return self.ops.activations(hidden, self.text.weights.embed)
 
@@ -244,11 +242,7 @@ class Runner:
         with self._lock:
             self._set_threads()
             trace = self._take_trace(sum(map(len, tokens)))
-            if self._graph is not None and self._graph.takes(tokens):
-                hidden, chosen = self._graph.verify(tokens, states, trace), None
-                logits = self.text.logits(hidden) if head else None
-            else:
-                hidden, logits, chosen = self.text.step(tokens, states, trace, head=head, choosing=choosing)
+            hidden, logits, chosen = self._steps.step(tokens, states, trace, head=head, choosing=choosing)
         return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, chosen, trace)
 
     def draft_and_verify(self, wanted: Drafting, before: Verification | None = None) -> Verification:
@@ -257,7 +251,7 @@ class Runner:
         first."""
         w, rows = wanted, 1 + wanted.depth
         choice, choosing = w.sampler.choice, w.sampler.choosing(rows)
-        if self._graph is not None or choice is None:
+        if self._resident or choice is None:
             if before is not None:
                 self.write(before)
             tokens = [[w.tokens[-1], *self.draft([w])[0]]]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from .choice import Choosing
 from .state import State
-from .text import Batch, TextModel
+from .text import Batch, TextModel, advance, begin_writing
 
 MAX_GRAPHS = 32
 FEWEST_BLOCKS = 16  # room for K/V blocks of each sequence, doubled as needed
@@ -44,32 +45,29 @@ class DecodeGraph:
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._pool: Any = None  # memory that all graphs share: they run one after another
 
-    def takes(self, tokens: Sequence[Sequence[int]]) -> bool:
-        """Whether a step of these tokens, by sequence, can be a graph."""
+    def step(
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[State],
+        trace: Any = None,
+        *,
+        head: bool = False,
+        choosing: Choosing | None = None,
+    ) -> tuple[Any, Any, list[int] | None]:
+        """`TextModel.step`, as a graph where there are few rows and as many of each sequence; tokens are then not
+        chosen. On the device."""
         lengths = {len(ids) for ids in tokens}
-        return len(lengths) == 1 and 0 < sum(len(ids) for ids in tokens) <= self._ops.FEW
-
-    def decode(self, tokens: Sequence[int], states: Sequence[State]) -> Any:
-        """Feed one token to each of the states; hidden rows [B, H] before the final norm, on the device.
-
-        Raises ContextLengthError or StateError as `TextModel.forward` does."""
-        step = [[token] for token in tokens]
-        captured = self._captured(step, states, traced=False)
-        for state in states:
-            state.intact = False
-        hidden = captured.run(step, states)
-        for token, state in zip(tokens, states, strict=True):
-            state.token_ids.append(token)
-            state.length += 1
-            state.intact = True
-        return hidden
-
-    def verify(self, tokens: Sequence[Sequence[int]], states: Sequence[State], trace: Any) -> Any:
-        """As `TextModel.verify`: fills trace [L_delta, T, trace width]; hidden rows [T, H]."""
-        captured = self._captured(tokens, states, traced=True)
+        if len(lengths) != 1 or not 0 < sum(len(ids) for ids in tokens) <= self._ops.FEW:
+            return self._text.step(tokens, states, trace, head=head, choosing=choosing)
+        captured = self._captured(tokens, states, traced=trace is not None)
+        if trace is None:
+            begin_writing(states)
         hidden = captured.run(tokens, states)
-        trace.copy_(captured.trace)
-        return hidden
+        if trace is None:
+            advance(states, [len(ids) for ids in tokens])
+        else:
+            trace.copy_(captured.trace)
+        return hidden, self._text.logits(hidden) if head else None, None
 
     def _captured(self, tokens: Sequence[Sequence[int]], states: Sequence[State], *, traced: bool) -> _Captured:
         """The graph for a step, with room for it made in the states."""

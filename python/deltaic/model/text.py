@@ -104,9 +104,9 @@ class TextModel:
             )
         starts = self.reserve(states, counts)
         batch = Batch(states, cu_seqlens, counts, starts, *self.rope(positions), prefill, marks=marks)
-        _begin_writing(states)
+        begin_writing(states)
         x = self.run_layers(x, batch)
-        _advance(states, counts)
+        advance(states, counts)
         return x
 
     def step(
@@ -142,13 +142,13 @@ class TextModel:
         if choosing is not None:
             inputs.append(choosing[1])
         if trace is None:
-            _begin_writing(states)
+            begin_writing(states)
         else:
             inputs.append(trace)
         key = (len(ids), len(states), trace is None, head, choosing and choosing[0])
         found = self.replay(key, len(ids), inputs, run)
         if trace is None:
-            _advance(states, counts)
+            advance(states, counts)
         if choosing is not None:
             return found[0], None, found[1].tolist()
         return found[0], found[1] if head else None, None
@@ -292,12 +292,13 @@ class TextModel:
         return np.array([state.length for state in states], np.int64)
 
 
-def _begin_writing(states: Sequence[State]) -> None:
+def begin_writing(states: Sequence[State]) -> None:
+    """From here to `advance` the states are half-written."""
     for state in states:
         state.intact = False
 
 
-def _advance(states: Sequence[State], counts: Sequence[int]) -> None:
+def advance(states: Sequence[State], counts: Sequence[int]) -> None:
     """The states have so many more rows each."""
     for state, n in zip(states, counts, strict=True):
         state.length += n
