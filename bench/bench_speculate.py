@@ -33,6 +33,7 @@ from deltaic.generate.costs import Costs
 from deltaic.generate.options import SamplingParams
 from deltaic.generate.sampling import Sampler
 from deltaic.generate.speculate import Drafting
+from deltaic.model.replay import Replay
 
 TASKS = [
     "Count from 3 to 12.",
@@ -83,9 +84,10 @@ def bench_costs(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
         drafts: dict[Any, Callable[[], Any]] = {d: (lambda d=d: draft(d, 1)) for d in (1, 2, 3, 4)}
         drafts["catching up, 32 rows"] = lambda: draft(0, 32)
         found_drafts = medians(drafts, args.repeat)
-        runner.mtp.head = whole
+        replay = runner.mtp.replay
+        runner.mtp.head, runner.mtp.replay = whole, Replay(model._ops)  # tapes hold the head
         with_whole = medians({1: drafts[1]}, args.repeat)[1]
-        runner.mtp.head = head
+        runner.mtp.head, runner.mtp.replay = head, replay
         result["drafts"] = {name: seconds / found["plain"] for name, seconds in found_drafts.items()}
         result["draft from the whole head"] = with_whole / found["plain"]
     return result
