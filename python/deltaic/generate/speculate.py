@@ -78,9 +78,11 @@ class Speculator:
         self._at_once = sampler is not None and sampler.choice is not None  # see Drafting.choice
         self._chosen: int | None = None  # index into _sources
         self._step = 0  # how many have been recorded
-        # How many steps remain, and how many there were, in which nothing is chosen anew: few in the beginning
-        self._rest = self._rests = min(runner.rests, FIRST_RESTS) if self.may_rest else 0
-        self._blind = self._blind_steps() if self._rest else 1
+        rests = runner.rests if self.may_rest else 0
+        self._blind = self._blind_steps() if rests else 1
+        # How many steps remain, and how many there were, in which nothing is chosen anew: few in the beginning, unless
+        # they are so short that a look is dear
+        self._rest = self._rests = min(rests, FIRST_RESTS if self._blind == 1 else MOST_RESTS - 1)
         self._wrote = False  # the step before had drafts: the next plain step writes what became of them
         self._in_use = False  # the MTP layer has seen rows of this sequence
         self._offered = 0
