@@ -199,7 +199,7 @@ class DetokenizeStream:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; often empty in the middle of a character."""
-        data = self._known.get(token_id)
+        data = self._known.get(token_id) if type(token_id) is int else None  # True and 1.0 are no ids, and equal 1
         if data is None:
             data = self._tokenizer.token_bytes(token_id, self._skip_special)
             if len(self._known) < _MOST_KNOWN:
