@@ -59,3 +59,15 @@ def reference_weight(weight):
     )
     matrix = joined if weight.count > 1 else joined[0]
     return reference.Weight(matrix, "f32", matrix.nbytes, is_glu=weight.glu)
+
+
+def expert_weights(rng, E, H, inner, shared, format):
+    """The matrices of a layer of E experts, by their names as arguments of `moe`."""
+    return {
+        "router": cuda.pack([normal(rng, E, H)], "bf16"),
+        "gate_up": cuda.pack_glu(normal(rng, E, inner, H), normal(rng, E, inner, H), format),
+        "down": cuda.pack([normal(rng, E, H, inner)], format),
+        "shared_gate_up": cuda.pack_glu(normal(rng, shared, H), normal(rng, shared, H), format),
+        "shared_down": cuda.pack([normal(rng, H, shared)], format),
+        "shared_gate": cuda.pack([normal(rng, 1, H)], "bf16"),
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from deltaic.ops import cuda, reference
-from helpers import TYPES, array, assert_close, normal, reference_weight, rounded, tensor
+from helpers import TYPES, array, assert_close, expert_weights, normal, reference_weight, rounded, tensor
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -13,14 +13,7 @@ from helpers import TYPES, array, assert_close, normal, reference_weight, rounde
 @pytest.mark.parametrize("tokens", [1, 3, 21])
 def test_moe(device, rng, kind, format, tokens):
     E, H, inner, shared, top_k = 5, 40, 12, 20, 2
-    weights = {
-        "router": cuda.pack([normal(rng, E, H)], "bf16"),
-        "gate_up": cuda.pack_glu(normal(rng, E, inner, H), normal(rng, E, inner, H), format),
-        "down": cuda.pack([normal(rng, E, H, inner)], format),
-        "shared_gate_up": cuda.pack_glu(normal(rng, shared, H), normal(rng, shared, H), format),
-        "shared_down": cuda.pack([normal(rng, H, shared)], format),
-        "shared_gate": cuda.pack([normal(rng, 1, H)], "bf16"),
-    }
+    weights = expert_weights(rng, E, H, inner, shared, format)
     x, norm = rounded(normal(rng, tokens, H), kind), normal(rng, H, scale=0.2)
     residual = rounded(normal(rng, tokens, H), kind)
     y = cuda.moe(tensor(x, kind), **weights, top_k=top_k, norm=norm, eps=1e-6, residual=tensor(residual, kind))

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 from deltaic.ops import cuda, reference
-from helpers import TYPES, array, assert_close, normal, reference_weight, rounded, tensor
+from helpers import TYPES, array, assert_close, expert_weights, normal, reference_weight, rounded, tensor
 from test_mixers import check_attention, delta_case, run_delta
 
 
@@ -42,14 +42,7 @@ def test_products(sums_of_floats, rng, kind, format, tokens):
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 def test_experts(wide_device, rng, kind, format, tokens):
     E, H, inner, shared, top_k = 5, 520, 264, 72, 3
-    weights = {
-        "router": cuda.pack([normal(rng, E, H)], "bf16"),
-        "gate_up": cuda.pack_glu(normal(rng, E, inner, H), normal(rng, E, inner, H), format),
-        "down": cuda.pack([normal(rng, E, H, inner)], format),
-        "shared_gate_up": cuda.pack_glu(normal(rng, shared, H), normal(rng, shared, H), format),
-        "shared_down": cuda.pack([normal(rng, H, shared)], format),
-        "shared_gate": cuda.pack([normal(rng, 1, H)], "bf16"),
-    }
+    weights = expert_weights(rng, E, H, inner, shared, format)
     x, norm = rounded(normal(rng, tokens, H), kind), normal(rng, H, scale=0.2)
     y = cuda.moe(tensor(x, kind), **weights, top_k=top_k, norm=norm, eps=1e-6)
     expected = {name: reference_weight(w) for name, w in weights.items()}
