@@ -16,7 +16,7 @@ DELTAIC_INLINE void tile_f32(const float* w, int64_t block_stride, int64_t k_str
     for (int64_t k = 0; k < K; ++k) {
         f32x16 wk[NB];
         DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-            f32x16 line = load(w + b * block_stride + k * k_stride);
+            f32x16 line = load(w + b * block_stride + k * k_stride);  // kept by itself: of an array, on the stack
             if (NT == 2 || NT == 3) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) keep(line.part[i]);
             wk[b] = line;
         }

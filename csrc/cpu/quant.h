@@ -373,7 +373,7 @@ DELTAIC_INLINE void chunk_bf16(const uint8_t* w, int64_t stride, int64_t far, in
             const uint8_t* p = w + b * stride + line * 64;
             if (kAhead) prefetch_far(p + far);
             DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
-                ivec line_part = i_load(p + i * kWidth * 4);
+                ivec line_part = i_load(p + i * kWidth * 4);  // kept by itself: of an array, on the stack
                 if (NT == 2 || NT == 3) keep(line_part);
                 wb[b][i] = line_part;
             }

@@ -250,7 +250,7 @@ class Runner:
         these drafts; with logits or chosen tokens. before: a verification that has been counted and is to be written
         first."""
         w, rows = wanted, 1 + wanted.depth
-        choice, choosing = w.sampler.choice, w.sampler.choosing(rows)
+        choice, choosing = w.choice, w.sampler.choosing(rows)
         if self._resident or choice is None:
             if before is not None:
                 self.write(before)

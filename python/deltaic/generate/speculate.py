@@ -141,10 +141,7 @@ class Speculator:
         if self._rest % self._blind == 0:
             return False
         self._rest -= 1
-        if seconds is None and not self._wrote:
-            self._step += 1
-        else:
-            self.learn(0, 0, seconds)
+        self.learn(0, 0, seconds)
         if self._lookup is not None:
             self._lookup.ids.append(token)
         if self._keeps:
