@@ -41,9 +41,9 @@ def feed(model: Any, state: Any, count: int, rng: np.random.Generator, *, prefil
     if prefill:
         positions = np.repeat(np.arange(state.length, state.length + count)[:, None], 3, 1)
         hidden = text.forward(text.embed(ids), positions, [state], np.array([0, count]), prefill=True)
+        text.logits(hidden[-1:])
     else:
-        hidden, _ = text.step([ids.tolist()], [state])
-    text.logits(hidden[-1:])
+        text.step([ids.tolist()], [state], head=True)
 
 
 def decode_seconds(
