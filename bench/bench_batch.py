@@ -22,7 +22,7 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from common import endless
+from common import endless, random_ids
 from deltaic import _core
 from deltaic.generate.prefill import PromptReader
 from deltaic.generate.request import Request
@@ -40,15 +40,17 @@ def without_ends(bench: parts.Bench) -> parts.Bench:
     return run
 
 
-def prompt(rng: np.random.Generator, tokens: int) -> list[int]:
-    return rng.integers(1000, 20000, tokens).tolist()
-
-
-def decoding(scheduler: Scheduler, rng: np.random.Generator, count: int, args: argparse.Namespace) -> list[Request]:
+def decoding(
+    model: deltaic.Model, scheduler: Scheduler, rng: np.random.Generator, count: int, args: argparse.Namespace
+) -> list[Request]:
     """`count` requests whose prompts have been read."""
     requests = [
         scheduler.submit(
-            prompt(rng, args.context), max_new_tokens=2000, temperature=args.temperature, seed=1, speculate="off"
+            random_ids(model, rng, args.context),
+            max_new_tokens=2000,
+            temperature=args.temperature,
+            seed=1,
+            speculate="off",
         )
         for _ in range(count)
     ]
@@ -65,7 +67,7 @@ def bench_sizes(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
     rng = np.random.default_rng(0)
     seconds: dict[int, list[float]] = {size: [] for size in args.sizes}
     schedulers = {size: model.scheduler(max_sequences=size) for size in args.sizes}
-    requests = [decoding(scheduler, rng, size, args) for size, scheduler in schedulers.items()]
+    requests = [decoding(model, scheduler, rng, size, args) for size, scheduler in schedulers.items()]
     for _ in range(args.rounds):
         for size, scheduler in schedulers.items():
             for i in range(args.steps + 1):
@@ -92,9 +94,9 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
     """Each chunk is read twice, beside the running sequences and for another state when nobody else is there, so that
     what is compared saw the same machine."""
     rng = np.random.default_rng(1)
-    long = prompt(rng, args.prompt_tokens)
+    long = random_ids(model, rng, args.prompt_tokens)
     scheduler = model.scheduler(max_sequences=args.running + 1, prefill_tokens=args.prefill_tokens)
-    running = decoding(scheduler, rng, args.running, args)
+    running = decoding(model, scheduler, rng, args.running, args)
     twin = PromptReader(model._runner, model.prepare(long), model.new_state())
 
     def gap() -> float:
@@ -160,12 +162,11 @@ def bench_stall(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any
 def bench_equal(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
     """Requests of unlike lengths, more than run at a time, so that they join and leave in the middle of the others'
     answers. Each token against that of the same request alone, without drafts."""
-    rng, (limit, unused) = np.random.default_rng(2), model._sampled_ids
-    words = np.setdiff1d(np.arange(limit), unused)
+    rng = np.random.default_rng(2)
     longest = min(args.longest, model.context_length // 2)
     requests: list[dict[str, Any]] = []
     while sum(request["max_new_tokens"] for request in requests) < args.tokens:
-        ids = rng.choice(words, int(rng.integers(2, 80))).tolist()
+        ids = random_ids(model, rng, int(rng.integers(2, 80)))
         new = int(rng.integers(longest // 10 + 1, longest + 1))
         requests.append({"prompt": ids, "max_new_tokens": new, "seed": len(requests)})
     modes = ["off", "auto", "lookup", *(["mtp"] if model._runner.mtp is not None else [])]

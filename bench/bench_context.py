@@ -37,7 +37,8 @@ def fill(state: Any, tokens: int, rng: np.random.Generator) -> None:
 
 
 def feed(model: Any, state: Any, count: int, rng: np.random.Generator, *, prefill: bool) -> None:
-    text, ids = model._runner.text, rng.integers(0, 1000, count)
+    text = model._runner.text
+    ids = rng.integers(0, min(1000, text.config.vocab_size), count)
     if prefill:
         positions = np.repeat(np.arange(state.length, state.length + count)[:, None], 3, 1)
         hidden = text.forward(text.embed(ids), positions, [state], np.array([0, count]), prefill=True)

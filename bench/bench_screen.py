@@ -24,6 +24,7 @@ from statistics import mean
 
 import deltaic
 import numpy as np
+from common import random_ids
 from deltaic.benchmark import traffic_per_token
 
 RUN, GROUP = 128, 16
@@ -76,8 +77,7 @@ def main() -> None:
     head = text.weights.head
     ((dtype, rows, packed),) = head.parts
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 200000, 64).tolist()
-    (hidden,) = runner.hidden(model.prepare(ids), model.new_state(), [64])
+    (hidden,) = runner.hidden(model.prepare(random_ids(model, rng, 64)), model.new_state(), [64])
     x = model._ops.rms_norm(hidden[-args.tokens :], text.weights.norm, text.config.rms_norm_eps)
     if args.peaked:
         for row in x:

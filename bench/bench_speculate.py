@@ -27,7 +27,7 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from common import endless, medians
+from common import endless, medians, random_ids
 from deltaic.cli import MINIATURE
 from deltaic.generate.costs import Costs
 from deltaic.generate.options import SamplingParams
@@ -51,7 +51,7 @@ PICTURES = ["Describe the picture.", "How many objects are there?"]
 def bench_costs(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
     """Steps of one sequence with a short context."""
     runner, rng = model._runner, np.random.default_rng(0)
-    ids = rng.integers(0, model._sampled_ids[0], 64)
+    ids = np.array(random_ids(model, rng, 64))
     state = model.new_state()
     hidden = list(runner.hidden(model.prepare(ids.tolist()), state, [64]))[-1][-1:]
     state.reserve(4096)
@@ -132,7 +132,7 @@ def bench_losing(model: deltaic.Model | None, args: argparse.Namespace) -> dict[
     for name, m, temperature in (("MODEL", model, 1.0), ("miniature", small, 20.0)):
         if m is None:
             continue
-        prompt = np.random.default_rng(0).integers(0, m._sampled_ids[0], 64).tolist()
+        prompt = random_ids(m, np.random.default_rng(0), 64)
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "presence_penalty": 0.0}
         found[name] = speeds(m, prompt, ("off", "auto"), args, **sampling)
         rates = {mode: found[name][mode]["tokens_per_second"] for mode in ("off", "auto")}
@@ -142,7 +142,7 @@ def bench_losing(model: deltaic.Model | None, args: argparse.Namespace) -> dict[
 
 def bench_copying(model: deltaic.Model, args: argparse.Namespace) -> dict[str, Any]:
     """A random model copies nothing by itself: a repetition penalty below 1 makes it say what it said before."""
-    prompt = np.random.default_rng(1).integers(0, model._sampled_ids[0], 64).tolist()
+    prompt = random_ids(model, np.random.default_rng(1), 64)
     modes = ("off", "lookup", "auto")
     found: dict[str, Any] = {"loop": speeds(model, prompt, modes, args, temperature=0.0, frequency_penalty=-2.0)}
     small = deltaic.load(MINIATURE, dtype="f32", threads=model.threads)
@@ -201,16 +201,20 @@ def bench_gain(other: deltaic.Model | None, args: argparse.Namespace) -> dict[st
 def gains(
     model: deltaic.Model, measured: dict[str, Any] | None, options: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, Any]:
-    own, borrowed = model._runner.costs, None if measured is None else CostsOf(measured)
+    runner = model._runner
+    own, borrowed = runner.costs, None if measured is None else CostsOf(measured)
     modes = ["off", "mtp", "lookup", "auto", *(["auto, costs of MODEL"] if borrowed else [])]
     prompts = list(tasks(model))
     seconds: dict[str, list[list[float]]] = {mode: [[] for _ in prompts] for mode in modes}
     counts = {mode: [0, 0, 0] for mode in modes}
+    learnt: dict[str, Any] = {mode: ([], 0) for mode in modes}  # each goes on with what it learnt itself
     for repeat in range(args.repeat + 1):
         for i, prompt in enumerate(prompts):
             for mode in modes if repeat % 2 else reversed(modes):
-                model._runner.costs = borrowed if borrowed and "MODEL" in mode else own
+                runner.costs = borrowed if borrowed and "MODEL" in mode else own
+                runner.acceptances, runner.rests = learnt[mode]
                 r = model.generate(prompt, seed=1, speculate=mode.split(",")[0], max_new_tokens=args.new, **options)
+                learnt[mode] = runner.acceptances, runner.rests
                 if repeat:  # the first makes tapes
                     decoded = r.completion_tokens - 1
                     seconds[mode][i].append(decoded / r.tokens_per_second)
@@ -227,7 +231,7 @@ def gains(
     if borrowed:
         mode = "auto, costs of MODEL"
         del found[mode]["tokens_per_second"]
-    model._runner.costs = own
+    runner.costs = own
     return found
 
 
@@ -274,7 +278,7 @@ def compare(model: deltaic.Model, total: int, options: dict[str, Any]) -> dict[s
             return model.generate(prompt, seed=seed, speculate=mode, max_new_tokens=length, **options)
 
     while compared < total:
-        prompt = np.random.default_rng(seed).integers(0, model._sampled_ids[0], 8).tolist()
+        prompt = random_ids(model, np.random.default_rng(seed), 8)
         plain = answer("off")
         for mode, depth in settings:
             runner.fixed_depth = depth

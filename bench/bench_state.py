@@ -31,7 +31,7 @@ from typing import Any
 import deltaic
 import numpy as np
 import parts
-from common import medians, timed
+from common import medians, random_ids, timed
 from deltaic.generate import prefill
 from deltaic.machine import resident_bytes
 from deltaic.model.state import State
@@ -154,7 +154,7 @@ def long_state(model: deltaic.Model, tokens: int) -> State:
     noise = np.frombuffer(rng.bytes(state.kv.blocks[0].nbytes), state.kv.blocks[0].dtype)
     for i, block in enumerate(state.kv.blocks):
         block[:] = np.roll(noise, i).reshape(block.shape)  # no two alike, in case the disk compresses
-    state.length, state.token_ids = tokens, rng.integers(0, 1000, tokens).tolist()
+    state.length, state.token_ids = tokens, random_ids(model, rng, tokens)
     return state
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import deltaic
 import numpy as np
-from common import beside
+from common import beside, random_ids
 from deltaic import _core
 from deltaic.benchmark import PROBE_BYTES, read_bandwidth, traffic_per_token
 from deltaic.generate.options import SamplingParams
@@ -66,8 +66,7 @@ class Clocks:
 def measure(model: deltaic.Model, steps: int, context: int) -> dict[str, Any]:
     """Milliseconds per step (medians) and shares, and per operator the calls and microseconds of a step."""
     vocabulary, runner = model.config.text.vocab_size, model._runner
-    ids = np.random.default_rng(1).integers(0, min(vocabulary, 200000), context)
-    prompt = model.prepare(ids.tolist())
+    prompt = model.prepare(random_ids(model, np.random.default_rng(1), context))
     state = model.new_state()
     state.reserve(context + 3 * steps + 16)
     (hidden,) = runner.hidden(prompt, state, [context])

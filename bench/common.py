@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deltaic
+import numpy as np
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -29,6 +30,12 @@ def medians(works: Mapping[Any, Callable[[], Any]], repeat: int) -> dict[Any, fl
         for name, work in works.items():
             samples[name].append(timed(work))
     return {name: statistics.median(values[1:]) for name, values in samples.items()}
+
+
+def random_ids(model: deltaic.Model, rng: np.random.Generator, count: int) -> list[int]:
+    """Ids of text tokens, each as likely as the others."""
+    limit, unused = model._sampled_ids
+    return rng.choice(np.setdiff1d(np.arange(limit), unused), count).tolist()
 
 
 @contextmanager
