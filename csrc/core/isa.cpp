@@ -1,6 +1,8 @@
 #include "core/isa.h"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -21,6 +23,10 @@ namespace avx2 {
 extern const Ops kOps;
 extern const Numerics kNumerics;
 }  // namespace avx2
+namespace avxvnni {
+extern const Ops kOps;
+extern const Numerics kNumerics;
+}  // namespace avxvnni
 namespace avx512 {
 extern const Ops kOps;
 extern const Numerics kNumerics;
@@ -44,7 +50,17 @@ extern const Numerics kNumerics;
 }  // namespace neon_i8mm
 #endif
 
-#if defined(__aarch64__) && defined(__APPLE__)
+#if defined(__x86_64__)
+namespace {
+
+// Compilers of different ages know the feature by different names, or not at all.
+bool cpu_has_avx_vnni() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+
+}  // namespace
+#elif defined(__aarch64__) && defined(__APPLE__)
 namespace {
 
 bool has_feature(const char* name) {
@@ -68,8 +84,14 @@ const Isa* isa_list(int* count) {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512vnni");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(DELTAIC_EVEX_VNNI)
+    const bool has_avx_vnni = has_avx512;
+#else
+    const bool has_avx_vnni = has_avx2 && cpu_has_avx_vnni();
+#endif
     static const Isa list[] = {{"avx512bf16", has_bf16, &avx512bf16::kNumerics, &avx512bf16::kOps},
                                {"avx512", has_avx512, &avx512::kNumerics, &avx512::kOps},
+                               {"avxvnni", has_avx_vnni, &avxvnni::kNumerics, &avxvnni::kOps},
                                {"avx2", has_avx2, &avx2::kNumerics, &avx2::kOps},
                                {"baseline", true, &baseline::kNumerics, &baseline::kOps}};
 #elif defined(__aarch64__)

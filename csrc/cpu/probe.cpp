@@ -39,6 +39,8 @@ DELTAIC_INLINE ivec peak_int8(const void* operands, int64_t rounds) {
         for (int i = 0; i < kChains; ++i) {
 #if defined(__AVX512VNNI__)
             acc[i] = _mm512_dpbusd_epi32(acc[i], x, y);
+#elif defined(__AVXVNNI__)
+            acc[i] = dot_bytes(acc[i], x, y);
 #elif defined(__AVX2__)
             asm volatile("" : "+x"(x));  // else the product, always the same, would leave the loop
             acc[i] = i_add(acc[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1)));

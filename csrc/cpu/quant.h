@@ -247,6 +247,92 @@ DELTAIC_INLINE void form_run(Format, const uint8_t* w, const uint8_t* scales, in
         }
     }
 }
+#elif defined(__AVXVNNI__)
+DELTAIC_INLINE constexpr int64_t few_tokens(Format format) { return format == Format::int4 ? 4 : 8; }
+DELTAIC_INLINE constexpr bool has_form(Format format) { return format == Format::int4; }
+
+// Half a block (8 rows) at a time where the tokens fill the 16 registers; a few tokens spread a lane's products over
+// several sums, to be added in the end: enough chains for the latency of an instruction.
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int8(const uint8_t* w, int64_t stride, int64_t far, const int8_t* q, const int32_t* run_sum,
+                             i32x16 (&sum)[NB][NT]) {
+    constexpr int kTogether = NT <= 6 ? kParts : 1, C = NT == 1 ? 4 : NT == 2 ? 2 : 1;
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i0 = 0; i0 < kParts; i0 += kTogether) {
+        ivec acc[NT][kTogether][C];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kTogether; ++i)
+            DELTAIC_UNROLL for (int c = 0; c < C; ++c) acc[t][i][c] = i_set1(c ? 0 : -128 * run_sum[t]);
+        for (int line = 0; line < 32; line += C) DELTAIC_UNROLL for (int c = 0; c < C; ++c) {
+                const uint8_t* p = w + b * stride + (line + c) * 64;
+                if (kAhead && i0 == 0) prefetch_far(p + far);
+                ivec wi[kTogether];
+                DELTAIC_UNROLL for (int i = 0; i < kTogether; ++i) wi[i] = i_load(p + 32 * (i0 + i));
+                DELTAIC_UNROLL for (int t = 0; t < NT; ++t) {
+                    const ivec at = i_set1(load_i32(q + t * kWordBytes + (line + c) * 4));
+                    DELTAIC_UNROLL for (int i = 0; i < kTogether; ++i) acc[t][i][c] =
+                        dot_bytes(acc[t][i][c], wi[i], at);
+                }
+            }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int i = 0; i < kTogether; ++i) {
+            DELTAIC_UNROLL for (int c = 1; c < C; ++c) acc[t][i][0] = i_add(acc[t][i][0], acc[t][i][c]);
+            sum[b][t].part[i0 + i] = acc[t][i][0];
+        }
+    }
+}
+
+// Two groups at a time: their dot products fit 16 bits each (8 * 127 * 16 < 2^15, so what a group's bias has above them
+// does no harm), and one instruction multiplies both by their scales.
+template <bool kAhead, int NB, int NT>
+DELTAIC_INLINE void run_int4(const uint8_t* w, const uint8_t* scales, int64_t stride, const uint8_t* ahead,
+                             const int8_t* q, const int16_t* bias, i32x16 (&sum)[NB][NT]) {
+    for (int64_t i = 0; kAhead && i < kInt4RunBytes; i += 64) prefetch_far(ahead + i);
+    const ivec nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+    DELTAIC_UNROLL for (int b = 0; b < NB; ++b) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+        ivec acc[NT];
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] = i_set1(0);
+        for (int pair = 0; pair < 4; ++pair) {
+            const ivec packed = i_load_u8(scales + b * stride + pair * 16 + 8 * i);
+            const ivec s = _mm256_add_epi16(
+                i_and(_mm256_or_si256(packed, _mm256_slli_epi32(packed, 12)), _mm256_set1_epi32(0x000f000f)), one);
+            ivec dot[NT][2];
+            DELTAIC_UNROLL for (int g = 0; g < 2; ++g) {
+                DELTAIC_UNROLL for (int t = 0; t < NT; ++t) dot[t][g] = i_set1(load_i32(bias + t * 8 + pair * 2 + g));
+                DELTAIC_UNROLL for (int line = 0; line < 2; ++line) {
+                    const ivec both = i_load(w + b * stride + (pair * 4 + g * 2 + line) * 64 + 32 * i);
+                    const ivec quads[2] = {i_and(both, nibble), i_and(_mm256_srli_epi16(both, 4), nibble)};
+                    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int j = 0; j < 2; ++j) {
+                        const int8_t* at = q + t * kWordBytes + (pair * 2 + g) * kGroup + 8 * line + 4 * j;
+                        dot[t][g] = dot_bytes(dot[t][g], quads[j], i_set1(load_i32(at)));
+                    }
+                }
+            }
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) acc[t] =
+                dot_words(acc[t], _mm256_blend_epi16(dot[t][0], _mm256_slli_epi32(dot[t][1], 16), 0xaa), s);
+        }
+        DELTAIC_UNROLL for (int t = 0; t < NT; ++t) sum[b][t].part[i] = acc[t];
+    }
+}
+
+// One run of an int4 block as the 32 lines of an int8 block: the same integers, s multiplied in. Two neighbouring
+// nibbles, one in each byte of a 16-bit half, are multiplied by their scale at once: 15 * 16 fits a byte.
+DELTAIC_INLINE void form_run(Format, const uint8_t* w, const uint8_t* scales, int64_t, uint8_t* out) {
+    const ivec nibble = _mm256_set1_epi8(15), low = _mm256_set1_epi16(15), one = _mm256_set1_epi16(1);
+    for (int pair = 0; pair < 4; ++pair) DELTAIC_UNROLL for (int i = 0; i < kParts; ++i) {
+            ivec packed = i_load_u8(scales + pair * 16 + 8 * i);
+            packed = _mm256_or_si256(packed, _mm256_slli_epi32(packed, 16));
+            const ivec s[2] = {_mm256_add_epi16(i_and(packed, low), one),
+                               _mm256_add_epi16(_mm256_srli_epi16(packed, 4), one)};
+            DELTAIC_UNROLL for (int line = 0; line < 4; ++line) {
+                const ivec both = i_load(w + (pair * 4 + line) * 64 + 32 * i), by = s[line / 2];
+                // (nibble - 8) s + 128 = nibble s - (8 s - 128), in bytes
+                const ivec offset = _mm256_xor_si256(_mm256_mullo_epi16(by, _mm256_set1_epi16(0x0808)),
+                                                     _mm256_set1_epi8(static_cast<char>(0x80)));
+                const ivec quads[2] = {i_and(both, nibble), i_and(_mm256_srli_epi16(both, 4), nibble)};
+                DELTAIC_UNROLL for (int j = 0; j < 2; ++j)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (pair * 4 + line) * 128 + 64 * j + 32 * i),
+                                        _mm256_sub_epi8(_mm256_mullo_epi16(quads[j], by), offset));
+            }
+        }
+}
 #else
 DELTAIC_INLINE constexpr int64_t few_tokens(Format) { return 8; }
 DELTAIC_INLINE constexpr bool has_form(Format) { return false; }

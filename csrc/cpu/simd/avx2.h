@@ -1,4 +1,4 @@
-// Native registers of AVX2: 8 lanes, 16 registers.
+// Native registers of AVX2, with or without AVX-VNNI: 8 lanes, 16 registers.
 #pragma once
 
 #include <immintrin.h>
@@ -134,6 +134,24 @@ DELTAIC_INLINE int32_t v_store_int8(int8_t* p, const vec (&a)[kParts]) {
 
 constexpr bool kBf16Dot = false;  // no products of bfloat16 pairs
 DELTAIC_INLINE vec v_dot_bf16(vec acc, ivec, ivec) { return acc; }
+
+#if defined(__AVXVNNI__)
+// acc + four products of unsigned and signed bytes, or two of 16-bit numbers, in each lane. A processor of AVX-512
+// has the same instructions in another encoding, which its tests run.
+#if defined(DELTAIC_EVEX_VNNI)
+DELTAIC_INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) {
+    asm("%{evex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+    return acc;
+}
+DELTAIC_INLINE ivec dot_words(ivec acc, ivec a, ivec b) {
+    asm("%{evex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+    return acc;
+}
+#else
+DELTAIC_INLINE ivec dot_bytes(ivec acc, ivec w, ivec x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
+DELTAIC_INLINE ivec dot_words(ivec acc, ivec a, ivec b) { return _mm256_dpwssd_avx_epi32(acc, a, b); }
+#endif
+#endif
 
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic
