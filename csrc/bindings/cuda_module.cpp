@@ -9,7 +9,7 @@
 #include "core/error.h"
 #include "cuda/ops.h"
 #if defined(DELTAIC_EMULATE)
-#include "cuda/simt/simt.h"
+#include "cuda/simt/ptx_count.h"
 #else
 #include "cuda/runtime.h"
 #endif
@@ -127,6 +127,36 @@ PYBIND11_MODULE(DELTAIC_MODULE, m) {
     m.def("use_ptx", &simt::use_ptx);
     m.def("run_ptx", &simt::run_ptx);
     m.def("ptx_coverage", &simt::ptx_coverage);
+    m.def("count_traffic", &simt::ptx::count_traffic);
+    m.def("take_traffic", &simt::ptx::take_traffic);
+    namespace ptx = simt::ptx;
+    py::class_<ptx::Tally>(m, "Tally", py::module_local())
+        .def_readonly("place", &ptx::Tally::place)
+        .def_readonly("kind", &ptx::Tally::kind)
+        .def_readonly("requests", &ptx::Tally::requests)
+        .def_readonly("bytes", &ptx::Tally::bytes)
+        .def_readonly("taken", &ptx::Tally::taken)
+        .def_readonly("at_least", &ptx::Tally::at_least);
+    py::class_<ptx::BufferTraffic>(m, "BufferTraffic", py::module_local())
+        .def_readonly("name", &ptx::BufferTraffic::name)
+        .def_readonly("size", &ptx::BufferTraffic::size)
+        .def_readonly("requested", &ptx::BufferTraffic::requested)
+        .def_readonly("per_block", &ptx::BufferTraffic::per_block)
+        .def_readonly("shared", &ptx::BufferTraffic::shared)
+        .def_readonly("alone", &ptx::BufferTraffic::alone);
+    py::class_<ptx::LaunchTraffic>(m, "LaunchTraffic", py::module_local())
+        .def_readonly("name", &ptx::LaunchTraffic::name)
+        .def_readonly("kernel", &ptx::LaunchTraffic::kernel)
+        .def_readonly("grid", &ptx::LaunchTraffic::grid)
+        .def_readonly("threads", &ptx::LaunchTraffic::threads)
+        .def_readonly("columns", &ptx::LaunchTraffic::columns)
+        .def_readonly("shared_bytes", &ptx::LaunchTraffic::shared_bytes)
+        .def_readonly("instructions", &ptx::LaunchTraffic::instructions)
+        .def_readonly("lanes", &ptx::LaunchTraffic::lanes)
+        .def_readonly("longest", &ptx::LaunchTraffic::longest)
+        .def_readonly("places", &ptx::LaunchTraffic::places)
+        .def_readonly("read", &ptx::LaunchTraffic::read)
+        .def_readonly("written", &ptx::LaunchTraffic::written);
     m.def("guarded_alloc", [](size_t bytes, const std::string& name) {
         return reinterpret_cast<uintptr_t>(simt::guarded_alloc(bytes, name.c_str()));
     });

@@ -91,8 +91,8 @@ def _compile(source: Path, text: str) -> Path:
 
 def build(edits: dict[str, tuple[str, str]] | None = None) -> ModuleType:
     """The extension `_cuda_emulated`. `edits`: file name -> (old text, new text), for mutation tests."""
-    files = [f for f in sorted(SOURCES.glob("cuda/*.cu")) if f.stem != "runtime"]
-    files += [
+    files = [
+        *_sources(),
         *sorted(SOURCES.glob("cuda/simt/*.cpp")),
         SOURCES / "core/error.cpp",
         SOURCES / "bindings/cuda_module.cpp",
@@ -129,8 +129,8 @@ def nvcc_version() -> str | None:
     return nvcc and subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _ptx(source: Path, capability: int, edits: dict[str, tuple[str, str]]) -> str:
-    """The PTX that nvcc makes of a source, after edits in it and in the headers that it includes."""
+def _ptx(source: Path, capability: int, edits: dict[str, tuple[str, str]]) -> Path:
+    """A file with the PTX that nvcc makes of a source, after edits in it and in the headers that it includes."""
     texts = _included(f'#include "cuda/{source.name}"', {})
     for name, (old, new) in edits.items():
         if texts[name].count(old) != 1:
@@ -156,7 +156,30 @@ def _ptx(source: Path, capability: int, edits: dict[str, tuple[str, str]]) -> st
             anonymous = r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_[a-z_]+_cu_[0-9a-f]{8}"
             made.write_text(re.sub(anonymous, "12_GLOBAL__N_1", made.read_text()))
             made.rename(built)
-    return built.read_text()
+    return built
+
+
+def _sources() -> list[Path]:
+    return [f for f in sorted(SOURCES.glob("cuda/*.cu")) if f.stem != "runtime"]
+
+
+def kernel_resources(capability: int) -> dict[str, tuple[int, int]]:
+    """Registers of a thread and bytes of static shared memory of a block, of every kernel, as ptxas makes it."""
+
+    def assembled(source: Path) -> str:
+        ptx = _ptx(source, capability, {})
+        said = ptx.with_suffix(".ptxas")
+        if not said.exists():
+            command = ["ptxas", "-v", f"-arch=sm_{capability}", str(ptx), "-o", os.devnull]
+            said.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+        return said.read_text()
+
+    with ThreadPoolExecutor(2) as pool:
+        text = "".join(pool.map(assembled, _sources()))
+    found = re.findall(
+        r"Compiling entry function '(\S+)'.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?", text, re.DOTALL
+    )
+    return {name: (int(registers), int(shared or 0)) for name, registers, shared in found}
 
 
 def load_ptx(
@@ -166,9 +189,9 @@ def load_ptx(
 
     `edits`, for mutation tests: as for `build`, of files such as "cuda/norm.cu", in what the source `edited` includes.
     """
-    files = [f for f in sorted(SOURCES.glob("cuda/*.cu")) if f.stem != "runtime"]
     with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(lambda f: _ptx(f, capability, edits or {} if f.name == edited else {}), files))
+        made = pool.map(lambda f: _ptx(f, capability, edits or {} if f.name == edited else {}), _sources())
+    texts = [file.read_text() for file in made]
     listed = subprocess.run(["nm", module.__file__], capture_output=True, text=True, check=True).stdout.split("\n")
     symbols = {int(line[:16], 16): line.split()[2] for line in listed if "_kernel" in line and line[:16].strip()}
     module.load_ptx(name, texts, symbols)
@@ -191,7 +214,7 @@ class _Memory:
 HOST_CALLS = {
     "use_tensor_cores",
     "Matrices", "KernelError", "gated_delta_net_chunk_floats", "moe_max_tiles", "guarded_alloc", "guarded_free",
-    "load_ptx", "use_ptx", "run_ptx", "ptx_coverage",
+    "load_ptx", "use_ptx", "run_ptx", "ptx_coverage", "count_traffic", "take_traffic",
 }  # fmt: skip
 # What torch may do in a captured graph here: look at memory in another way. Anything else would have to be recorded.
 VIEWS = {

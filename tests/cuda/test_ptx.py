@@ -24,7 +24,7 @@ KERNEL = """
     .reg .f32 %f<32>;
     .reg .b32 %r<64>;
     .reg .b64 %rd<16>;
-    .shared .align 16 .b8 scratch[256];
+    .shared .align 16 .b8 scratch[{scratch}];
     ld.param.u64 %rd1, [kernel_param_0];
     ld.param.u64 %rd2, [kernel_param_1];
     mov.u32 %r1, %tid.x;
@@ -42,13 +42,13 @@ KERNEL = """
 """
 
 
-def run(emulated, body, given, results, threads=32, blocks=1):
+def run(emulated, body, given, results, threads=32, blocks=1, scratch=256):
     """Thread i has its row of `given` at [%rd4], puts its results at [%rd6], has a word of shared memory at [%r5]."""
     device = emulator.EmulatedDevice(emulated)
     given = np.ascontiguousarray(given, np.uint32)
     x, y = device.empty(given.shape, torch.uint32), device.empty([threads, results], torch.uint32)
     x.numpy()[:] = given
-    text = KERNEL.format(body=body, input=given[0].nbytes, output=4 * results)
+    text = KERNEL.format(body=body, input=given[0].nbytes, output=4 * results, scratch=scratch)
     emulated.run_ptx(text, "kernel", blocks, threads, 0, [x.data_ptr(), y.data_ptr()])
     return y.numpy()
 
@@ -242,6 +242,86 @@ def test_barriers_order_what_lanes_and_blocks_do(emulated):
     assert (found[:, 0] == np.arange(64) ^ 32).all()
     with pytest.raises(emulated.KernelError, match="written also by thread 0 of block"):
         run(emulated, "st.global.u32 [%rd6], %r2;", zeros[:32], 1, blocks=2)
+
+
+# --- what is counted of a launch
+
+
+def word(lanes_apart, access="ld.shared.u32 %r10, [%r7]"):
+    """An access to shared memory, a lane's so many words after that of the lane before."""
+    return f"mul.lo.u32 %r6, %r1, {4 * lanes_apart}; add.s32 %r7, %r3, %r6; {access};"
+
+
+FOUR = f"{{{names('r', 10, 4)}}}"
+TRAFFIC = {  # code, words of a lane's row in global memory, kind, bytes wanted, sectors or wavefronts, the fewest
+    "coalesced": ("ld.global.u32 %r10, [%rd4];", 1, "global load", 128, 4, 4),
+    "bytes": ("ld.global.u8 %r10, [%rd4];", 1, "global load", 32, 4, 1),
+    "every other word": ("ld.global.u32 %r10, [%rd4];", 2, "global load", 128, 8, 4),
+    "33 words apart": ("ld.global.u32 %r10, [%rd4];", 33, "global load", 128, 32, 4),
+    "not at a sector's start": ("ld.global.u32 %r10, [%rd4+4];", 1, "global load", 128, 5, 4),
+    "one word for all": ("ld.global.u32 %r10, [%rd1];", 1, "global load", 4, 1, 1),
+    "16 bytes": (f"ld.global.v4.u32 {FOUR}, [%rd4];", 4, "global load", 512, 16, 16),
+    "half of the lanes": (HALF + "ld.global.u32 %r10, [%rd4]; skip:", 1, "global load", 64, 2, 2),
+    "stored": ("st.global.u32 [%rd6], %r1;", 1, "global store", 128, 4, 4),
+    "added": ("atom.global.add.u32 %r10, [%rd6], %r1;", 1, "global atomic", 128, 4, 4),
+    "shared": (word(1), 1, "shared load", 128, 1, 1),
+    "shared, every other word": (word(2), 1, "shared load", 128, 2, 1),
+    "shared, 33 words apart": (word(33), 1, "shared load", 128, 1, 1),
+    "shared, all in one bank": (word(32), 1, "shared load", 128, 32, 1),
+    "shared, one word for all": (word(0), 1, "shared load", 4, 1, 1),
+    "shared, generic": (
+        "cvt.u64.u32 %rd9, %r5; cvta.shared.u64 %rd10, %rd9; ld.u32 %r10, [%rd10];", 1, "shared load", 128, 1, 1
+    ),
+    "shared, 8 bytes": (word(2, "ld.shared.v2.u32 {%r10, %r11}, [%r7]"), 1, "shared load", 256, 2, 2),
+    "shared, 16 bytes": (word(4, f"ld.shared.v4.u32 {FOUR}, [%r7]"), 1, "shared load", 512, 4, 4),
+    "shared, 16 bytes of rows of 128": (word(32, f"ld.shared.v4.u32 {FOUR}, [%r7]"), 1, "shared load", 512, 32, 4),
+    "shared, 16 bytes of rows of 144": (word(36, f"ld.shared.v4.u32 {FOUR}, [%r7]"), 1, "shared load", 512, 4, 4),
+    "shared, stored": (word(2, "st.shared.u32 [%r7], %r1"), 1, "shared store", 128, 2, 1),
+    "shared, added to one word": (word(0, "atom.shared.add.u32 %r10, [%r7], %r1"), 1, "shared atomic", 4, 32, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_requests_are_counted(emulated, name):
+    code, words, *wanted = TRAFFIC[name]
+    emulated.count_traffic(1)
+    try:
+        run(emulated, code, np.zeros((33, words)), 1, scratch=4672)
+        (launch,) = emulated.take_traffic()
+    finally:
+        emulated.count_traffic(0)
+    (tally,) = launch.places
+    assert [tally.kind, tally.bytes, tally.taken, tally.at_least] == wanted
+    assert tally.requests == 1
+    assert tally.place in code
+
+
+def test_sectors_of_buffers_are_counted(emulated):
+    """Blocks of two warps: all read the same words, one of them in every lane, and write four sectors a warp."""
+    code = """
+    ld.global.u32 %r10, [%rd4];
+    ld.global.u32 %r11, [%rd1];
+    mad.lo.u32 %r12, %r2, 64, %r1;
+    mul.wide.u32 %rd9, %r12, 4;
+    add.s64 %rd10, %rd2, %rd9;
+    st.global.u32 [%rd10], %r10;
+    """
+    for blocks, columns in ((100, 4), (2, 2)):  # of so many blocks, about so many columns are run
+        emulated.count_traffic(blocks)
+        try:
+            run(emulated, code, np.zeros((256, 1)), 4, threads=64, blocks=4)
+            (launch,) = emulated.take_traffic()
+        finally:
+            emulated.count_traffic(0)
+        run(emulated, code, np.zeros((256, 1)), 4, threads=64, blocks=4)
+        assert emulated.take_traffic() == []
+        assert (launch.grid, launch.threads, launch.columns) == ([4, 1, 1], 64, columns)
+        assert launch.lanes == 32 * launch.instructions == 64 * columns * launch.longest
+        (read,), (written,) = launch.read, launch.written
+        found = (read.size, read.requested, read.per_block, read.shared, read.alone)
+        assert found == (32, columns * 10, columns * 8, 8, 0)
+        found = (written.size, written.requested, written.per_block, written.shared, written.alone)
+        assert found == (32, columns * 8, columns * 8, 0, columns * 8)
 
 
 # --- kernels that only nvcc compiles so

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "cuda/simt/ptx_count.h"
 
 namespace simt {
 namespace ptx {
@@ -91,6 +92,7 @@ struct Region {
 } region;
 std::map<uint64_t, std::vector<Shadow>> global_shadow;  // by where the buffer begins
 std::set<uint64_t> written;                             // by any launch, where they begin
+Counter* counter = nullptr;                             // of this launch, where launches are counted
 
 uint8_t* global_memory(Warp& w, const Instr& in, uint64_t address, size_t bytes, int lane, bool write, bool atomic) {
     const Block& b = *w.block;
@@ -205,6 +207,7 @@ void run_warp(Warp& w, uint64_t budget) {
             }
             ++b.steps;
             in.ran = true;
+            if (counter && in.kind != Kind::together && in.kind != Kind::barrier) counter->issue(w, in, lanes);
             switch (in.kind) {
                 case Kind::plain:
                     if (lanes) in.execute(w, in, lanes);
@@ -251,6 +254,7 @@ void run_warp(Warp& w, uint64_t budget) {
                             w.at_barrier = true;
                             return;
                         }
+                        if (counter) counter->issue(w, in, lanes);
                         in.execute(w, in, lanes);
                     }
                     ++pc;
@@ -437,11 +441,16 @@ void run(const Kernel& kernel, const Launch& launch, Order order, uint64_t seed)
     std::vector<uint64_t> turns(blocks);
     for (uint64_t i = 0; i < blocks; ++i) turns[i] = order == Order::reverse ? blocks - 1 - i : i;
     if (order == Order::random) std::shuffle(turns.begin(), turns.end(), random);
+    const std::unique_ptr<Counter> counting = Counter::of(kernel, launch, shared_bytes);
+    counter = counting.get();
     for (const uint64_t i : turns) {
         b.index = dim3(static_cast<unsigned>(i % b.grid.x), static_cast<unsigned>(i / b.grid.x % b.grid.y),
                        static_cast<unsigned>(i / b.grid.x / b.grid.y));
+        if (counter && !counter->runs(b.index)) continue;
+        if (counter) counter->begin(b.index);
         run_block(b, order, random);
     }
+    if (counter) counter->keep();
 }
 
 }  // namespace ptx

@@ -29,6 +29,7 @@ constexpr uint64_t kSharedWindow = uint64_t{1} << 60, kLocalWindow = uint64_t{2}
 
 enum class Space : uint8_t { generic, global, shared, local, parameter };
 // `together` and `barrier` are operations that lanes, or warps, take part in together.
+enum class Access : uint8_t { none, load, store, atomic };
 enum class Kind : uint8_t { plain, branch, exit, together, barrier };
 
 struct Warp;
@@ -46,7 +47,8 @@ struct Instr {
     uint32_t place = 0;
     Kind kind = Kind::plain;
     Space space = Space::generic;
-    uint8_t count = 1;  // elements of a vector access
+    Access access = Access::none;
+    uint8_t element = 0, count = 1;  // bytes of an element, elements of a vector access
     bool guard_not = false, wide_base = false;
     mutable bool ran = false;
     const std::string* name = nullptr;
@@ -82,6 +84,7 @@ struct Constant {
 };
 
 struct Kernel {
+    std::string name;
     std::vector<Instr> code;
     std::vector<std::pair<size_t, size_t>> parameters;  // offset, bytes
     size_t parameter_bytes = 0, shared_bytes = 0, local_bytes = 0;
@@ -148,6 +151,8 @@ struct Warp {
     uint32_t& predicate(uint32_t slot) { return *lanes<uint32_t>(slot); }
 };
 
+// Where a lane's access goes.
+uint64_t address_of(Warp& w, const Instr& in, int lane);
 // Leaves the kernel with an error that names the place, and the thread of `lane`.
 [[noreturn]] void refuse(const Warp& w, const Instr& in, int lane, const std::string& message);
 // The memory of one lane's access, which is checked and noted, to find races.

@@ -92,13 +92,6 @@ void with_carry(Warp& w, const Instr& in, u32 lanes) {
 
 // --- memory
 
-// Where a lane's access goes. What is computed in 32 bits wraps there.
-u64 address_of(Warp& w, const Instr& in, int lane) {
-    if (in.base < 0) return static_cast<u64>(in.offset);
-    const u32 slot = static_cast<u32>(in.base);
-    return in.wide_base ? w.lanes<u64>(slot)[lane] + static_cast<u64>(in.offset)
-                        : w.lanes<u32>(slot)[lane] + static_cast<u32>(in.offset);
-}
 void check_set(const Warp& w, const Instr& in, u32 lanes, u32 defined, const char* what) {
     if ((defined & lanes) != lanes) refuse(w, in, __builtin_ctz(lanes & ~defined), what);
 }
@@ -574,6 +567,14 @@ Execute memory_of(const std::string& what, int width) {
 }
 
 }  // namespace
+
+// What is computed in 32 bits wraps there.
+u64 address_of(Warp& w, const Instr& in, int lane) {
+    if (in.base < 0) return static_cast<u64>(in.offset);
+    const u32 slot = static_cast<u32>(in.base);
+    return in.wide_base ? w.lanes<u64>(slot)[lane] + static_cast<u64>(in.offset)
+                        : w.lanes<u32>(slot)[lane] + static_cast<u32>(in.offset);
+}
 
 const Opcode* find_opcode(const std::string& name) {
     if (table.empty()) fill_table();

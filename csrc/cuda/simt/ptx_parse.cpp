@@ -351,7 +351,7 @@ void Parser::decode(const Function& f) {
     if (!added) throw Error("simt: two kernels have the name " + f.name);
     Kernel& k = entry->second;
     kernel = &k;
-    k.files = files, k.capability = capability, k.max_threads = f.max_threads;
+    k.name = f.name, k.files = files, k.capability = capability, k.max_threads = f.max_threads;
     scopes.assign(1, Scope{});
     family_members.clear(), shared.clear(), parameters.clear(), constant_slots.clear(), special_slots.clear();
     labels.clear(), jumps.clear(), label_prefix.clear();
@@ -523,6 +523,8 @@ void Parser::access(Instr in, const std::string& name, const std::vector<std::st
             refuse("the modifier ." + part);
     }
     const bool stores = what == "st";
+    in.element = static_cast<uint8_t>(bytes);
+    in.access = stores ? Access::store : what == "ld" ? Access::load : Access::atomic;
     const size_t values = what == "atom.add" ? 2 : in.count;
     if (operands.size() != values + 1) refuse("another number of operands than the opcode has");
     const std::string& address = operands[stores ? 0 : what == "ld" ? values : 1];
