@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t lane_register(const uint4& v, int i) {
 template <int D, bool HALF>
 struct Attend {
     static constexpr bool kHoldQ = D < 256;
-    static constexpr int kUnroll = kHoldQ ? D / 32 : 2;  // more at once, and ptxas runs out of registers
+    static constexpr int kUnroll = kHoldQ ? D / 32 : HALF ? 4 : 2;  // more at once, and ptxas runs out of registers
     static constexpr int kSteps = kHoldQ ? D / 32 : 1, kRows = HALF ? 1 : 2;
     uint32_t q[kSteps][4 * kRows];  // per step: four registers of row g, four of row g + 8
     float o[D / 8][2 * kRows];
@@ -246,19 +246,6 @@ __device__ __forceinline__ void attend_row(const Rows& rows, const KV* q, int64_
     for (int j = 0; j < 8; ++j)
         if (lane + j * kWarp < out.D) out.sum(id, split)[lane + j * kWarp] = o[j];
     if (lane == 0) out.stat(id, split)[0] = largest, out.stat(id, split)[1] = total;
-}
-
-// Column `i` of a row, from its partial results of `active` splits.
-__device__ __forceinline__ float combine(const Partial& partial, int64_t row, int64_t active, int64_t i) {
-    float largest = kNegativeInfinity;
-    for (int64_t split = 0; split < active; ++split) largest = fmaxf(largest, partial.stat(row, split)[0]);
-    float sum = 0, total = 0;
-    for (int64_t split = 0; split < active; ++split) {
-        const float weight = expf(partial.stat(row, split)[0] - largest);
-        total = fmaf(weight, partial.stat(row, split)[1], total);
-        sum = fmaf(weight, partial.sum(row, split)[i], sum);
-    }
-    return total > 0 ? sum / total : 0.0f;
 }
 
 }  // namespace cuda

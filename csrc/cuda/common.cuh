@@ -103,6 +103,22 @@ __device__ __forceinline__ void unpack8(uint4 v, float (&x)[8]) {
 }
 __device__ __forceinline__ void load8(const bf16* p, float (&x)[8]) { unpack8(load_as<uint4>(p), x); }
 
+template <class V, class T>
+__device__ __forceinline__ void store_as(T* p, V v) {
+#if !defined(__CUDACC__)
+    simt::check_aligned(p, sizeof(V));
+    std::memcpy(p, &v, sizeof(V));
+#else
+    *reinterpret_cast<V*>(p) = v;
+#endif
+}
+__device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
+    store_as(p, float4{x[0], x[1], x[2], x[3]}), store_as(p + 4, float4{x[4], x[5], x[6], x[7]});
+}
+__device__ __forceinline__ void store8(bf16* p, const float (&x)[8]) {
+    store_as(p, uint4{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])});
+}
+
 // --- shared memory
 // -----------------------------------------------------------------------------------------------------------
 

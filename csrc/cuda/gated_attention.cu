@@ -23,8 +23,11 @@ struct Cache {
     const int64_t* blocks;
     int64_t pitch, layer, Hkv, tokens, D;
     __device__ __forceinline__ KV* row(int64_t b, int64_t which, int64_t head, int64_t i) const {
-        return reinterpret_cast<KV*>(blocks[b * pitch + i / tokens]) +
-               (((layer * 2 + which) * Hkv + head) * tokens + i % tokens) * D;
+        // 32 bits: a card divides 64 by a subroutine.
+        const uint32_t block = static_cast<uint32_t>(i) / static_cast<uint32_t>(tokens),
+                       inside = static_cast<uint32_t>(i) % static_cast<uint32_t>(tokens);
+        return reinterpret_cast<KV*>(blocks[b * pitch + block]) +
+               (((layer * 2 + which) * Hkv + head) * tokens + inside) * D;
     }
 };
 
@@ -81,12 +84,13 @@ __global__ void prepare_kernel(const T* proj, const float* q_norm, const float* 
     for (int64_t i = lane; i < s.D; i += kWarp) stored[i] = from_float<KV>(to_float(v[i]));
 }
 
-// Tensor-core form, bfloat16 K/V; 4 warps that read the same keys. With PER_TOKEN a block has one token and key head,
-// rows are the query heads of the group, and the warps are four splits; otherwise a warp has 16 rows of (token, head)
-// of a sequence.
+// Tensor-core form, bfloat16 K/V. With PER_TOKEN a block is a warp with one token, key head and split, whose rows are
+// the query heads of the group; otherwise it has four that read the same keys, each for 16 rows of (token, head) of a
+// sequence.
 template <int D, bool PER_TOKEN>  // PER_TOKEN: groups of at most 8 heads
-__global__ void __launch_bounds__(128) attend_kernel(const bf16* q, Shape s, const int64_t* cu_seqlens,
-                                                     const int64_t* starts, Cache<bf16> cache, Partial out) {
+__global__ void __launch_bounds__(PER_TOKEN ? kWarp : 128)
+    attend_kernel(const bf16* q, Shape s, const int64_t* cu_seqlens, const int64_t* starts, Cache<bf16> cache,
+                  Partial out) {
     grid_begin();
     const int64_t group = s.Hq / s.Hkv, head = blockIdx.y, warp = threadIdx.x / kWarp;
     int64_t b, first_row, split;
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(128) attend_kernel(const bf16* q, Shape s, con
     if (PER_TOKEN) {
         b = sequence_of(cu_seqlens, blockIdx.x);
         first_row = (blockIdx.x - cu_seqlens[b]) * group, count = static_cast<int>(group);
-        split = static_cast<int64_t>(blockIdx.z) * 4 + warp;
+        split = blockIdx.z;
     } else {
         b = blockIdx.z / out.splits, split = blockIdx.z % out.splits;
         first_row = (static_cast<int64_t>(blockIdx.x) * 4 + warp) * 16;
@@ -123,17 +127,43 @@ __global__ void attend_row_kernel(const KV* q, Shape s, const int64_t* cu_seqlen
     attend_row(CacheRows<KV>{cache, b, h / (s.Hq / s.Hkv)}, q + row * s.D, see, split, out, row);
 }
 
-// Block (token, head), thread = column.
+// Block (token, head, columns): `groups` of threads take the splits of a row by turns of 32, a thread has one column.
+constexpr int kCombineThreads = 256;
+
 template <class T>
-__global__ void combine_kernel(Partial partial, const T* proj, Shape s, const int64_t* cu_seqlens,
-                               const int64_t* starts, T* y) {
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_kernel(Partial partial, const T* proj, Shape s, const int64_t* cu_seqlens, const int64_t* starts,
+                   int groups, T* y) {
     grid_begin();
+    DELTAIC_SHARED(float, parts, kCombineThreads);
+    const int lane = threadIdx.x % kWarp, columns = kCombineThreads / groups, group = threadIdx.x / columns;
     const int64_t t = blockIdx.x, h = blockIdx.y, row = t * s.Hq + h, b = sequence_of(cu_seqlens, t);
-    const int64_t active = active_splits(starts[b] + t - cu_seqlens[b] + 1, partial.splits);
-    for (int64_t i = threadIdx.x; i < s.D; i += blockDim.x) {
-        const float gate = to_float(proj[t * s.row() + (2 * h + 1) * s.D + i]);
-        y[row * s.D + i] = from_float<T>(combine(partial, row, active, i) * sigmoid(gate));
+    const int64_t i = static_cast<int64_t>(blockIdx.z) * columns + threadIdx.x % columns, column = i < s.D ? i : 0;
+    const int active = static_cast<int>(active_splits(starts[b] + t - cu_seqlens[b] + 1, partial.splits));
+    float largest = kNegativeInfinity;
+    for (int split = lane; split < active; split += kWarp) largest = fmaxf(largest, partial.stat(row, split)[0]);
+    largest = warp_max(largest);
+    float sum = 0, total = 0;
+    for (int first = 0; first < active; first += kWarp) {
+        float weight = 0;
+        if (first + lane < active) {
+            const float* stat = partial.stat(row, first + lane);
+            weight = expf(stat[0] - largest);
+            total = fmaf(weight, stat[1], total);
+        }
+        if (first / kWarp % groups != group) continue;
+        const float* from = partial.sum(row, first) + column;
+        const int here = active - first < kWarp ? active - first : kWarp;
+#pragma unroll 8
+        for (int j = 0; j < here; ++j) sum = fmaf(__shfl_sync(kAllLanes, weight, j), from[j * s.D], sum);
     }
+    total = warp_sum(total);
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    if (group > 0 || i >= s.D) return;
+    for (int other = 1; other < groups; ++other) sum += parts[other * columns + threadIdx.x];
+    const float gate = to_float(proj[t * s.row() + (2 * h + 1) * s.D + i]);
+    y[row * s.D + i] = from_float<T>((total > 0 ? sum / total : 0.0f) * sigmoid(gate));
 }
 
 template <int D>
@@ -142,8 +172,8 @@ void launch_attend(const bf16* q, Shape s, const int64_t* cu_seqlens, const int6
     const unsigned heads = static_cast<unsigned>(s.Hkv);
     if (per_token) {
         launch("gated_attention attend", attend_kernel<D, true>,
-               dim3(static_cast<unsigned>(tokens), heads, blocks_for(partial.splits, 4)), 128, 0, stream, q, s,
-               cu_seqlens, starts, cache, partial);
+               dim3(static_cast<unsigned>(tokens), heads, static_cast<unsigned>(partial.splits)), kWarp, 0, stream, q,
+               s, cu_seqlens, starts, cache, partial);
     } else {
         launch("gated_attention attend", attend_kernel<D, false>,
                dim3(blocks_for(longest * (s.Hq / s.Hkv), 64), heads, static_cast<unsigned>(B * partial.splits)), 128, 0,
@@ -171,9 +201,10 @@ void run(const T* proj, const float* q_norm, const float* k_norm, const float* c
         launch("gated_attention attend_row", attend_row_kernel<KV>,
                dim3(static_cast<unsigned>(tokens), static_cast<unsigned>(s.Hq), blocks_for(partial.splits, 4)), 128, 0,
                stream, static_cast<const KV*>(q), s, cu_seqlens, starts, cache, partial);
+    const int groups = per_token ? 4 : 1;  // many splits and few blocks, or few splits and many blocks
     launch("gated_attention combine", combine_kernel<T>,
-           dim3(static_cast<unsigned>(tokens), static_cast<unsigned>(s.Hq)), 128, 0, stream, partial, proj, s,
-           cu_seqlens, starts, y);
+           dim3(static_cast<unsigned>(tokens), static_cast<unsigned>(s.Hq), blocks_for(s.D * groups, kCombineThreads)),
+           kCombineThreads, 0, stream, partial, proj, s, cu_seqlens, starts, groups, y);
 }
 
 }  // namespace

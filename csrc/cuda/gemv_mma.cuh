@@ -18,7 +18,7 @@
 namespace deltaic {
 namespace cuda {
 
-constexpr int kMmaTokens = 8, kMmaRows = 16;
+constexpr int kMmaTokens = 8, kMmaRows = 16, kPartialPitch = kMmaRows + 4;  // what a warp stores meets no bank twice
 constexpr int kRunColumns = 128, kRunUnits = kRunColumns / 8;
 constexpr int kMmaThreads = 256, kMmaWarps = kMmaThreads / kWarp;
 constexpr int64_t kMmaUnits = 2048;  // units (16 bytes) of activations that a block stages at once, 32 KB
@@ -204,8 +204,8 @@ inline int mma_splits(int64_t tiles) {
     return splits;
 }
 
-// Rows of x must begin at multiples of 16 bytes. Block (tiles of one part, eight tokens). A tile is 16 rows, or with
-// glu 8 gate rows and 8 up rows. `write(t, n, v)` takes output n of token t.
+// Rows of x, and norm, must begin at multiples of 16 bytes. Block (tiles of one part, eight tokens). A tile is 16 rows,
+// or with glu 8 gate rows and 8 up rows. `write(t, n, v)` takes output n of token t.
 template <Format F, class Write>
 __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float eps, const Matrix& m, bool glu,
                                          int64_t block, int splits, int64_t t0, int64_t tokens, Shared<uint4> units,
@@ -255,25 +255,25 @@ __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float
         __syncthreads();  // the scales are there, and what was staged before has been read
         const int here = (end - first) * kRunUnits;
 #pragma unroll 1
-        for (int i = 0; i < count; ++i)
-#pragma unroll 1
-            for (int u = threadIdx.x; u < here; u += kMmaThreads) {
-                const int column = first * kRunColumns + u * 8;
-                float v[8] = {};
-                if (column < m.columns) {
-                    load8(from + i * m.columns + column, v);
-                    if (norm) {
-                        const float scale = scales[i];
+        for (int item = threadIdx.x; item < here * count; item += kMmaThreads) {
+            const int i = item / here, u = item % here, column = first * kRunColumns + u * 8;
+            float v[8] = {};
+            if (column < m.columns) {
+                load8(from + i * m.columns + column, v);
+                if (norm) {
+                    float weight[8];
+                    load8(norm + column, weight);
+                    const float scale = scales[i];
 #pragma unroll
-                        for (int j = 0; j < 8; ++j) v[j] *= scale * (1.0f + norm[column + j]);
-                    }
+                    for (int j = 0; j < 8; ++j) v[j] *= scale * (1.0f + weight[j]);
                 }
-                units[i * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
-                if (!norm) continue;
-#pragma unroll
-                for (int j = 0; j < 8; ++j) v[j] -= to_float(from_float<bf16>(v[j]));
-                units[(count + i) * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
             }
+            units[i * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
+            if (!norm) continue;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[j] -= to_float(from_float<bf16>(v[j]));
+            units[(count + i) * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
+        }
         __syncthreads();
         for (int run = first + split; run < end; run += Run<F>::kBatch * splits) {
             if (run != first + split) fetch(run, end);
@@ -305,7 +305,7 @@ __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float
         }
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) partial[(warp * kMmaTokens + 2 * t + e % 2) * kMmaRows + g + e / 2 * 8] = total[e];
+    for (int e = 0; e < 4; ++e) partial[(warp * kMmaTokens + 2 * t + e % 2) * kPartialPitch + g + e / 2 * 8] = total[e];
     __syncthreads();
     const int rows = static_cast<int>(rows_of_tile), here = tiles * rows;
 #pragma unroll 1
@@ -318,7 +318,7 @@ __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float
             float sum[2] = {0, 0};
 #pragma unroll 1
             for (int w = 0; w < splits; ++w) {
-                const int at = ((tile * splits + w) * kMmaTokens + token) * kMmaRows + r;
+                const int at = ((tile * splits + w) * kMmaTokens + token) * kPartialPitch + r;
                 sum[0] += partial[at];
                 if (glu) sum[1] += partial[at + kMmaRows / 2];
             }

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMmaThreads, Run<F>::kBlocks)
     gemv_mma_kernel(const bf16* x, const float* norm, float eps, Matrices w, Epilogue e, int splits, int64_t tokens) {
     grid_trigger();
     DELTAIC_DYNAMIC_SHARED(base);
-    DELTAIC_SHARED(float, partial, kMmaWarps * kMmaTokens * kMmaRows);
+    DELTAIC_SHARED(float, partial, kMmaWarps * kMmaTokens * kPartialPitch);
     DELTAIC_SHARED(float, scales, kMmaTokens);
     const int tiles = kMmaWarps / splits;
     const Place place = place_of(w, [&](const Matrix& m) { return (tiles_of(m) + tiles - 1) / tiles; });
@@ -119,8 +119,14 @@ __global__ void dequantise_kernel(Matrix m, int64_t first, int64_t count, T* y) 
         chunk.load(m, first + row, c);
         float v[8];
         const float scale = chunk.decode(v);
-        for (int j = 0; j < 8; ++j)
-            if (c * 8 + j < m.columns) y[row * m.columns + c * 8 + j] = from_float<T>(scale * v[j]);
+        for (int j = 0; j < 8; ++j) v[j] *= scale;
+        T* to = y + row * m.columns + c * 8;
+        if (m.columns % 8 == 0) {
+            if (c * 8 < m.columns) store8(to, v);
+        } else {
+            for (int j = 0; j < 8; ++j)
+                if (c * 8 + j < m.columns) to[j] = from_float<T>(v[j]);
+        }
     });
 }
 
@@ -151,9 +157,9 @@ void launch_mma(const bf16* x, const float* norm, float eps, const Matrices& w, 
 
 bool tensor_cores = true;
 
-bool takes_mma(const void* x, const Matrices& w, int64_t type) {
+bool takes_mma(const void* x, const float* norm, const Matrices& w, int64_t type) {
     bool takes = tensor_cores && static_cast<Type>(type) == Type::bf16 && w.part[0].columns % 8 == 0 &&
-                 reinterpret_cast<uintptr_t>(x) % 16 == 0;
+                 reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(norm) % 16 == 0;
     for (int64_t p = 0; p < w.parts; ++p)
         takes = takes && w.part[p].format == w.part[0].format && static_cast<Format>(w.part[p].format) != Format::f32;
     return takes;
@@ -175,7 +181,8 @@ void linear(const void* x, const Matrices& w, const float* norm, float eps, cons
     }
     if (w.glu) e.outputs /= 2;
     if (e.outputs == 0) return;
-    if (takes_mma(x, w, type)) return launch_mma(static_cast<const bf16*>(x), norm, eps, w, e, tokens, stride, stream);
+    if (takes_mma(x, norm, w, type))
+        return launch_mma(static_cast<const bf16*>(x), norm, eps, w, e, tokens, stride, stream);
     int64_t at_once = 1;  // tokens per block
     while (at_once < 8 && at_once < tokens) at_once *= 2;
     with_type("linear", type, [&](auto element) {

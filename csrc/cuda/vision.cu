@@ -118,7 +118,8 @@ __global__ void finish_kernel(Partial partial, T* y, int64_t count) {
     grid_begin();
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    y[i] = from_float<T>(combine(partial, i / partial.D, 1, i % partial.D));
+    const float total = partial.stat(i / partial.D, 0)[1];
+    y[i] = from_float<T>(total > 0 ? partial.sums[i] / total : 0.0f);
 }
 
 }  // namespace
