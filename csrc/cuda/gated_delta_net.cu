@@ -254,23 +254,50 @@ __device__ __forceinline__ void tile_product(float (&c)[4], int depth, int r0, i
     }
 }
 
-// What chunk_prepare hands to chunk_scan, per chunk and value head, in floats; rows past the end of the sequence are
-// zero.
+// Matrices that are read as A lie in fragments, tile by tile of 16 x 8: the four numbers of lane (g, t) at rows g, g +
+// 8 and columns 2t, 2t + 1 follow each other, as a product leaves them. The columns that a register of a product stands
+// for are then 2t and 2t + 1, of A and of B.
+__device__ __forceinline__ float* fragment(float* a, int steps, int row_tile, int step) {
+    return a + ((row_tile * steps + step) * kWarp + threadIdx.x % kWarp) * 4;
+}
+
+// Tiles c[j] (16 x 8 at columns 8 j) += A B with the row of tiles `a` and B(k, n) = b(k, n), k < 8 * steps: A is read
+// once for all of them.
+template <int N, class B>
+__device__ __forceinline__ void fragment_products(float (&c)[N][4], float* a, int steps, int row_tile, B b) {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll 4
+    for (int s = 0; s < steps; ++s) {
+        const float4 v = load_as<float4>(fragment(a, steps, row_tile, s));
+        const float fa[4] = {v.x, v.z, v.y, v.w};
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const float fb[2] = {b(s * 8 + 2 * t, j * 8 + g), b(s * 8 + 2 * t + 1, j * 8 + g)};
+            mma_float(c[j], fa, fb);
+        }
+    }
+}
+
+// What chunk_prepare hands to chunk_scan, per chunk and value head, in floats; rows past the end of the sequence and
+// columns past Dk are zero. All but Wv are in fragments, K as its transpose.
 struct ChunkBuffers {
-    float* Wv;     // [64][Dv]  T beta V
-    float* Wk;     // [64][Dk]  T beta e^G K
-    float* P;      // [64][64]  e^(G_i - G_j) (q_i . k_j), j <= i
-    float* Q;      // [64][Dk]  e^G Q
-    float* K;      // [64][Dk]  e^(G_last - G) K
-    float* decay;  // [1]       e^(G_last)
-    __host__ __device__ static int64_t floats(int64_t Dk, int64_t Dv) { return kChunk * (Dv + 3 * Dk + kChunk) + 4; }
+    float* Wv;     // [64][Dv]    T beta V
+    float* Wk;     // [64][wide]  T beta e^G K
+    float* P;      // [64][64]    e^(G_i - G_j) (q_i . k_j), j <= i
+    float* Q;      // [64][wide]  e^G Q
+    float* K;      // [wide][64]  e^(G_last - G) K
+    float* decay;  // [1]         e^(G_last)
+    __host__ __device__ static int64_t wide(int64_t Dk) { return (Dk + 15) / 16 * 16; }
+    __host__ __device__ static int64_t floats(int64_t Dk, int64_t Dv) {
+        return kChunk * (Dv + 3 * wide(Dk) + kChunk) + 4;
+    }
     __device__ ChunkBuffers(float* base, int64_t index, int64_t Dk, int64_t Dv) {
         Wv = base + index * floats(Dk, Dv);
         Wk = Wv + kChunk * Dv;
-        P = Wk + kChunk * Dk;
+        P = Wk + kChunk * wide(Dk);
         Q = P + kChunk * kChunk;
-        K = Q + kChunk * Dk;
-        decay = K + kChunk * Dk;
+        K = Q + kChunk * wide(Dk);
+        decay = K + kChunk * wide(Dk);
     }
 };
 
@@ -291,7 +318,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     if (begin >= end) return;
     const int n = static_cast<int>(end - begin < kChunk ? end - begin : kChunk);
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int Dk = static_cast<int>(s.Dk), Dv = static_cast<int>(s.Dv), depth = (Dk + 7) / 8 * 8;
+    const int Dk = static_cast<int>(s.Dk), Dv = static_cast<int>(s.Dv), depth = (Dk + 7) / 8 * 8,
+              wide = static_cast<int>(ChunkBuffers::wide(Dk));
     const int64_t key_head = h / (s.Hv / s.Hk);
     constexpr size_t kMatrix = sizeof(float) * kChunk * kPitch, kVector = sizeof(float) * kChunk,
                      kVectors = kMatrix + sizeof(float) * kChunk * kSquare;
@@ -347,8 +375,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
             const int i = r0 + g + e / 2 * 8, j = n0 + t2 + e % 2;
             const float fall = j <= i ? expf(G[i] - G[j]) : 0.0f;
             if (j < i) A[i * kSquare + j] = beta[i] * fall * kk[e];
-            out.P[i * kChunk + j] = fall * qk[e];
+            qk[e] *= fall;
         }
+        store_as(fragment(out.P, kChunk / 8, warp, n0 / 8), float4{qk[0], qk[1], qk[2], qk[3]});
     }
     __syncthreads();
 
@@ -364,20 +393,24 @@ __global__ void __launch_bounds__(kPrepareThreads)
     __syncthreads();
     const auto inverse = [&](int i, int k) -> float { return k < i ? static_cast<float>(A[k * kSquare + i]) : k == i; };
 
-    for (int i = warp; i < kChunk; i += kPrepareThreads / kWarp)
-        for (int j = lane; j < Dk; j += kWarp) {
-            out.Q[i * s.Dk + j] = decay[i] * query(i, j);
-            out.K[i * s.Dk + j] = fading[i] * K[i * kPitch + j];
+    const auto q_at = [&](int i, int k) -> float { return decay[i] * query(i, k); };
+    const auto k_at = [&](int k, int i) -> float { return fading[i] * K[i * kPitch + k]; };
+    for (int step = 0; step < wide / 8; ++step) {
+        const int i = r0 + g, k = step * 8 + t2;
+        store_as(fragment(out.Q, wide / 8, warp, step),
+                 float4{q_at(i, k), q_at(i, k + 1), q_at(i + 8, k), q_at(i + 8, k + 1)});
+    }
+    for (int tile = warp; tile < wide / 16; tile += kPrepareThreads / kWarp)
+        for (int step = 0; step < kChunk / 8; ++step) {
+            const int k = tile * 16 + g, i = step * 8 + t2;
+            store_as(fragment(out.K, kChunk / 8, tile, step),
+                     float4{k_at(k, i), k_at(k, i + 1), k_at(k + 8, i), k_at(k + 8, i + 1)});
         }
-    for (int n0 = 0; n0 < Dk; n0 += 8) {
+    for (int n0 = 0; n0 < wide; n0 += 8) {
         float w[4] = {};
         tile_product(w, r0 + 16, r0, n0, inverse,
                      [&](int k, int j) -> float { return beta[k] * decay[k] * K[k * kPitch + j]; });
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int i = r0 + g + e / 2 * 8, j = n0 + t2 + e % 2;
-            if (j < Dk) out.Wk[i * s.Dk + j] = w[e];
-        }
+        store_as(fragment(out.Wk, wide / 8, warp, n0 / 8), float4{w[0], w[1], w[2], w[3]});
     }
     const float* v = c + begin * s.C + 2 * s.Hk * s.Dk + h * s.Dv;
     for (int n0 = 0; n0 < Dv; n0 += 8) {
@@ -392,9 +425,9 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
 }
 
-constexpr int kScanThreads = 128, kStatePitch = kColumns + 4;
+constexpr int kScanThreads = 128, kScanColumns = 16, kScanTiles = kScanColumns / 8, kStatePitch = kScanColumns + 4;
 
-// Block (column group, head, sequence): 32 columns of the state stay in shared memory while the chunks pass.
+// Block (column group, head, sequence): 16 columns of the state stay in shared memory while the chunks pass.
 __global__ void __launch_bounds__(kScanThreads)
     chunk_scan_kernel(float* buffers, Pointers states, const int64_t* cu_seqlens, Shape s, float* o,
                       int64_t max_chunks) {
@@ -402,67 +435,64 @@ __global__ void __launch_bounds__(kScanThreads)
     DELTAIC_SHARED(float, S, kMaxWidth* kStatePitch);
     DELTAIC_SHARED(float, W, kChunk* kStatePitch);
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t2 = lane % 4 * 2;
-    const int Dk = static_cast<int>(s.Dk), Dv = static_cast<int>(s.Dv), depth = (Dk + 7) / 8 * 8;
+    const int Dk = static_cast<int>(s.Dk), Dv = static_cast<int>(s.Dv),
+              steps = static_cast<int>(ChunkBuffers::wide(Dk)) / 8;
     const int64_t h = blockIdx.y, b = blockIdx.z;
-    const int first = static_cast<int>(blockIdx.x) * kColumns;
+    const int first = static_cast<int>(blockIdx.x) * kScanColumns;
     float* state = states.of(b) + h * s.Dk * s.Dv;
-    for (int i = threadIdx.x; i < kMaxWidth * kColumns; i += kScanThreads) {
-        const int row = i / kColumns, column = first + i % kColumns;
-        S[row * kStatePitch + i % kColumns] = row < Dk && column < Dv ? state[row * s.Dv + column] : 0.0f;
+    for (int i = threadIdx.x; i < kMaxWidth * kScanColumns; i += kScanThreads) {
+        const int row = i / kScanColumns, column = first + i % kScanColumns;
+        S[row * kStatePitch + i % kScanColumns] = row < Dk && column < Dv ? state[row * s.Dv + column] : 0.0f;
     }
     const int64_t begin = cu_seqlens[b], tokens = cu_seqlens[b + 1] - begin;
     const auto state_at = [&](int k, int j) -> float { return S[k * kStatePitch + j]; };
     for (int64_t chunk = 0; chunk * kChunk < tokens; ++chunk) {
         const ChunkBuffers in(buffers, (b * max_chunks + chunk) * s.Hv + h, s.Dk, s.Dv);
         const int r0 = warp * 16;
-        float out[4][4];
+        float w[kScanTiles][4] = {}, out[kScanTiles][4] = {};
         __syncthreads();  // S is complete
+        fragment_products(w, in.Wk, steps, warp, state_at);
+        fragment_products(out, in.Q, steps, warp, state_at);
 #pragma unroll
-        for (int tile = 0; tile < 4; ++tile) {
-            float w[4] = {};
-            tile_product(
-                w, depth, r0, tile * 8, [&](int i, int k) { return k < Dk ? in.Wk[i * Dk + k] : 0.0f; }, state_at);
+        for (int tile = 0; tile < kScanTiles; ++tile)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int i = r0 + g + e / 2 * 8, j = tile * 8 + t2 + e % 2;
                 const float v = first + j < Dv ? in.Wv[i * Dv + first + j] : 0.0f;
-                W[i * kStatePitch + j] = v - w[e];
-                out[tile][e] = 0;
+                W[i * kStatePitch + j] = v - w[tile][e];
             }
-            tile_product(
-                out[tile], depth, r0, tile * 8, [&](int i, int k) { return k < Dk ? in.Q[i * Dk + k] : 0.0f; },
-                state_at);
-        }
         __syncthreads();  // W is complete, and S has been read
         const auto w_at = [&](int k, int j) -> float { return W[k * kStatePitch + j]; };
+        fragment_products(out, in.P, kChunk / 8, warp, w_at);
 #pragma unroll
-        for (int tile = 0; tile < 4; ++tile) {
-            tile_product(out[tile], r0 + 16, r0, tile * 8, [&](int i, int k) { return in.P[i * kChunk + k]; }, w_at);
+        for (int tile = 0; tile < kScanTiles; ++tile)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int i = r0 + g + e / 2 * 8, j = first + tile * 8 + t2 + e % 2;
                 const int64_t t = chunk * kChunk + i;
                 if (t < tokens && j < Dv) o[((begin + t) * s.Hv + h) * s.Dv + j] = out[tile][e];
             }
-        }
         const float decay = *in.decay;
-        for (int row = warp * 16; row < Dk; row += 16 * (kScanThreads / kWarp))
+        for (int row = warp * 16; row < Dk; row += 16 * (kScanThreads / kWarp)) {
+            float next[kScanTiles][4];
+            const auto place = [&](int tile, int e) {
+                return (row + g + e / 2 * 8) * kStatePitch + tile * 8 + t2 + e % 2;
+            };
 #pragma unroll
-            for (int tile = 0; tile < 4; ++tile) {
-                float next[4];
+            for (int tile = 0; tile < kScanTiles; ++tile)
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    next[e] = decay * S[(row + g + e / 2 * 8) * kStatePitch + tile * 8 + t2 + e % 2];
-                tile_product(
-                    next, kChunk, row, tile * 8, [&](int i, int k) { return i < Dk ? in.K[k * Dk + i] : 0.0f; }, w_at);
+                for (int e = 0; e < 4; ++e) next[tile][e] = decay * S[place(tile, e)];
+            fragment_products(next, in.K, kChunk / 8, row / 16, w_at);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) S[(row + g + e / 2 * 8) * kStatePitch + tile * 8 + t2 + e % 2] = next[e];
-            }
+            for (int tile = 0; tile < kScanTiles; ++tile)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) S[place(tile, e)] = next[tile][e];
+        }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kMaxWidth * kColumns; i += kScanThreads) {
-        const int row = i / kColumns, column = first + i % kColumns;
-        if (row < Dk && column < Dv) state[row * s.Dv + column] = S[row * kStatePitch + i % kColumns];
+    for (int i = threadIdx.x; i < kMaxWidth * kScanColumns; i += kScanThreads) {
+        const int row = i / kScanColumns, column = first + i % kScanColumns;
+        if (row < Dk && column < Dv) state[row * s.Dv + column] = S[row * kStatePitch + i % kScanColumns];
     }
 }
 
@@ -483,8 +513,8 @@ void run(const T* proj, const float* conv_weight, const float* A_log, const floa
         launch("gated_delta_net chunk_prepare", chunk_prepare_kernel<T>, dim3(static_cast<unsigned>(max_chunks), Hv, B),
                kPrepareThreads, kPrepareShared, stream, proj, static_cast<const float*>(c), A_log, dt_bias, cu_seqlens,
                s, chunks, max_chunks);
-        launch("gated_delta_net chunk_scan", chunk_scan_kernel, columns, kScanThreads, 0, stream, chunks, states,
-               cu_seqlens, s, o, max_chunks);
+        launch("gated_delta_net chunk_scan", chunk_scan_kernel, dim3(blocks_for(s.Dv, kScanColumns), Hv, B),
+               kScanThreads, 0, stream, chunks, states, cu_seqlens, s, o, max_chunks);
     } else {
         const auto kernel = s.Dk <= 32   ? recurrent_kernel<T, 8>
                             : s.Dk <= 64 ? recurrent_kernel<T, 16>

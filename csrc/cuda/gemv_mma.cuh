@@ -204,19 +204,68 @@ inline int mma_splits(int64_t tiles) {
     return splits;
 }
 
+// total += a run of 16 rows x the staged activations of `count` tokens, those of token i from units[i * pitch + place]
+// on; with `low`, what rounding took from them is at token count + i.
+template <Format F>
+__device__ __forceinline__ void run_product(const Run<F>& run, Shared<uint4> units, int place, int pitch, int count,
+                                            bool low, float (&total)[4]) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    float c[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        uint32_t upper[4], lower[4];
+        run.unit(0, i, upper), run.unit(1, i, lower);
+        const uint32_t a[2][4] = {{upper[0], lower[0], upper[1], lower[1]}, {upper[2], lower[2], upper[3], lower[3]}};
+        const int at = place + i * 4 + t;
+        uint4 h = {0, 0, 0, 0};
+        if (g < count) h = units[g * pitch + at];
+        mma_bf16(c, a[0], {h.x, h.y});
+        mma_bf16(c, a[1], {h.z, h.w});
+        if (!low) continue;
+        if (g < count) h = units[(count + g) * pitch + at];
+        mma_bf16(c, a[0], {h.x, h.y});
+        mma_bf16(c, a[1], {h.z, h.w});
+    }
+    const float scale[2] = {run.scale(0), run.scale(1)};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) total[e] = fmaf(scale[e / 2], c[e], total[e]);
+}
+
+// Stages eight activations as unit u of a token, and with `low` what rounding takes from them.
+template <Format F>
+__device__ __forceinline__ void stage_unit(Shared<uint4> units, int token, int u, int pitch, int count, bool low,
+                                           float (&v)[8]) {
+    units[token * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
+    if (!low) return;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] -= to_float(from_float<bf16>(v[j]));
+    units[(count + token) * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
+}
+
+extern bool tensor_cores;  // whether they are used, see ops.h
+
+// Whether gemv_mma takes a matrix.
+inline bool mma_takes(const void* x, const float* norm, const Matrix& m) {
+    return tensor_cores && m.columns % 8 == 0 && static_cast<Format>(m.format) != Format::f32 &&
+           reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(norm) % 16 == 0;
+}
+
 // Rows of x, and norm, must begin at multiples of 16 bytes. Block (tiles of one part, eight tokens). A tile is 16 rows,
-// or with glu 8 gate rows and 8 up rows. `write(t, n, v)` takes output n of token t.
+// or with glu 8 gate rows and 8 up rows; `skipped` rows of q come before those of m. `write(t, n, v)` takes output n of
+// token t.
 template <Format F, class Write>
 __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float eps, const Matrix& m, bool glu,
-                                         int64_t block, int splits, int64_t t0, int64_t tokens, Shared<uint4> units,
-                                         Shared<float> partial, Shared<float> scales, Write write) {
+                                         int64_t skipped, int64_t block, int splits, int64_t t0, int64_t tokens,
+                                         Shared<uint4> units, Shared<float> partial, Shared<float> scales,
+                                         Write write) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
     const int tiles = kMmaWarps / splits, split = warp % splits;
     const int64_t rows_of_tile = glu ? kMmaRows / 2 : kMmaRows, outputs = glu ? m.rows / 2 : m.rows;
     const int64_t n0 = (block * tiles + warp / splits) * rows_of_tile;
     // Rows past the end are read as row 0, and not written.
     const int64_t top = n0 + g, bottom = glu ? n0 + g : n0 + g + 8;
-    const int64_t row[2] = {top < outputs ? top : 0, bottom < outputs ? (glu ? outputs : 0) + bottom : 0};
+    const int64_t row[2] = {skipped + (top < outputs ? top : 0),
+                            skipped + (bottom < outputs ? (glu ? outputs : 0) + bottom : 0)};
     const int64_t left = tokens - t0;
     const int count = static_cast<int>(left < kMmaTokens ? left : kMmaTokens);
     const int stored = static_cast<int>(m.stride / 8), runs = (stored + kRunUnits - 1) / kRunUnits;
@@ -268,11 +317,7 @@ __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float
                     for (int j = 0; j < 8; ++j) v[j] *= scale * (1.0f + weight[j]);
                 }
             }
-            units[i * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
-            if (!norm) continue;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) v[j] -= to_float(from_float<bf16>(v[j]));
-            units[(count + i) * pitch + staged_unit<F>(u)] = packed_unit<F>(v);
+            stage_unit<F>(units, i, u, pitch, count, norm != nullptr, v);
         }
         __syncthreads();
         for (int run = first + split; run < end; run += Run<F>::kBatch * splits) {
@@ -281,26 +326,7 @@ __device__ __forceinline__ void gemv_mma(const bf16* x, const float* norm, float
             for (int b = 0; b < Run<F>::kBatch; ++b) {
                 const int at = run + b * splits;
                 if (at >= end) break;
-                float c[4] = {};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    uint32_t upper[4], lower[4];
-                    ahead[b].unit(0, i, upper), ahead[b].unit(1, i, lower);
-                    const uint32_t a[2][4] = {{upper[0], lower[0], upper[1], lower[1]},
-                                              {upper[2], lower[2], upper[3], lower[3]}};
-                    const int place = (at - first) * kRunUnits + i * 4 + t;
-                    uint4 h = {0, 0, 0, 0};
-                    if (g < count) h = units[g * pitch + place];
-                    mma_bf16(c, a[0], {h.x, h.y});
-                    mma_bf16(c, a[1], {h.z, h.w});
-                    if (!norm) continue;
-                    if (g < count) h = units[(count + g) * pitch + place];
-                    mma_bf16(c, a[0], {h.x, h.y});
-                    mma_bf16(c, a[1], {h.z, h.w});
-                }
-                const float scale[2] = {ahead[b].scale(0), ahead[b].scale(1)};
-#pragma unroll
-                for (int e = 0; e < 4; ++e) total[e] = fmaf(scale[e / 2], c[e], total[e]);
+                run_product(ahead[b], units, (at - first) * kRunUnits, pitch, count, norm != nullptr, total);
             }
         }
     }

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kMmaThreads, Run<F>::kBlocks)
     const int64_t count = left < kMmaTokens ? left : kMmaTokens, runs = (m.stride + kRunColumns - 1) / kRunColumns;
     const Shared<uint4> units =
         carve<uint4>(base, 0, static_cast<size_t>(staged_units(runs, norm ? 2 * count : count)));
-    gemv_mma<F>(x, norm, eps, m, w.glu != 0, place.block, splits, t0, tokens, units, partial, scales,
+    gemv_mma<F>(x, norm, eps, m, w.glu != 0, 0, place.block, splits, t0, tokens, units, partial, scales,
                 [&](int64_t t, int64_t n, float v) { write_output<bf16>(e, t, place.outputs + n, v); });
 }
 
@@ -155,17 +155,16 @@ void launch_mma(const bf16* x, const float* norm, float eps, const Matrices& w, 
            e, splits, tokens);
 }
 
-bool tensor_cores = true;
-
 bool takes_mma(const void* x, const float* norm, const Matrices& w, int64_t type) {
-    bool takes = tensor_cores && static_cast<Type>(type) == Type::bf16 && w.part[0].columns % 8 == 0 &&
-                 reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(norm) % 16 == 0;
+    bool takes = static_cast<Type>(type) == Type::bf16;
     for (int64_t p = 0; p < w.parts; ++p)
-        takes = takes && w.part[p].format == w.part[0].format && static_cast<Format>(w.part[p].format) != Format::f32;
+        takes = takes && w.part[p].format == w.part[0].format && mma_takes(x, norm, w.part[p]);
     return takes;
 }
 
 }  // namespace
+
+bool tensor_cores = true;
 
 void use_tensor_cores(bool use) { tensor_cores = use; }
 

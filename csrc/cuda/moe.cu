@@ -5,6 +5,7 @@
 // Slot j < top_k of a token is its j-th expert, slot top_k the shared expert. Every output is a sum over the slots of
 // its token in slot order, so a token gets the same bits whoever shares its batch.
 #include "cuda/common.cuh"
+#include "cuda/gemv_mma.cuh"
 #include "cuda/ops.h"
 #include "cuda/weight.cuh"
 
@@ -104,6 +105,91 @@ __global__ void __launch_bounds__(kThreads)
             const int64_t i = t * H + n + r;
             y[i] = from_float<T>(total[r] + (residual ? to_float(residual[i]) : 0.0f));
         }
+}
+
+// --- a few tokens of bfloat16 on tensor cores, see gemv_mma.cuh
+
+__host__ __device__ inline int64_t runs_of(const Matrix& m) { return (m.stride + kRunColumns - 1) / kRunColumns; }
+
+// As expert_up_kernel; block (tiles of 8 gate rows and 8 up rows, slot, token).
+template <Format F>
+__global__ void __launch_bounds__(kMmaThreads, Run<F>::kBlocks)
+    expert_up_mma_kernel(const bf16* x, const float* norm, float eps, Matrix routed, Matrix shared,
+                         const int64_t* experts, int64_t top_k, int splits, float* activation, int64_t pitch) {
+    grid_begin();
+    DELTAIC_DYNAMIC_SHARED(base);
+    DELTAIC_SHARED(float, partial, kMmaWarps * kMmaTokens * kPartialPitch);
+    DELTAIC_SHARED(float, scales, kMmaTokens);
+    const int64_t slot = blockIdx.y, t = blockIdx.z;
+    const bool is_shared = slot == top_k;
+    const Matrix m = is_shared ? shared : routed;
+    if (static_cast<int64_t>(blockIdx.x) * (kMmaWarps / splits) * (kMmaRows / 2) >= m.rows / 2) return;
+    const int64_t skipped = is_shared ? 0 : experts[t * top_k + slot] * m.rows;
+    const Shared<uint4> units = carve<uint4>(base, 0, static_cast<size_t>(staged_units(runs_of(m), norm ? 2 : 1)));
+    float* out = activation + (t * (top_k + 1) + slot) * pitch;
+    gemv_mma<F>(x, norm, eps, m, true, skipped, blockIdx.x, splits, t, t + 1, units, partial, scales,
+                [&](int64_t, int64_t n, float v) { out[n] = v; });
+}
+
+// As expert_down_kernel; block (16 rows, token). The runs of all slots are dealt to the warps, and a slot's activations
+// are staged times its coefficient, as two bfloat16 each.
+template <Format F>
+__global__ void __launch_bounds__(kMmaThreads, Run<F>::kBlocks)
+    expert_down_mma_kernel(const float* activation, int64_t pitch, Matrix routed, Matrix shared, const int64_t* experts,
+                           const float* coefficients, int64_t top_k, const bf16* residual, bf16* y) {
+    grid_begin();
+    DELTAIC_DYNAMIC_SHARED(base);
+    DELTAIC_SHARED(float, partial, kMmaWarps* kMmaRows);
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t4 = lane % 4;
+    const int64_t t = blockIdx.y, H = routed.rows, n0 = static_cast<int64_t>(blockIdx.x) * kMmaRows;
+    const int64_t top = n0 + g < H ? n0 + g : 0, bottom = n0 + g + 8 < H ? n0 + g + 8 : 0;
+    const int slots = static_cast<int>(top_k), each = static_cast<int>(runs_of(routed)),
+              runs = slots * each + static_cast<int>(runs_of(shared)), staged = runs * kRunUnits;
+    const Shared<uint4> units = carve<uint4>(base, 0, static_cast<size_t>(2 * staged));
+    const auto slot_of = [&](int run) { return run / each < slots ? run / each : slots; };
+
+    Run<F> ahead[Run<F>::kBatch];
+    const auto fetch = [&](int first) {
+#pragma unroll
+        for (int b = 0; b < Run<F>::kBatch; ++b) {
+            const int run = first + b * kMmaWarps, slot = slot_of(run);
+            if (run >= runs) break;
+            const Matrix m = slot == slots ? shared : routed;
+            const int64_t skipped = slot == slots ? 0 : experts[t * top_k + slot] * H;
+            const int64_t row[2] = {skipped + top, skipped + bottom};
+            ahead[b].load(Run<F>::source(m, row, t4), run - slot * each, t4, static_cast<int>(m.stride / 8));
+        }
+    };
+    fetch(warp);
+    for (int u = threadIdx.x; u < staged; u += kMmaThreads) {
+        const int run = u / kRunUnits, slot = slot_of(run), column = (u - slot * each * kRunUnits) * 8;
+        const int64_t entry = t * (top_k + 1) + slot;
+        float v[8] = {};
+        if (column < (slot == slots ? shared.columns : routed.columns)) {
+            load8(activation + entry * pitch + column, v);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[j] *= coefficients[entry];
+        }
+        stage_unit<F>(units, 0, u, staged, 1, true, v);
+    }
+    __syncthreads();
+    float total[4] = {};
+    for (int first = warp; first < runs; first += Run<F>::kBatch * kMmaWarps) {
+        if (first != warp) fetch(first);
+#pragma unroll
+        for (int b = 0; b < Run<F>::kBatch; ++b) {
+            const int run = first + b * kMmaWarps;
+            if (run >= runs) break;
+            run_product(ahead[b], units, run * kRunUnits, staged, 1, true, total);
+        }
+    }
+    if (t4 == 0) partial[warp * kMmaRows + g] = total[0], partial[warp * kMmaRows + g + 8] = total[2];
+    __syncthreads();
+    const int64_t n = n0 + threadIdx.x, i = t * H + n;
+    if (threadIdx.x >= kMmaRows || n >= H) return;
+    float sum = 0;
+    for (int w = 0; w < kMmaWarps; ++w) sum += partial[w * kMmaRows + threadIdx.x];
+    y[i] = from_float<bf16>(sum + (residual ? to_float(residual[i]) : 0.0f));
 }
 
 // --- many tokens
@@ -232,6 +318,46 @@ void check(const char* op, const Matrices& routed, const Matrices& shared) {
         fail(op, "expected one routed and one shared matrix");
 }
 
+// Bytes of shared memory of expert_down_mma_kernel.
+size_t down_mma_bytes(const Matrix& routed, const Matrix& shared, int64_t top_k) {
+    return static_cast<size_t>(2 * (top_k * runs_of(routed) + runs_of(shared)) * kRunUnits) * sizeof(uint4);
+}
+
+bool few_take_mma(const void* x, const float* norm, const Matrix& up, const Matrix& shared_up, const Matrix& out,
+                  const Matrix& shared_out, int64_t top_k, int64_t pitch) {
+    return up.format == shared_up.format && out.format == shared_out.format && mma_takes(x, norm, up) &&
+           mma_takes(x, norm, shared_up) && mma_takes(x, nullptr, out) && mma_takes(x, nullptr, shared_out) &&
+           pitch % 4 == 0 && down_mma_bytes(out, shared_out, top_k) <= 40 * 1024;
+}
+
+template <Format F>
+void launch_up(const bf16* x, const float* norm, float eps, const Matrix& up, const Matrix& shared_up,
+               const int64_t* experts, int64_t top_k, float* activation, int64_t pitch, int64_t T, Stream stream) {
+    const int64_t I = (up.rows > shared_up.rows ? up.rows : shared_up.rows) / 2, tiles = (I + 7) / 8;
+    const int splits = mma_splits(tiles * (top_k + 1));
+    const size_t a = mma_shared_bytes(runs_of(up), 1, norm), b = mma_shared_bytes(runs_of(shared_up), 1, norm);
+    launch("moe_few up", expert_up_mma_kernel<F>,
+           dim3(blocks_for(tiles, kMmaWarps / splits), static_cast<unsigned>(top_k + 1), static_cast<unsigned>(T)),
+           kMmaThreads, a > b ? a : b, stream, x, norm, eps, up, shared_up, experts, top_k, splits, activation, pitch);
+}
+
+template <Format F>
+void launch_down(const float* activation, int64_t pitch, const Matrix& out, const Matrix& shared_out,
+                 const int64_t* experts, const float* coefficients, int64_t top_k, const bf16* residual, bf16* y,
+                 int64_t T, Stream stream) {
+    launch("moe_few down", expert_down_mma_kernel<F>, dim3(blocks_for(out.rows, kMmaRows), static_cast<unsigned>(T)),
+           kMmaThreads, down_mma_bytes(out, shared_out, top_k), stream, activation, pitch, out, shared_out, experts,
+           coefficients, top_k, residual, y);
+}
+
+template <class Function>
+void with_mma_format(const Matrix& m, Function function) {
+    const auto format = static_cast<Format>(m.format);
+    if (format == Format::bf16) return function(std::integral_constant<Format, Format::bf16>{});
+    if (format == Format::int8) return function(std::integral_constant<Format, Format::int8>{});
+    return function(std::integral_constant<Format, Format::int4>{});
+}
+
 }  // namespace
 
 void moe_route(const float* logits, int64_t E, int64_t top_k, int64_t* experts, float* coefficients, int64_t T,
@@ -250,6 +376,17 @@ void moe_few(const void* x, const float* norm, float eps, const Matrices& gate_u
     if (T == 0) return;
     const Matrix &up = gate_up.part[0], &shared_up = shared_gate_up.part[0], &out = down.part[0],
                  &shared_out = shared_down.part[0];
+    if (static_cast<Type>(type) == Type::bf16 && few_take_mma(x, norm, up, shared_up, out, shared_out, top_k, pitch)) {
+        with_mma_format(up, [&](auto format) {
+            launch_up<decltype(format)::value>(static_cast<const bf16*>(x), norm, eps, up, shared_up, experts, top_k,
+                                               activation, pitch, T, stream);
+        });
+        with_mma_format(out, [&](auto format) {
+            launch_down<decltype(format)::value>(activation, pitch, out, shared_out, experts, coefficients, top_k,
+                                                 static_cast<const bf16*>(residual), static_cast<bf16*>(y), T, stream);
+        });
+        return;
+    }
     const int64_t I = (up.rows > shared_up.rows ? up.rows : shared_up.rows) / 2;
     const int64_t up_stride = up.stride > shared_up.stride ? up.stride : shared_up.stride;
     const int64_t down_stride = out.stride > shared_out.stride ? out.stride : shared_out.stride;

@@ -20,7 +20,7 @@ DECODE = {
         "prepare_kernel", "attend_kernelILi64ELb1", "attend_kernelILi128ELb1", "attend_kernelILi256ELb1",
         "attend_row_kernel", "combine_kernel",
     ),
-    "moe": ("route_kernel", "expert_up_kernel", "expert_down_kernel"),
+    "moe": ("route_kernel", "expert_up_kernel", "expert_down_kernel", "expert_up_mma_kernel", "expert_down_mma_kernel"),
     "sample": ("choose_kernel", "shortlist_kernel"),
     "norm": ("rms_norm_kernel", "embed_kernel", "rope_table_kernel"),
     "vision": (),

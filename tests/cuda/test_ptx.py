@@ -131,10 +131,14 @@ INTEGERS = {  # three numbers, what the instruction makes of them
     "mul.hi.u32 %r13, %r10, %r11": [((0xFFFFFFFF, 0xFFFFFFFF, 0), 0xFFFFFFFE)],
     "add.cc.u32 %r20, %r10, %r11; addc.u32 %r13, %r12, 0": [((0xFFFFFFFF, 1, 5), 6), ((1, 1, 5), 5)],
     "sub.cc.u32 %r20, %r10, %r11; subc.u32 %r13, %r12, 0": [((0, 1, 5), 4), ((1, 1, 5), 5)],
+    # the source may be wider than what is converted
+    "mov.b64 %rd9, {%r10, %r11}; cvt.s64.s32 %rd10, %rd9; mov.b64 {%r20, %r13}, %rd10": [
+        ((0x80000000, 5, 0), 0xFFFFFFFF), ((1, 5, 0), 0)
+    ],
     "brev.b32 %r13, %r10": [((0x1, 0, 0), 0x80000000)],
     "div.s32 %r13, %r10, %r11": [((-7 & 0xFFFFFFFF, 2, 0), -3 & 0xFFFFFFFF)],
     "rem.s32 %r13, %r10, %r11": [((-7 & 0xFFFFFFFF, 2, 0), -1 & 0xFFFFFFFF)],
-}
+}  # fmt: skip
 FLOATS = {
     # 1 + 2^-30 towards minus infinity and zero, and the same below zero
     "fma.rm.f32 %f13, %f10, %f11, %f12": [((2**-15, 2**-15, 1.0), 1.0), ((2**-15, -(2**-15), -1.0), -one_up(1.0))],

@@ -488,7 +488,16 @@ void Parser::instruction(std::string text) {
     if (!opcode) refuse("the opcode " + name);
     if (operands.size() != opcode->widths.size()) refuse("another number of operands than the opcode has");
     Instr in = fresh(name, *opcode);
-    for (size_t i = 0; i < operands.size(); ++i) in.r[i] = operand(operands[i], opcode->widths[i]);
+    for (size_t i = 0; i < operands.size(); ++i) {
+        const Register* given = starts_with(name, "cvt.") && i == 1 ? find_register(operands[1]) : nullptr;
+        if (given && given->width == 64 && opcode->widths[1] == 32) {  // a conversion takes the lower part
+            Instr part = fresh(name, *find_opcode("low.b64"));
+            part.r[0] = new_slot(32), part.r[1] = part.r[2] = given->slot;
+            kernel->code.push_back(part);
+            in.r[1] = part.r[0];
+        } else
+            in.r[i] = operand(operands[i], opcode->widths[i]);
+    }
     if (operands.size() == 2) in.r[2] = in.r[1];  // not.pred and mov.pred run as operations of two
     if (opcode->kind == Kind::together && !starts_with(name, "mma"))
         in.members = static_cast<int32_t>(in.r[operands.size() - 1]);
