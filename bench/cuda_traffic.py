@@ -256,7 +256,9 @@ def line(case: Case, launch: Any, resources: dict[int, dict[str, tuple[int, int]
     blocks, scale = int(np.prod(launch.grid)), launch.grid[0] / launch.columns
     warps = launch.threads // 32
     registers = resources[90][launch.kernel][0]
-    most = {c: occupancy(found[launch.kernel][0], launch.threads, launch.shared_bytes, c) for c, found in resources.items()}
+    most = {
+        c: occupancy(found[launch.kernel][0], launch.threads, launch.shared_bytes, c) for c, found in resources.items()
+    }
     at_once = min(most[90], blocks * warps / PROCESSORS)
     of = lambda kind, what: sum(getattr(p, what) for p in launch.places if p.kind.startswith(kind))  # noqa: E731
     both = [*launch.read, *launch.written]
@@ -287,6 +289,13 @@ def details(case: Case, launch: Any) -> None:
             print(f"{b.requested:10} sectors {kind}, {b.per_block} by blocks, {once} once: {b.name}")
 
 
+def chosen(words: list[str], makers: list[Callable[[], Iterator[Case]]]) -> Iterator[Case]:
+    for maker in makers:
+        for case in maker():
+            if not words or any(word in case.name for word in words):
+                yield case
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only cases that hold one of these")
@@ -302,9 +311,7 @@ def main() -> int:
     resources = {c: emulator.kernel_resources(c) for c in SHARED_OF_PROCESSOR}
     for title, makers in GROUPS.items():
         print(f"\n## {title}\n\n{HEADER}")
-        for case in (case for maker in makers for case in maker()):
-            if args.words and not any(word in case.name for word in args.words):
-                continue
+        for case in chosen(args.words, makers):
             module.count_traffic(args.blocks)
             case.call()
             launches = module.take_traffic()

@@ -121,6 +121,10 @@ __global__ void __launch_bounds__(128, 2)
         const float* cq = c + t * s.C + key_head * s.Dk;
         const float* ck = cq + s.Hk * s.Dk;
         float* traced = trace ? trace + t * s.trace() + s.C : nullptr;
+        // Loaded before the barriers, so that it is on its way together with q and k.
+        float beta, log_decay;
+        gates(proj, A_log, dt_bias, s, t, h, &beta, &log_decay);
+        const float decay = expf(log_decay), v = inside ? c[t * s.C + 2 * s.Hk * s.Dk + h * s.Dv + column] : 0.0f;
         __syncthreads();  // the last token's q, k and parts have been read
         if (warp < 2) {
             const float* x = warp ? ck : cq;
@@ -136,9 +140,6 @@ __global__ void __launch_bounds__(128, 2)
             }
         }
         __syncthreads();
-        float beta, log_decay;
-        gates(proj, A_log, dt_bias, s, t, h, &beta, &log_decay);
-        const float decay = expf(log_decay), v = inside ? c[t * s.C + 2 * s.Hk * s.Dk + h * s.Dv + column] : 0.0f;
         // One pass gives S^T k and S^T q of the decayed state; the output of the updated one is S^T q + (k . q) w.
         float Sk = 0, Sq = 0, kq = 0;
 #pragma unroll
@@ -242,15 +243,20 @@ __global__ void gated_norm_kernel(const float* o, const T* proj, const float* no
 // Padded matrices in shared memory: one more float per row keeps columns of neighbouring rows in different banks.
 constexpr int kPitch = kMaxWidth + 4, kSquare = kChunk + 4;
 
-// c (16 x 8 tile at rows r0, columns n0) += A B with A(i, k) = a(r0 + i, k), B(k, n) = b(k, n0 + n), k < depth (a
-// multiple of 8).
+// c[j] (16 x 8 tiles at rows r0, columns n0 + 8 j) += A B with A(i, k) = a(r0 + i, k), B(k, n) = b(k, n0 + n), k <
+// depth (a multiple of 8); A is read once for all tiles.
+constexpr int kTiles = 4;
+
 template <class A, class B>
-__device__ __forceinline__ void tile_product(float (&c)[4], int depth, int r0, int n0, A a, B b) {
+__device__ __forceinline__ void tile_products(float (&c)[kTiles][4], int depth, int r0, int n0, A a, B b) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     for (int k = 0; k < depth; k += 8) {
         const float fa[4] = {a(r0 + g, k + t), a(r0 + g + 8, k + t), a(r0 + g, k + t + 4), a(r0 + g + 8, k + t + 4)};
-        const float fb[2] = {b(k + t, n0 + g), b(k + t + 4, n0 + g)};
-        mma_float(c, fa, fb);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+            const float fb[2] = {b(k + t, n0 + j * 8 + g), b(k + t + 4, n0 + j * 8 + g)};
+            mma_float(c[j], fa, fb);
+        }
     }
 }
 
@@ -363,21 +369,25 @@ __global__ void __launch_bounds__(kPrepareThreads)
     // exponential.
     const int g = lane / 4, t2 = lane % 4 * 2, r0 = warp * 16;
     const auto query = [&](int i, int k) -> float { return i < n && k < Dk ? cq[i * s.C + k] * q_scale[i] : 0.0f; };
-    for (int n0 = 0; n0 < kChunk; n0 += 8) {
-        float kk[4] = {}, qk[4] = {};
+    for (int n0 = 0; n0 < kChunk; n0 += 8 * kTiles) {
+        float kk[kTiles][4] = {}, qk[kTiles][4] = {};
         if (n0 < r0 + 16) {
             const auto column = [&](int k, int j) -> float { return K[j * kPitch + k]; };
-            tile_product(kk, depth, r0, n0, [&](int i, int k) -> float { return K[i * kPitch + k]; }, column);
-            tile_product(qk, depth, r0, n0, query, column);
+            tile_products(kk, depth, r0, n0, [&](int i, int k) -> float { return K[i * kPitch + k]; }, column);
+            tile_products(qk, depth, r0, n0, query, column);
         }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int i = r0 + g + e / 2 * 8, j = n0 + t2 + e % 2;
-            const float fall = j <= i ? expf(G[i] - G[j]) : 0.0f;
-            if (j < i) A[i * kSquare + j] = beta[i] * fall * kk[e];
-            qk[e] *= fall;
+        for (int tile = 0; tile < kTiles; ++tile) {
+            float (&p)[4] = qk[tile];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int i = r0 + g + e / 2 * 8, j = n0 + tile * 8 + t2 + e % 2;
+                const float fall = j <= i ? expf(G[i] - G[j]) : 0.0f;
+                if (j < i) A[i * kSquare + j] = beta[i] * fall * kk[tile][e];
+                p[e] *= fall;
+            }
+            store_as(fragment(out.P, kChunk / 8, warp, n0 / 8 + tile), float4{p[0], p[1], p[2], p[3]});
         }
-        store_as(fragment(out.P, kChunk / 8, warp, n0 / 8), float4{qk[0], qk[1], qk[2], qk[3]});
     }
     __syncthreads();
 
@@ -406,22 +416,28 @@ __global__ void __launch_bounds__(kPrepareThreads)
             store_as(fragment(out.K, kChunk / 8, tile, step),
                      float4{k_at(k, i), k_at(k, i + 1), k_at(k + 8, i), k_at(k + 8, i + 1)});
         }
-    for (int n0 = 0; n0 < wide; n0 += 8) {
-        float w[4] = {};
-        tile_product(w, r0 + 16, r0, n0, inverse,
-                     [&](int k, int j) -> float { return beta[k] * decay[k] * K[k * kPitch + j]; });
-        store_as(fragment(out.Wk, wide / 8, warp, n0 / 8), float4{w[0], w[1], w[2], w[3]});
+    for (int n0 = 0; n0 < wide; n0 += 8 * kTiles) {
+        float w[kTiles][4] = {};
+        tile_products(w, r0 + 16, r0, n0, inverse,
+                      [&](int k, int j) -> float { return beta[k] * decay[k] * K[k * kPitch + j]; });
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+            if (n0 + tile * 8 < wide)
+                store_as(fragment(out.Wk, wide / 8, warp, n0 / 8 + tile),
+                         float4{w[tile][0], w[tile][1], w[tile][2], w[tile][3]});
     }
     const float* v = c + begin * s.C + 2 * s.Hk * s.Dk + h * s.Dv;
-    for (int n0 = 0; n0 < Dv; n0 += 8) {
-        float w[4] = {};
-        tile_product(w, r0 + 16, r0, n0, inverse,
-                     [&](int k, int j) -> float { return k < n && j < Dv ? beta[k] * v[k * s.C + j] : 0.0f; });
+    for (int n0 = 0; n0 < Dv; n0 += 8 * kTiles) {
+        float w[kTiles][4] = {};
+        tile_products(w, r0 + 16, r0, n0, inverse,
+                      [&](int k, int j) -> float { return k < n && j < Dv ? beta[k] * v[k * s.C + j] : 0.0f; });
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int i = r0 + g + e / 2 * 8, j = n0 + t2 + e % 2;
-            if (j < Dv) out.Wv[i * s.Dv + j] = w[e];
-        }
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int i = r0 + g + e / 2 * 8, j = n0 + tile * 8 + t2 + e % 2;
+                if (j < Dv) out.Wv[i * s.Dv + j] = w[tile][e];
+            }
     }
 }
 

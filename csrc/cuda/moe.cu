@@ -26,19 +26,20 @@ __global__ void route_kernel(const float* logits, int64_t E, int64_t top_k, int6
     const float* row = logits + t * (E + 1);
     float* c = coefficients + t * (top_k + 1);
     float last = 0, first = 0, total = 0;
-    int64_t last_expert = -1;
+    int last_expert = -1;
     for (int64_t j = 0; j < top_k; ++j) {
         // The best of those after the last chosen one in the order (logit descending, index ascending).
         float best = 0;
-        int64_t best_expert = -1;
-        for (int64_t e = lane; e < E; e += kWarp) {
+        int best_expert = -1;
+        for (int e = lane; e < E; e += kWarp) {
             const float v = row[e];
             const bool later = j == 0 || v < last || (v == last && e > last_expert);
             if (later && (best_expert < 0 || v > best)) best = v, best_expert = e;
         }
+#pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) {
             const float v = __shfl_xor_sync(kAllLanes, best, offset);
-            const int64_t e = __shfl_xor_sync(kAllLanes, best_expert, offset);
+            const int e = __shfl_xor_sync(kAllLanes, best_expert, offset);
             if (e >= 0 && (best_expert < 0 || v > best || (v == best && e < best_expert))) best = v, best_expert = e;
         }
         // NaN logits choose nothing: expert 0 keeps every index valid, and the NaN goes on in the coefficient.
@@ -199,43 +200,60 @@ constexpr int kTile = 32;  // entries (token, slot) of one expert that a block m
 constexpr int kGroupThreads = 1024;
 
 // Entries t * top_k + slot sorted by expert, each expert's in ascending order, and the tiles that cover them: tile i
-// has entries [tiles[3i+1], tiles[3i+2]) of `sorted` and expert tiles[3i], -1 after the last. One block; `counts` has 2
-// * E numbers.
-__global__ void __launch_bounds__(kGroupThreads, 1)
-    group_kernel(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles,
-                 int64_t max_tiles) {
+// has entries [tiles[3i+1], tiles[3i+2]) of `sorted` and expert tiles[3i], -1 after the last. Every block counts all
+// entries, and then a warp places those of one expert. Shared memory: 3 * E numbers.
+__global__ void __launch_bounds__(kGroupThreads, 1) group_kernel(const int64_t* experts, int64_t entries, int64_t E,
+                                                                 int64_t* sorted, int64_t* tiles, int64_t max_tiles) {
     grid_begin();
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    for (int64_t e = warp; e < E; e += warps) {
-        int64_t count = 0;
-        for (int64_t i = 0; i < entries; i += kWarp) {
-            const bool mine = i + lane < entries && experts[i + lane] == e;
-            count += __popc(__ballot_sync(kAllLanes, mine));
+    DELTAIC_DYNAMIC_SHARED(base);
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, all = static_cast<int>(E);
+    const size_t each = static_cast<size_t>(E), bytes = each * sizeof(int);
+    const Shared<int> count = carve<int>(base, 0, each);
+    // Entries and tiles of the experts before.
+    const Shared<int> entry = carve<int>(base, bytes, each), tile = carve<int>(base, 2 * bytes, each);
+    for (int e = threadIdx.x; e < all; e += kGroupThreads) count[e] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < entries; i += kGroupThreads) atomicAdd(shared_atomic(count, experts[i]), 1);
+    __syncthreads();
+    if (warp == 0) {  // a lane adds up a run of experts, and the runs are added across lanes
+        const int run = (all + kWarp - 1) / kWarp, first = lane * run, end = first + run < all ? first + run : all;
+        int own_entries = 0, own_tiles = 0;
+        for (int e = first; e < end; ++e) {
+            const int here = count[e];
+            own_entries += here, own_tiles += (here + kTile - 1) / kTile;
         }
-        if (lane == 0) counts[e] = count;
+        int through_entries = own_entries, through_tiles = own_tiles;
+#pragma unroll
+        for (int offset = 1; offset < kWarp; offset *= 2) {
+            const int a = __shfl_up_sync(kAllLanes, through_entries, offset),
+                      b = __shfl_up_sync(kAllLanes, through_tiles, offset);
+            if (lane >= offset) through_entries += a, through_tiles += b;
+        }
+        int before = through_entries - own_entries, tiles_before = through_tiles - own_tiles;
+        for (int e = first; e < end; ++e) {
+            const int here = count[e];
+            entry[e] = before, tile[e] = tiles_before;
+            before += here, tiles_before += (here + kTile - 1) / kTile;
+        }
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        int64_t first = 0, tile = 0;
-        for (int64_t e = 0; e < E; ++e) {
-            counts[E + e] = first;
-            for (int64_t i = 0; i < counts[e]; i += kTile, ++tile) {
-                tiles[3 * tile] = e, tiles[3 * tile + 1] = first + i;
-                tiles[3 * tile + 2] = first + (i + kTile < counts[e] ? i + kTile : counts[e]);
-            }
-            first += counts[e];
-        }
-        for (; tile < max_tiles; ++tile) tiles[3 * tile] = -1;
+    if (blockIdx.x == 0) {
+        const int used = tile[all - 1] + (count[all - 1] + kTile - 1) / kTile;
+        for (int64_t i = used + threadIdx.x; i < max_tiles; i += kGroupThreads) tiles[3 * i] = -1;
     }
-    __syncthreads();
-    for (int64_t e = warp; e < E; e += warps) {
-        int64_t place = counts[E + e];
-        for (int64_t i = 0; i < entries; i += kWarp) {
-            const bool mine = i + lane < entries && experts[i + lane] == e;
-            const uint32_t mask = __ballot_sync(kAllLanes, mine);
-            if (mine) sorted[place + __popc(mask & ((1u << lane) - 1u))] = i + lane;
-            place += __popc(mask);
-        }
+    const int e = static_cast<int>(blockIdx.x) * (kGroupThreads / kWarp) + warp;
+    if (e >= all) return;
+    const int64_t first = entry[e], end = first + count[e];
+    for (int64_t i = lane; first + i * kTile < end; i += kWarp) {
+        int64_t* to = tiles + 3 * (tile[e] + i);
+        to[0] = e, to[1] = first + i * kTile, to[2] = to[1] + kTile < end ? to[1] + kTile : end;
+    }
+    int64_t place = first;
+    for (int64_t i = 0; i < entries && place < end; i += kWarp) {
+        const bool mine = i + lane < entries && experts[i + lane] == e;
+        const uint32_t mask = __ballot_sync(kAllLanes, mine);
+        if (mine) sorted[place + __popc(mask & ((1u << lane) - 1u))] = i + lane;
+        place += __popc(mask);
     }
 }
 
@@ -404,12 +422,13 @@ void moe_few(const void* x, const float* norm, float eps, const Matrices& gate_u
 
 int64_t moe_max_tiles(int64_t entries, int64_t E) { return entries / kTile + (E < entries ? E : entries); }
 
-void moe_group(const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted, int64_t* tiles,
-               int64_t max_tiles, Stream stream) {
+void moe_group(const int64_t* experts, int64_t entries, int64_t E, int64_t* sorted, int64_t* tiles, int64_t max_tiles,
+               Stream stream) {
     if (entries == 0) return;
+    if (E > 4096 || entries > 1 << 30) fail("moe_group", "expected up to 4096 experts and 2^30 entries");
     if (max_tiles < moe_max_tiles(entries, E)) fail("moe_group", "too little room for the tiles");
-    launch("moe_group", group_kernel, 1, kGroupThreads, 0, stream, experts, entries, E, counts, sorted, tiles,
-           max_tiles);
+    launch("moe_group", group_kernel, blocks_for(E, kGroupThreads / kWarp), kGroupThreads,
+           3 * static_cast<size_t>(E) * sizeof(int), stream, experts, entries, E, sorted, tiles, max_tiles);
 }
 
 void moe_grouped(const void* x, int64_t pitch, int64_t per_row, const Matrices& w, const int64_t* sorted,

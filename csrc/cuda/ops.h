@@ -43,8 +43,8 @@
                 const Matrices& shared_gate_up, const Matrices& shared_down, const int64_t* experts,                   \
                 const float* coefficients, int64_t top_k, const void* residual, float* activation, int64_t pitch,      \
                 void* y, int64_t T, int64_t type, Stream stream))                                                      \
-    X(moe_group, (const int64_t* experts, int64_t entries, int64_t E, int64_t* counts, int64_t* sorted,                \
-                  int64_t* tiles, int64_t max_tiles, Stream stream))                                                   \
+    X(moe_group, (const int64_t* experts, int64_t entries, int64_t E, int64_t* sorted, int64_t* tiles,                 \
+                  int64_t max_tiles, Stream stream))                                                                   \
     X(moe_grouped, (const void* x, int64_t pitch, int64_t per_row, const Matrices& w, const int64_t* sorted,           \
                     const int64_t* tiles, int64_t max_tiles, void* y, int64_t y_pitch, Stream stream))                 \
     X(moe_scatter, (const void* routed, const void* shared, const float* coefficients, int64_t top_k,                  \

@@ -438,8 +438,8 @@ def moe(
     shared = linear(swiglu(h, shared_gate_up), shared_down)
     entries, inner = T * top_k, gate_up.shape[-2] // 2
     room = dev.module.moe_max_tiles(entries, E)
-    counts, order, tiles = new([2 * E], torch.int64), new([entries], torch.int64), new([room, 3], torch.int64)
-    dev.module.moe_group(address(experts), entries, E, address(counts), address(order), address(tiles), room, stream)
+    order, tiles = new([entries], torch.int64), new([room, 3], torch.int64)
+    dev.module.moe_group(address(experts), entries, E, address(order), address(tiles), room, stream)
     pitch = -(-inner // 8) * 8
     activation = new([entries, pitch], x.dtype)
     if pitch != inner:
