@@ -101,7 +101,7 @@ def head() -> Iterator[Case]:
 
 
 def delta(lengths: list[int], Hv: int, traced: bool = False) -> Iterator[Case]:
-    Hk, D, T, B = 16, 128, sum(lengths), len(lengths)
+    Hk, D, T = 16, 128, sum(lengths)
     C = 2 * Hk * D + Hv * D
     states, convs = ([on_device(torch.zeros(1, *s)) for _ in lengths] for s in ((Hv, D, D), (3, C)))
     trace = vector(1, T, C + Hk * D + Hv * D + Hv) if traced else None

@@ -181,7 +181,7 @@ struct Partial {
     }
 };
 
-constexpr int kRun = 32;  // keys of one turn: run r belongs to split r % splits
+constexpr int kRun = 64;  // keys of one turn: run r belongs to split r % splits
 
 // Splits that have any of `keys` keys.
 __device__ __forceinline__ int64_t active_splits(int64_t keys, int64_t splits) {
@@ -191,11 +191,11 @@ __device__ __forceinline__ int64_t active_splits(int64_t keys, int64_t splits) {
 
 // One warp: `count` rows (at most 16) and one split of the keys 0..end. q(r) is the address of row r, see(r) the number
 // of keys that it sees, id(r) its place in `out`.
-template <int D, bool HALF, class Rows, class Q, class See, class Id>
+template <int D, class Rows, class Q, class See, class Id>
 __device__ __forceinline__ void attend_tile(const Rows& rows, int count, int64_t end, int64_t split, const Partial& out,
                                             Q q, See see, Id id) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, chunks = static_cast<int>(out.D / 8);
-    Attend<D, HALF> attend;
+    Attend<D, false> attend;
     attend.start();
     attend.load_q(g < count ? q(g) : nullptr, g + 8 < count ? q(g + 8) : nullptr, chunks);
     const int64_t visible[2] = {g < count ? see(g) : 0, g + 8 < count ? see(g + 8) : 0};
@@ -213,6 +213,47 @@ __device__ __forceinline__ void attend_tile(const Rows& rows, int count, int64_t
                 float* stat = out.stat(id(g + 8 * r), split);
                 stat[0] = attend.largest[r], stat[1] = attend.total[r];
             }
+}
+
+constexpr int kJoined = kRun / 16;  // warps that share a split in attend_joined
+
+// Floats of its shared memory: all that its warps have of eight rows. The two more per row keep lanes apart.
+template <int D>
+constexpr int kJoinedFloats = kJoined * 8 * (D + 2);
+
+// The same by a block of kJoined warps for at most eight rows that see all keys: each warp takes 16 keys of a turn, and
+// what they have is joined. `stats` has 2 * 8 * kJoined floats.
+template <int D, class Rows, class Q, class Id>
+__device__ __forceinline__ void attend_joined(const Rows& rows, int count, int64_t end, int64_t split,
+                                              const Partial& out, Shared<float> sums, Shared<float> stats, Q q, Id id) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4,
+              chunks = static_cast<int>(out.D / 8);
+    Attend<D, true> attend;
+    attend.start();
+    attend.load_q(g < count ? q(g) : nullptr, nullptr, chunks);
+    const int64_t visible[2] = {g < count ? end : 0, 0};
+#pragma unroll 1
+    for (int64_t k = split * kRun + warp * 16; k < end; k += out.splits * kRun)
+        attend.step(rows, k, end, visible, chunks);
+    attend.finish();
+    attend.each([&](int r, int column, float v) { sums[(warp * 8 + r) * (D + 2) + column] = v; });
+    if (lane % 4 == 0) stats[(warp * 8 + g) * 2] = attend.largest[0], stats[(warp * 8 + g) * 2 + 1] = attend.total[0];
+    __syncthreads();
+    const int width = static_cast<int>(out.D);
+    for (int item = threadIdx.x; item < count * width; item += kJoined * kWarp) {
+        const int r = item / width, column = item % width;
+        float largest = kNegativeInfinity, sum = 0, total = 0;
+#pragma unroll
+        for (int w = 0; w < kJoined; ++w) largest = fmaxf(largest, stats[(w * 8 + r) * 2]);
+#pragma unroll
+        for (int w = 0; w < kJoined; ++w) {
+            const float weight = expf(stats[(w * 8 + r) * 2] - largest);
+            total = fmaf(weight, stats[(w * 8 + r) * 2 + 1], total);
+            sum = fmaf(weight, sums[(w * 8 + r) * (D + 2) + column], sum);
+        }
+        out.sum(id(r), split)[column] = sum;
+        if (column == 0) out.stat(id(r), split)[0] = largest, out.stat(id(r), split)[1] = total;
+    }
 }
 
 // The same for one row without tensor cores: any element type, any width up to 256.

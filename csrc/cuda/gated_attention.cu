@@ -1,7 +1,7 @@
 // gated_attention: q/k norm, rope, K/V append, causal attention on paged K/V, output gate, for ragged sequences.
 //
 // `prepare` norms and rotates, stores K and V, and writes q scaled by 1/sqrt(D). `attend` computes partial results: the
-// keys of a sequence are dealt to `splits` blocks in runs of 32; `combine` joins the partial results of a row and
+// keys of a sequence are dealt to `splits` blocks in runs of 64; `combine` joins the partial results of a row and
 // applies the gate. The split of the keys depends on nothing but their index, so a row gets the same bits whoever
 // shares its batch.
 #include "cuda/attend.cuh"
@@ -84,35 +84,40 @@ __global__ void prepare_kernel(const T* proj, const float* q_norm, const float* 
     for (int64_t i = lane; i < s.D; i += kWarp) stored[i] = from_float<KV>(to_float(v[i]));
 }
 
-// Tensor-core form, bfloat16 K/V. With PER_TOKEN a block is a warp with one token, key head and split, whose rows are
-// the query heads of the group; otherwise it has four that read the same keys, each for 16 rows of (token, head) of a
-// sequence.
-template <int D, bool PER_TOKEN>  // PER_TOKEN: groups of at most 8 heads
-__global__ void __launch_bounds__(PER_TOKEN ? kWarp : 128)
-    attend_kernel(const bf16* q, Shape s, const int64_t* cu_seqlens, const int64_t* starts, Cache<bf16> cache,
-                  Partial out) {
+// Tensor-core form, bfloat16 K/V. Block (token, key head, split): rows are the query heads of the group, at most eight.
+template <int D>
+__global__ void __launch_bounds__(kJoined* kWarp)
+    attend_token_kernel(const bf16* q, Shape s, const int64_t* cu_seqlens, const int64_t* starts, Cache<bf16> cache,
+                        Partial out) {
     grid_begin();
-    const int64_t group = s.Hq / s.Hkv, head = blockIdx.y, warp = threadIdx.x / kWarp;
-    int64_t b, first_row, split;
-    int count;
-    if (PER_TOKEN) {
-        b = sequence_of(cu_seqlens, blockIdx.x);
-        first_row = (blockIdx.x - cu_seqlens[b]) * group, count = static_cast<int>(group);
-        split = blockIdx.z;
-    } else {
-        b = blockIdx.z / out.splits, split = blockIdx.z % out.splits;
-        first_row = (static_cast<int64_t>(blockIdx.x) * 4 + warp) * 16;
-        const int64_t left = (cu_seqlens[b + 1] - cu_seqlens[b]) * group - first_row;
-        count = static_cast<int>(left < 16 ? left : 16);
-    }
+    DELTAIC_SHARED(float, sums, kJoinedFloats<D>);
+    DELTAIC_SHARED(float, stats, 2 * 8 * kJoined);
+    const int64_t t = blockIdx.x, head = blockIdx.y, split = blockIdx.z, group = s.Hq / s.Hkv;
+    const int64_t b = sequence_of(cu_seqlens, t), end = starts[b] + t - cu_seqlens[b] + 1;
+    if (split * kRun >= end) return;  // `combine` does not read it
+    const auto id = [&](int r) { return t * s.Hq + head * group + r; };
+    attend_joined<D>(
+        CacheRows<bf16>{cache, b, head}, static_cast<int>(group), end, split, out, sums, stats,
+        [&](int r) { return q + id(r) * s.D; }, id);
+}
+
+// The same for many tokens: 4 warps that read the same keys, each with 16 rows of (token, head) of a sequence.
+template <int D>
+__global__ void __launch_bounds__(128) attend_kernel(const bf16* q, Shape s, const int64_t* cu_seqlens,
+                                                     const int64_t* starts, Cache<bf16> cache, Partial out) {
+    grid_begin();
+    const int64_t group = s.Hq / s.Hkv, head = blockIdx.y, b = blockIdx.z / out.splits, split = blockIdx.z % out.splits;
+    const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / kWarp) * 16;
+    const int64_t left = (cu_seqlens[b + 1] - cu_seqlens[b]) * group - first_row;
+    const int count = static_cast<int>(left < 16 ? left : 16);
     if (count <= 0) return;
     const int64_t begin = cu_seqlens[b], start = starts[b];
     const auto token = [&](int r) { return (first_row + r) / group; };
     const auto id = [&](int r) { return (begin + token(r)) * s.Hq + head * group + (first_row + r) % group; };
     const auto see = [&](int r) { return start + token(r) + 1; };
     const int64_t end = see(count - 1);
-    if (split * kRun >= end) return;  // `combine` does not read it
-    attend_tile<D, PER_TOKEN>(
+    if (split * kRun >= end) return;
+    attend_tile<D>(
         CacheRows<bf16>{cache, b, head}, count, end, split, out, [&](int r) { return q + id(r) * s.D; }, see, id);
 }
 
@@ -171,11 +176,11 @@ void launch_attend(const bf16* q, Shape s, const int64_t* cu_seqlens, const int6
                    Partial partial, int64_t tokens, int64_t B, int64_t longest, bool per_token, Stream stream) {
     const unsigned heads = static_cast<unsigned>(s.Hkv);
     if (per_token) {
-        launch("gated_attention attend", attend_kernel<D, true>,
-               dim3(static_cast<unsigned>(tokens), heads, static_cast<unsigned>(partial.splits)), kWarp, 0, stream, q,
-               s, cu_seqlens, starts, cache, partial);
+        launch("gated_attention attend", attend_token_kernel<D>,
+               dim3(static_cast<unsigned>(tokens), heads, static_cast<unsigned>(partial.splits)), kJoined * kWarp, 0,
+               stream, q, s, cu_seqlens, starts, cache, partial);
     } else {
-        launch("gated_attention attend", attend_kernel<D, false>,
+        launch("gated_attention attend", attend_kernel<D>,
                dim3(blocks_for(longest * (s.Hq / s.Hkv), 64), heads, static_cast<unsigned>(B * partial.splits)), 128, 0,
                stream, q, s, cu_seqlens, starts, cache, partial);
     }

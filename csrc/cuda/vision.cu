@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(128)
     const int count = static_cast<int>(end - first < 16 ? end - first : 16);
     const bf16* q = rotated + head * P * out.D;
     const SegmentRows<bf16> rows{q + (P * heads + begin) * out.D, q + (2 * P * heads + begin) * out.D, out.D};
-    attend_tile<D, false>(
+    attend_tile<D>(
         rows, count, end - begin, 0, out, [&](int r) { return q + (first + r) * out.D; },
         [&](int) { return end - begin; }, [&](int r) { return (first + r) * heads + head; });
 }

@@ -17,7 +17,7 @@ DECODE = {
     "linear": ("gemv_kernel", "gemv_mma_kernel"),
     "gated_delta_net": ("conv_kernel", "recurrent_kernel", "gated_norm_kernel", "commit_kernel", "commit_conv_kernel"),
     "gated_attention": (
-        "prepare_kernel", "attend_kernelILi64ELb1", "attend_kernelILi128ELb1", "attend_kernelILi256ELb1",
+        "prepare_kernel", "attend_token_kernelILi64", "attend_token_kernelILi128", "attend_token_kernelILi256",
         "attend_row_kernel", "combine_kernel",
     ),
     "moe": ("route_kernel", "expert_up_kernel", "expert_down_kernel", "expert_up_mma_kernel", "expert_down_mma_kernel"),

@@ -328,6 +328,43 @@ def test_sectors_of_buffers_are_counted(emulated):
         assert found == (32, columns * 8, columns * 8, 0, columns * 8)
 
 
+def reads(module, call):
+    """What a call reads, by buffers of each launch."""
+    module.count_traffic(1 << 30)
+    try:
+        call()
+        return [launch.read for launch in module.take_traffic()]
+    finally:
+        module.count_traffic(0)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_weights_and_keys_are_read_once_in_whole_sectors(emulated, use_ptx, rng, format):
+    use_ptx(90)
+    emulated.set_order("forward", 0)
+    cuda.use_device(emulator.EmulatedDevice(emulated))
+    try:
+        w, x = cuda.pack([normal(rng, 64, 1024)], format), tensor(normal(rng, 4, 1024), "bf16")
+        (product,) = reads(emulated, lambda: cuda.linear(x, w, norm=np.ones(1024, np.float32)))
+        (weights,) = [b for b in product if b.size * 32 == w.parts[0].q.nbytes]
+        assert weights.requested == weights.per_block == weights.alone == weights.size
+        table = cuda.BlockTable()
+        table.append(tensor(normal(rng, 1, 2, 1, 128, 256), "bf16"))
+        proj, norm, turn = tensor(normal(rng, 1, 10 * 256), "bf16"), np.ones(256, np.float32), np.ones((1, 32))
+        options = {"eps": 1e-6, "num_heads": 4, "num_kv_heads": 1, "layer": 0, "cu_seqlens": np.array([0, 1])}
+        attend = reads(
+            emulated,
+            lambda: cuda.gated_attention(
+                proj, norm, norm, turn, turn, **options, starts=np.array([127]), tables=[table]
+            ),
+        )[1]
+        (keys,) = [b for b in attend if b.size * 32 == table.blocks[0].nbytes]
+        assert keys.requested == keys.per_block == keys.size
+    finally:
+        emulated.use_ptx("")
+        cuda.use_device(None)
+
+
 # --- kernels that only nvcc compiles so
 
 PRODUCT = (

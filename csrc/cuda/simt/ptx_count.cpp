@@ -41,7 +41,8 @@ std::unique_ptr<Counter> Counter::of(const Kernel& kernel, const Launch& launch,
     l.name = launch.name, l.kernel = kernel.name, l.grid = {launch.grid.x, launch.grid.y, launch.grid.z};
     l.threads = launch.block.x * launch.block.y * launch.block.z, l.shared_bytes = shared_bytes;
     const uint64_t row = uint64_t{launch.grid.y} * launch.grid.z;
-    l.columns = static_cast<unsigned>(std::clamp<uint64_t>(blocks_wanted / row, 1, launch.grid.x));
+    l.columns =
+        static_cast<unsigned>(std::clamp<uint64_t>(blocks_wanted / row, std::min(launch.grid.x, 2u), launch.grid.x));
     counter->tallies_.resize(kernel.code.size());
     counter->of_warp_.resize(l.threads / kLanes);
     return counter;
