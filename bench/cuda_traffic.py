@@ -42,6 +42,7 @@ from gpu import random_weight  # noqa: E402
 
 PROCESSORS = 132  # of an H100
 SHARED_OF_PROCESSOR = {90: 228 * 1024, 80: 164 * 1024}
+Resources = dict[int, dict[str, tuple[int, int]]]  # by capability and kernel: registers, bytes of shared memory
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def kilobytes(sectors: float) -> str:
     return f"{sectors * 32 / 1024:,.0f}" if sectors * 32 >= 10240 else f"{sectors * 32 / 1024:.1f}"
 
 
-def line(case: Case, launch: Any, resources: dict[int, dict[str, tuple[int, int]]]) -> str:
+def line(case: Case, launch: Any, resources: Resources) -> str:
     blocks, scale = int(np.prod(launch.grid)), launch.grid[0] / launch.columns
     warps = launch.threads // 32
     registers = resources[90][launch.kernel][0]
@@ -289,11 +290,23 @@ def details(case: Case, launch: Any) -> None:
             print(f"{b.requested:10} sectors {kind}, {b.per_block} by blocks, {once} once: {b.name}")
 
 
-def chosen(words: list[str], makers: list[Callable[[], Iterator[Case]]]) -> Iterator[Case]:
-    for maker in makers:
-        for case in maker():
-            if not words or any(word in case.name for word in words):
-                yield case
+def tables(module: Any, words: list[str], resources: Resources, blocks: int, wanted: str | None = None) -> None:
+    """Prints what the cases that hold one of `words` ask for, on a device that runs PTX."""
+    for title, makers in GROUPS.items():
+        print(f"\n## {title}\n\n{HEADER}")
+        for case in (case for make in makers for case in make()):
+            if words and not any(word in case.name for word in words):
+                continue
+            module.count_traffic(blocks)
+            try:
+                case.call()
+                launches = module.take_traffic()
+            finally:
+                module.count_traffic(0)
+            for launch in launches:
+                print(line(case, launch, resources), flush=True)
+                if wanted and wanted in short_name(launch.kernel):
+                    details(case, launch)
 
 
 def main() -> int:
@@ -308,18 +321,8 @@ def main() -> int:
     module.set_order("forward", 0)
     cuda.use_device(emulator.EmulatedDevice(module))
     torch.manual_seed(0)
-    resources = {c: emulator.kernel_resources(c) for c in SHARED_OF_PROCESSOR}
-    for title, makers in GROUPS.items():
-        print(f"\n## {title}\n\n{HEADER}")
-        for case in chosen(args.words, makers):
-            module.count_traffic(args.blocks)
-            case.call()
-            launches = module.take_traffic()
-            module.count_traffic(0)
-            for launch in launches:
-                print(line(case, launch, resources), flush=True)
-                if args.details and args.details in short_name(launch.kernel):
-                    details(case, launch)
+    resources = {capability: emulator.kernel_resources(capability) for capability in SHARED_OF_PROCESSOR}
+    tables(module, args.words, resources, args.blocks, args.details)
     return 0
 
 
