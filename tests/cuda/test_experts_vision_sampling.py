@@ -22,6 +22,21 @@ def test_moe(device, rng, kind, format, tokens):
     assert_close(y, wanted, kind, factor=2)
 
 
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(("inner", "shared"), [(16, 264), (136, 24)])
+def test_experts_of_a_token_do_not_depend_on_its_batch(device, rng, format, inner, shared):
+    """Widths that tensor cores take, of one run of columns or more, and not the same for the shared expert."""
+    E, H, top_k, tokens = 5, 40, 3, 4
+    weights = expert_weights(rng, E, H, inner, shared, format)
+    x, norm = rounded(normal(rng, tokens, H), "bf16"), normal(rng, H, scale=0.2)
+    options = {**weights, "top_k": top_k, "norm": norm, "eps": 1e-6}
+    y = array(cuda.moe(tensor(x, "bf16"), **options))
+    expected = {name: reference_weight(w) for name, w in weights.items()}
+    assert_close(y, reference.moe(x, **{**options, **expected}), "bf16", factor=2)
+    for t in range(tokens):
+        np.testing.assert_array_equal(array(cuda.moe(tensor(x[t : t + 1], "bf16"), **options)), y[t : t + 1])
+
+
 @pytest.mark.parametrize(("E", "top_k"), [(5, 1), (33, 4), (256, 8)])
 def test_route_takes_lower_experts_on_ties(device, rng, E, top_k):
     tokens = 6
