@@ -207,16 +207,9 @@ PYBIND11_MODULE(_core, m) {
         .def_property_readonly("blocks", [](const PyBlockTable& self) { return self.arrays; });
 
     py::class_<Tape>(m, "Tape", "A recorded sequence of operator calls: see deltaic.ops.cpu.")
-        .def(py::init<const py::list&>(), py::arg("inputs"))
-        .def(
-            "__enter__",
-            [](Tape& self) -> Tape& {
-                self.start();
-                return self;
-            },
-            py::return_value_policy::reference)
-        .def("__exit__", [](Tape& self, const py::args&) { self.stop(); })
-        .def("replay", &Tape::replay, py::arg("inputs"), py::arg("outputs"))
+        .def(py::init<>())
+        .def("record", &Tape::record, py::arg("inputs"), py::arg("run"))
+        .def("replay", &Tape::replay, py::arg("inputs"))
         .def("__len__", &Tape::size);
     m.def(
         "empty",

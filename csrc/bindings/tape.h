@@ -82,32 +82,42 @@ class Step final : public AnyStep {
     std::vector<const BlockTable*> tables_;  // likewise
 };
 
-// Inputs are arrays and block tables. An argument that lies in an input is found at the same place of the input of the
-// same number when the tape is replayed; everything else is the tape's own or is kept alive by it.
+// Inputs are arrays, block tables, None, and lists of these. An argument that lies in an input is found at the same
+// place of the input of the same number when the tape is replayed, and so is an output; everything else is the tape's
+// own or is kept alive by it.
 class Tape {
   public:
-    explicit Tape(const py::list& inputs) {
-        for (const py::handle value : inputs) inputs_.push_back(input_of(value));
-        for (size_t i = 0; i < inputs_.size(); ++i)
-            for (size_t j = 0; j < i; ++j)
-                if (inputs_[i].begin < inputs_[j].end && inputs_[j].begin < inputs_[i].end)
-                    throw Error("Tape: inputs " + std::to_string(j) + " and " + std::to_string(i) +
-                                " overlap; a tape cannot tell them apart");
-    }
-
     // The tape that records what this thread calls, or null.
     static Tape*& recording() {
         static thread_local Tape* tape = nullptr;
         return tape;
     }
 
-    void start() {
+    // Calls run(*inputs), which returns arrays, and remembers the operators that it calls. Returns copies of the
+    // arrays.
+    py::tuple record(const py::list& inputs, const py::function& run) {
         if (recording()) throw Error("Tape: another tape is being recorded");
-        if (!steps_.empty()) throw Error("Tape: it is recorded already; make a new one");
+        if (!inputs_.empty() || !steps_.empty()) throw Error("Tape: it is recorded already; make a new one");
+        inputs_ = inputs_of(inputs);
+        for (size_t i = 0; i < inputs_.size(); ++i)
+            for (size_t j = 0; j < i; ++j)
+                if (inputs_[i].begin < inputs_[j].end && inputs_[j].begin < inputs_[i].end)
+                    throw Error("Tape: inputs " + std::to_string(j) + " and " + std::to_string(i) +
+                                " overlap; a tape cannot tell them apart");
         recording() = this;
+        try {
+            const py::tuple found = run(*inputs);
+            recording() = nullptr;
+            for (const py::handle value : found) outputs_.push_back(output_of(value));
+        } catch (...) {
+            recording() = nullptr;
+            throw;
+        }
+        std::vector<Copy> copies;
+        const py::tuple results = new_results(inputs_, copies);
+        for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+        return results;
     }
-
-    void stop() { recording() = nullptr; }
 
     size_t size() const { return steps_.size(); }
 
@@ -144,30 +154,17 @@ class Tape {
         return buffers_.back();
     }
 
-    // Repeats all steps on other inputs of the same shapes and returns copies of `outputs`, which are the tape's
-    // arrays.
-    py::tuple replay(const py::list& inputs, const py::tuple& outputs) {
-        if (inputs.size() != inputs_.size())
-            throw Error("Tape: takes " + std::to_string(inputs_.size()) + " inputs, got " +
-                        std::to_string(inputs.size()));
-        std::vector<Input> now;
-        now.reserve(inputs_.size());
-        for (size_t i = 0; i < inputs_.size(); ++i) {
-            now.push_back(input_of(inputs[i]));
+    // Repeats all steps on other inputs of the same shapes and returns copies of the outputs.
+    py::tuple replay(const py::list& inputs) {
+        const std::vector<Input> now = inputs_of(inputs);
+        if (now.size() != inputs_.size())
+            throw Error("Tape: takes " + std::to_string(inputs_.size()) + " inputs, got " + std::to_string(now.size()));
+        for (size_t i = 0; i < now.size(); ++i)
             if (!now[i].like(inputs_[i]))
                 throw Error("Tape: input " + std::to_string(i) + " is " + now[i].shown() + ", expected " +
                             inputs_[i].shown());
-        }
-        py::tuple results(outputs.size());
         std::vector<Copy> copies;
-        copies.reserve(outputs.size());
-        for (size_t i = 0; i < outputs.size(); ++i) {
-            if (!py::isinstance<py::array>(outputs[i])) throw Error("Tape: an output is not a numpy array");
-            const auto output = py::reinterpret_borrow<py::array>(outputs[i]);
-            const py::array result(output.dtype(), {output.shape(), output.shape() + output.ndim()});
-            copies.push_back({const_cast<void*>(result.data()), output.data(), static_cast<size_t>(output.nbytes())});
-            results[i] = result;
-        }
+        py::tuple results = new_results(now, copies);
         const py::gil_scoped_release released;
         const std::lock_guard<std::mutex> alone(running_);
         for (const Place& p : places_) p.view->data = now[p.input].begin + p.offset;
@@ -194,7 +191,12 @@ class Tape {
             return !table == !other.table && view.dtype == other.view.dtype && view.ndim == other.view.ndim &&
                    std::memcmp(view.shape, other.view.shape, sizeof view.shape) == 0;
         }
-        std::string shown() const { return table ? "a table" : show(dtype, view.shape, view.ndim); }
+        std::string shown() const { return table ? "a table" : begin ? show(dtype, view.shape, view.ndim) : "nothing"; }
+    };
+    struct Output {
+        py::array array;
+        size_t input;    // in which it lies, or kOwn
+        int64_t offset;  // there
     };
     struct Place {
         View* view;
@@ -211,21 +213,57 @@ class Tape {
         size_t input;
     };
 
-    static Input input_of(py::handle value) {
+    static void add_input(py::handle value, std::vector<Input>& found) {
+        if (PyList_Check(value.ptr())) {
+            for (const py::handle item : py::reinterpret_borrow<py::list>(value)) add_input(item, found);
+            return;
+        }
         Input input;
-        if (!py::isinstance<py::array>(value)) {
+        if (value.is_none()) {
+        } else if (!py::isinstance<py::array>(value)) {
             if (!py::isinstance<PyBlockTable>(value))
                 throw Error("Tape: an input is neither a numpy array nor a BlockTable");
             input.table = &value.cast<const PyBlockTable&>().table;
-            return input;
+        } else {
+            const auto array = py::reinterpret_borrow<py::array>(value);
+            input.view = view_of(array, &input.dtype);
+            if (std::strcmp(input.dtype, "unsupported") == 0 || !(array.flags() & py::array::c_style))
+                throw Error("Tape: an input is of an unsupported dtype or not C-contiguous");
+            input.begin = static_cast<char*>(input.view.data);
+            input.end = input.begin + array.nbytes();
         }
-        const auto array = py::reinterpret_borrow<py::array>(value);
-        input.view = view_of(array, &input.dtype);
-        if (std::strcmp(input.dtype, "unsupported") == 0 || !(array.flags() & py::array::c_style))
-            throw Error("Tape: an input is of an unsupported dtype or not C-contiguous");
-        input.begin = static_cast<char*>(input.view.data);
-        input.end = input.begin + array.nbytes();
-        return input;
+        found.push_back(input);
+    }
+
+    std::vector<Input> inputs_of(const py::list& values) const {
+        std::vector<Input> found;
+        found.reserve(inputs_.size());
+        for (const py::handle value : values) add_input(value, found);
+        return found;
+    }
+
+    Output output_of(py::handle value) const {
+        if (!py::isinstance<py::array>(value)) throw Error("Tape: an output is not a numpy array");
+        Output output{py::reinterpret_borrow<py::array>(value), kOwn, 0};
+        const char* data = static_cast<const char*>(output.array.data());
+        for (size_t i = 0; i < inputs_.size(); ++i)
+            if (inputs_[i].begin <= data && data < inputs_[i].end)
+                output.input = i, output.offset = data - inputs_[i].begin;
+        return output;
+    }
+
+    // Arrays for the outputs, and what has to be copied there once the steps have run on the inputs `now`.
+    py::tuple new_results(const std::vector<Input>& now, std::vector<Copy>& copies) const {
+        py::tuple results(outputs_.size());
+        copies.reserve(outputs_.size());
+        for (size_t i = 0; i < outputs_.size(); ++i) {
+            const auto& [array, input, offset] = outputs_[i];
+            const py::array result(array.dtype(), {array.shape(), array.shape() + array.ndim()});
+            const void* from = input == kOwn ? array.data() : now[input].begin + offset;
+            copies.push_back({const_cast<void*>(result.data()), from, static_cast<size_t>(array.nbytes())});
+            results[i] = result;
+        }
+        return results;
     }
 
     // Keeps an argument alive, unless it is an input or one of `buffers_`.
@@ -249,7 +287,10 @@ class Tape {
         }
     }
 
+    static constexpr size_t kOwn = SIZE_MAX;
+
     std::vector<Input> inputs_;
+    std::vector<Output> outputs_;
     std::vector<std::unique_ptr<AnyStep>> steps_;
     std::vector<Place> places_;
     std::vector<TablePlace> table_places_;

@@ -219,7 +219,7 @@ def test_replayed_steps_are_the_calls_themselves(rng, name):
 
     model = model_of(name, cpu)
     plain = TextModel(model.config, model.weights, cpu)
-    plain.replay = lambda key, rows, inputs, run: run()
+    plain.replay = lambda key, rows, inputs, run: run(*inputs)
     states = {m: [State(model.config, cpu) for _ in range(3)] for m in (model, plain)}
     for members in ([0], [1], [0], [0, 1], [2, 0], [2], [1, 2], [0, 1, 2], [2, 1, 0]):
         ids = random_ids(rng, len(members))

@@ -30,52 +30,53 @@ def rows(rng, n=2):
 
 
 def record(inputs, work):
-    tape = cpu.Tape(inputs)
-    with tape:
-        output = work()
+    """A tape of work(*inputs), which returns one array, and what it returned."""
+    tape = cpu.Tape()
+    (output,) = tape.record(inputs, lambda *given: (work(*given),))
     return tape, output
 
 
 def test_replay_is_the_calls(rng, layer):
     x = rows(rng)
-    tape, output = record([x], lambda: layer(x))
+    tape, output = record([x], layer)
     assert len(tape) == 6
     assert np.array_equal(output, layer(x))
     for _ in range(3):
         other = rows(rng)
         before = other.copy()
-        assert np.array_equal(tape.replay([other], (output,))[0], layer(other))
+        assert np.array_equal(tape.replay([other])[0], layer(other))
         assert np.array_equal(other, before)
 
 
 def test_outputs_begin_cache_lines(rng, layer):
     x = rows(rng)
-    _, output = record([x], lambda: layer(x))
-    for y in (output, layer(x), cpu.rms_norm(rows(rng, 3001), np.zeros(48, np.float32), 1e-6)):
+    recorded = []
+    record([x], lambda x: recorded.append(layer(x)) or recorded[0])
+    for y in (*recorded, layer(x), cpu.rms_norm(rows(rng, 3001), np.zeros(48, np.float32), 1e-6)):
         assert y.ctypes.data % 64 == 0
 
 
 def test_a_result_is_the_callers_own(rng, layer):
     x, other = rows(rng), rows(rng)
-    tape, output = record([x], lambda: layer(x))
-    (first,) = tape.replay([x], (output,))
+    tape, output = record([x], layer)
+    (first,) = tape.replay([x])
     kept = first.copy()
-    tape.replay([other], (output,))
+    tape.replay([other])
     assert np.array_equal(first, kept)
 
 
 def test_what_a_recorded_call_used_stays_alive(rng):
     x = rows(rng)
 
-    def work():
+    def work(x):
         norm = np.full(48, 3, np.float32)
         return cpu.rms_norm(x, norm, 1e-6)
 
     tape, output = record([x], work)
-    expected = work()
+    expected = work(x)
     gc.collect()
     waste = [np.full(48, 7, np.float32) for _ in range(100)]  # would reuse the memory
-    assert np.array_equal(tape.replay([x], (output,))[0], expected)
+    assert np.array_equal(tape.replay([x])[0], expected)
     del waste
 
 
@@ -108,12 +109,13 @@ def test_states_in_lists_are_those_of_the_replay(rng):
         )
 
     conv, delta = fresh()
-    tape, output = record([*conv, *delta], lambda: step(conv, delta))
+    tape, first = record([conv, delta], step)
     expected_conv, expected_delta = fresh()
     expected = step(expected_conv, expected_delta)
     new_conv, new_delta = fresh()
     conv_before = [c.copy() for c in conv]
-    assert np.array_equal(tape.replay([*new_conv, *new_delta], (output,))[0], expected)
+    assert np.array_equal(first, expected)
+    assert np.array_equal(tape.replay([new_conv, new_delta])[0], expected)
     for found, wanted in zip([*new_conv, *new_delta], [*expected_conv, *expected_delta], strict=True):
         assert wanted[1].any()
         assert np.array_equal(found, wanted)
@@ -130,39 +132,63 @@ def test_states_in_lists_are_those_of_the_replay(rng):
         (lambda x: [np.asfortranarray(x)], "not C-contiguous"),
         (lambda x: [x.tolist()], "neither a numpy array nor a BlockTable"),
         (lambda x: [cpu.BlockTable()], r"input 0 is a table, expected f32\[2,48\]"),
+        (lambda x: [None], r"input 0 is nothing, expected f32\[2,48\]"),
+        (lambda x: [[x, x]], "takes 1 inputs, got 2"),
     ],
 )
 def test_other_inputs_are_refused(rng, layer, inputs, message):
     x = rows(rng)
-    tape, output = record([x], lambda: layer(x))
+    tape, output = record([x], layer)
     with pytest.raises(ArgumentError, match=message):
-        tape.replay(inputs(x), (output,))
+        tape.replay(inputs(x))
 
 
 def test_inputs_that_overlap_are_refused(rng):
     x = rows(rng, 4)
     with pytest.raises(ArgumentError, match="inputs 0 and 1 overlap"):
-        cpu.Tape([x[:3], x[2:]])
-    cpu.Tape([x[:2], x[2:]])
+        record([x[:3], x[2:]], lambda a, b: a)
+    record([x[:2], x[2:]], lambda a, b: cpu.rms_norm(a, b[0], 1e-6))
+
+
+def test_outputs_that_lie_in_inputs_are_those_of_the_replay(rng):
+    """Tokens are put beside the numbers that a step is given."""
+    logits = rng.standard_normal((2, 100)).astype(np.float32)
+    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "limit": 100, "unused": np.empty(0, np.int64)}
+
+    def choose(logits, numbers):
+        cpu.sample_rows(logits, **plain, draws=numbers[2:4], tokens=numbers[1:3])
+        return numbers[1:3]
+
+    tape, first = record([logits, np.zeros(5, np.int64)], choose)
+    other, numbers = rng.standard_normal((2, 100)).astype(np.float32), np.zeros(5, np.int64)
+    (second,) = tape.replay([other, numbers])
+    assert first.tolist() == logits.argmax(1).tolist()
+    assert second.tolist() == other.argmax(1).tolist() == numbers[1:3].tolist()
+    numbers[:] = 7
+    assert second.tolist() == other.argmax(1).tolist()  # the caller's own
 
 
 def test_one_tape_is_recorded_at_a_time_in_a_thread(rng, layer):
     x = rows(rng)
-    with cpu.Tape([x]) as outer:
-        with pytest.raises(ArgumentError, match="another tape"), cpu.Tape([x]):
-            pass
+    outer = cpu.Tape()
+
+    def run(x):
+        with pytest.raises(ArgumentError, match="another tape"):
+            record([x], layer)
         other = threading.Thread(target=lambda: layer(x))  # calls of other threads are not on it
         other.start()
         other.join()
+        return (x,)
+
+    outer.record([x], run)
     assert len(outer) == 0
-    tape, _ = record([x], lambda: layer(x))
-    with pytest.raises(ArgumentError, match="recorded already"), tape:
-        pass
+    with pytest.raises(ArgumentError, match="recorded already"):
+        outer.record([x], run)
 
 
 def test_an_error_ends_the_recording(rng, layer):
     x = rows(rng)
-    with pytest.raises(ArgumentError), cpu.Tape([x]):
-        cpu.rms_norm(x, np.ones(5, np.float32), 1e-6)
+    with pytest.raises(ArgumentError):
+        record([x], lambda x: cpu.rms_norm(x, np.ones(5, np.float32), 1e-6))
     assert np.array_equal(layer(x), layer(x))
-    assert len(record([x], lambda: layer(x))[0]) == 6
+    assert len(record([x], layer)[0]) == 6

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
     from ..model.choice import Choosing
-    from ..model.graph import DecodeGraph
     from ..model.mtp import MtpModel
     from ..model.state import State
     from ..model.text import Mark, TextModel
@@ -87,11 +86,6 @@ class Runner:
         self._threads = threads
         self._image_token_id = image_token_id
         self._resident = getattr(ops, "device_resident", False)
-        self._steps: TextModel | DecodeGraph = text
-        if self._resident:
-            from ..model.graph import DecodeGraph
-
-            self._steps = DecodeGraph(text, ops)
         self._concatenate = getattr(ops, "concatenate", np.concatenate)
         self._zeros = getattr(ops, "zeros", np.zeros)
         self._traces: dict[int, np.ndarray] = {}  # that no verification uses, by their rows
@@ -199,7 +193,7 @@ class Runner:
         [B, vocab]; with `choosing`, where the op set can, the token after each of them instead of these."""
         with self._lock:
             self._set_threads()
-            found = self._steps.step([[token] for token in tokens], states, head=head, choosing=choosing)
+            found = self.text.step([[token] for token in tokens], states, head=head, choosing=choosing)
             for token, state in zip(tokens, states, strict=True):
                 state.token_ids.append(token)
         return found
@@ -213,7 +207,7 @@ class Runner:
     @property
     def recordings(self) -> int:
         """How many tapes have been made: the time of a step that made one tells nothing of the next."""
-        return self.text.replay.recordings + (0 if self.mtp is None else self.mtp.replay.recordings)
+        return self.text.replay.recordings
 
     def wait(self) -> None:
         """Let a device finish what it was given, before time is taken."""
@@ -242,7 +236,7 @@ class Runner:
         with self._lock:
             self._set_threads()
             trace = self._take_trace(sum(map(len, tokens)))
-            hidden, logits, chosen = self._steps.step(tokens, states, trace, head=head, choosing=choosing)
+            hidden, logits, chosen = self.text.step(tokens, states, trace, head=head, choosing=choosing)
         return Verification(list(states), [list(ids) for ids in tokens], cu_seqlens, hidden, logits, chosen, trace)
 
     def draft_and_verify(self, wanted: Drafting, before: Verification | None = None) -> Verification:
@@ -251,7 +245,7 @@ class Runner:
         first."""
         w, rows = wanted, 1 + wanted.depth
         choice, choosing = w.choice, w.sampler.choosing(rows)
-        if self._resident or choice is None:
+        if choice is None:
             if before is not None:
                 self.write(before)
             tokens = [[w.tokens[-1], *self.draft([w])[0]]]

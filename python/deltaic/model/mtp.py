@@ -19,14 +19,6 @@ from .weights import MtpWeights
 DRAFT_VOCABULARY = 32768  # rows of the head that drafts are chosen from, see `MtpModel.__init__`
 
 
-class _MtpBatch(Batch):
-    __slots__ = ()
-
-    @property
-    def tables(self) -> list[Any]:
-        return [state.mtp for state in self.states]
-
-
 class MtpModel:
     """The MTP layer of one model, on the op set of its decoder.
 
@@ -39,7 +31,7 @@ class MtpModel:
         else, and the ids of a byte-level BPE vocabulary are ordered by frequency, so the rest is not worth reading."""
         self.text, self.weights = text, weights
         self.head = text.ops.first_rows(text.weights.head, vocabulary)
-        self.replay = Replay(text.ops)
+        self.replay: Replay = text.replay
 
     def read(self, hidden: Array, x: Array, positions: Ints, state: State, first: int) -> None:
         """The entries of tokens first .. first + T - 1 of a prompt. Where these do not continue those of the state,
@@ -49,7 +41,8 @@ class MtpModel:
         the vision tower saw, for placeholders); positions int64 [T, 3] of the tokens.
         """
         state.reserve_mtp(first, len(x))
-        batch = self._batch([state], [len(x)], self.text.rope(positions), prefill=True)
+        angles, starts = self.text.rope(positions), np.array([state.mtp_length], np.int64)
+        batch = Batch([], [], [state.mtp], row_bounds(len(x)), starts, *angles, prefill=True)
         self._layer(self._final_norm(hidden), x, batch, 0)
         state.mtp_length += len(x)
 
@@ -75,14 +68,17 @@ class MtpModel:
             state.reserve_mtp(token, n)
             spans.append((token + state.rope_delta, n))
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
-        batch = self._batch(list(states), counts, self.text.rope.text(spans))
+        starts = np.array([state.mtp_length for state in states], np.int64)
+        inputs = [hidden, ids, *self.text.rope.text(spans), row_bounds(*counts), starts, [s.mtp for s in states]]
 
-        def run() -> Arrays:
+        def run(
+            hidden: Array, ids: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, tables: list[Any]
+        ) -> Arrays:
+            batch = Batch([], [], tables, bounds, starts, cos, sin)
             m = self._layer(self._final_norm(hidden), self.text.embed(ids), batch, wanted)
             return (m, self.logits(m)) if head else (m,)
 
-        key = ("extend", len(ids), len(states), wanted, head)
-        found = self.replay(key, len(ids), _inputs(hidden, ids, batch), run)
+        found = self.replay(("extend", len(ids), len(states), wanted, head), len(ids), inputs, run)
         for state, n in zip(states, counts, strict=True):
             state.mtp_length += n
         return found[0], found[1] if head else None
@@ -99,14 +95,15 @@ class MtpModel:
             token = state.mtp_first + state.mtp_length
             state.reserve_mtp(token, ahead + 1)
             spans.append((token + ahead + state.rope_delta, 1))
-        batch = self._batch(list(states), [1] * len(states), self.text.rope.text(spans), ahead=ahead)
-        ids = np.array(tokens, np.int64)
+        ids, bounds = np.array(tokens, np.int64), row_bounds(*(1,) * len(states))
+        starts = np.array([state.mtp_length + ahead for state in states], np.int64)
+        inputs = [m, ids, *self.text.rope.text(spans), bounds, starts, [s.mtp for s in states]]
 
-        def run() -> tuple[Array, Array]:
-            further = self._layer(m, self.text.embed(ids), batch)
+        def run(m: Array, ids: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, tables: list[Any]) -> Arrays:
+            further = self._layer(m, self.text.embed(ids), Batch([], [], tables, bounds, starts, cos, sin))
             return further, self.logits(further)
 
-        further, logits = self.replay(("draft", len(ids)), len(ids), _inputs(m, ids, batch), run)
+        further, logits = self.replay(("draft", len(ids)), len(ids), inputs, run)
         return further, logits
 
     def draft_at_once(
@@ -142,52 +139,50 @@ class MtpModel:
         # Rows 0 .. n - 1 belong to the entries that last, the n-th to the token that comes next, the others to drafts.
         cos, sin = text.rope.text([(first + state.rope_delta, n + 1 + depth)])
         entries, end = state.mtp_length, state.mtp_length + n
-        # The tokens and the drafts, which are written into it, then where the step starts and each pass of the layer.
-        numbers = np.array([*tokens, *(0,) * depth, state.length, entries, *range(end, end + depth - 1)], np.int64)
+        # The tokens, room for the drafts and for what is chosen after each row, then where the step starts and each pass
+        # of the layer.
+        last, places = n + depth, n + 2 * depth + 1
+        starts = (state.length, entries, *range(end, end + depth - 1))
+        numbers = np.array([*tokens, *(0,) * (places - n), *starts], np.int64)
 
-        def run() -> Arrays:
-            ids, starts = numbers[: n + depth], numbers[n + depth :]
+        def run(
+            hidden: Array, numbers: Ints, cos: Array, sin: Array, draws: Ints, mtp: list[Any], traces: list[Any],
+            conv: list[Any], delta: list[Any], tables: list[Any], counts: Ints | None, owed_trace: list[Any],
+        ) -> Arrays:  # fmt: skip
+            ids, starts = numbers[:last], numbers[places:]
 
             def batch(first: int, rows: int, draft: int) -> Batch:
                 at, start = slice(first, first + rows), slice(1 + draft, 2 + draft)
-                return _MtpBatch([state], row_bounds(rows), [rows], starts[start], cos[at], sin[at], False)
+                return Batch([], [], mtp, row_bounds(rows), starts[start], cos[at], sin[at])
 
-            if owed is not None:
-                text.write([state], *owed)
+            if owed_bounds is not None:
+                assert counts is not None
+                text.write_arrays(conv, delta, owed_bounds, counts, owed_trace[0])
             m = self._layer(self._final_norm(hidden), text.embed(ids[:n]), batch(0, n, 0), 1)
             for i in range(depth):
                 if i:
                     m = self._layer(m, text.embed(ids[n + i - 1 : n + i]), batch(n + i - 1, 1, i))
                 choice.choose(text.ops, self.logits(m), draws[i : i + 1], ids[n + i : n + i + 1])
-            if trace is None:
-                return ()
-            step = Batch([state], row_bounds(1 + depth), [1 + depth], starts[:1], cos[n:], sin[n:], False, trace)
+            if not traces:
+                return (ids[n:],)
+            step = Batch(conv, delta, tables, row_bounds(1 + depth), starts[:1], cos[n:], sin[n:], False, traces[0])
             x = text.run_layers(text.embed(ids[n - 1 :]), step)
-            return text.outcome(x, True, (choice, draws) if chooses else None)
+            return ids[n:], *text.outcome(x, True, choice if chooses else None, draws, numbers[last:places])
 
-        inputs = [hidden, numbers, cos, sin, draws, state.mtp]
-        if trace is not None:
-            inputs += (trace, state.kv, state.conv, state.delta)
-        if owed is not None:
-            inputs += owed[1:]
-        key = ("at once", n, depth, choice, chooses, trace is None, 0 if owed is None else owed[2].shape[1])
-        verified = self.replay(key, n + depth, inputs, run)
+        inputs: list[Any] = [hidden, numbers, cos, sin, draws, [state.mtp]]
+        inputs += ([], [], [], []) if trace is None else ([trace], [state.conv], [state.delta], [state.kv])
+        owed_bounds, owed_rows = None, 0
+        if owed is None:
+            inputs += (None, [])
+        else:
+            owed_bounds, owed_rows = owed[0], owed[2].shape[1]
+            inputs += (owed[1], [owed[2]])
+        key = ("at once", n, depth, choice, chooses, trace is None, owed_rows)
+        drafts, *verified = self.replay(key, last, inputs, run)
         state.mtp_length = end
         if trace is not None:
             state.intact = True
-        return numbers[n : n + depth].tolist(), verified
-
-    def _batch(
-        self,
-        states: list[State],
-        counts: list[int],
-        angles: tuple[Array, Array],
-        *,
-        ahead: int = 0,
-        prefill: bool = False,
-    ) -> Batch:
-        starts = np.array([state.mtp_length + ahead for state in states], np.int64)
-        return _MtpBatch(states, row_bounds(*counts), counts, starts, *angles, prefill)
+        return drafts.tolist(), tuple(verified)
 
     def _final_norm(self, hidden: Array) -> Array:
         return self.text.ops.rms_norm(hidden, self.text.weights.norm, self.text.config.rms_norm_eps)
@@ -213,6 +208,3 @@ class MtpModel:
         """Draft logits of the first ids of the vocabulary, from rows m [n, H]."""
         return self.text.ops.linear(m, self.head)
 
-
-def _inputs(rows: Array, ids: Ints, batch: Batch) -> list[Any]:
-    return [rows, ids, batch.cos, batch.sin, batch.cu_seqlens, batch.starts, *batch.tables]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
 from ..ops.layout import row_bounds
-from .choice import Choosing
+from .choice import Choice, Choosing
 from .config import TextConfig
 from .replay import Arrays, Replay
 from .rope import TextRope
@@ -39,20 +39,16 @@ class Mark:
 class Batch:
     """The rows of one forward pass: B sequences one after another, sequence b from row cu_seqlens[b] on."""
 
-    states: list[State]
+    conv: list[Any]  # arrays of the states [L_delta, 3, C], by sequence
+    delta: list[Any]  # the same [L_delta, Hv, Dk, Dv]
+    tables: list[Any]  # K/V of the attention layers, by sequence
     cu_seqlens: Ints  # [B+1]
-    counts: list[int]  # [B] rows of each
     starts: Ints  # [B] tokens already consumed by each sequence
     cos: Array  # [T, R/2]
     sin: Array  # [T, R/2]
-    prefill: bool
+    prefill: bool = False
     trace: Array | None = None  # [L_delta, T, trace width]: where given, conv and delta of the states are not written
     marks: Sequence[Mark] = ()  # rising; only of a single sequence
-
-    @property
-    def tables(self) -> list[Any]:
-        """The K/V of the attention layers, by sequence."""
-        return [state.kv for state in self.states]
 
 
 class TextModel:
@@ -103,7 +99,8 @@ class TextModel:
                 f"forward: marks are at {places[1:-1]}, expected rising ones inside one sequence of {T}"
             )
         starts = self.reserve(states, counts)
-        batch = Batch(states, cu_seqlens, counts, starts, *self.rope(positions), prefill, marks=marks)
+        conv, delta, tables = arrays_of(states)
+        batch = Batch(conv, delta, tables, cu_seqlens, starts, *self.rope(positions), prefill, marks=marks)
         begin_writing(states)
         x = self.run_layers(x, batch)
         advance(states, counts)
@@ -132,34 +129,32 @@ class TextModel:
         starts, bounds = self.reserve(states, counts), row_bounds(*counts)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
 
-        def run() -> Arrays:
-            batch = Batch(list(states), bounds, counts, starts, *angles, False, trace)
-            return self.outcome(self.run_layers(self.embed(ids), batch), head, choosing)
+        choice, draws = (None, None) if choosing is None else choosing
 
-        inputs = [ids, *angles, bounds, starts]
-        for state in states:
-            inputs += (state.conv, state.delta, state.kv)
-        if choosing is not None:
-            inputs.append(choosing[1])
+        def run(
+            ids: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, conv: list[Any], delta: list[Any],
+            tables: list[Any], draws: Ints | None, traces: list[Any],
+        ) -> Arrays:  # fmt: skip
+            batch = Batch(conv, delta, tables, bounds, starts, cos, sin, False, traces[0] if traces else None)
+            return self.outcome(self.run_layers(self.embed(ids), batch), head, choice, draws, ids)
+
         if trace is None:
             begin_writing(states)
-        else:
-            inputs.append(trace)
-        key = (len(ids), len(states), trace is None, head, choosing and choosing[0])
+        inputs = [ids, *angles, bounds, starts, *arrays_of(states), draws, [] if trace is None else [trace]]
+        key = (len(ids), len(states), trace is None, head, choice)
         found = self.replay(key, len(ids), inputs, run)
         if trace is None:
             advance(states, counts)
-        if choosing is not None:
+        if choice is not None:
             return found[0], None, found[1].tolist()
         return found[0], found[1] if head else None, None
 
-    def outcome(self, x: Array, head: bool, choosing: Choosing | None) -> Arrays:
-        """What is wanted of rows x [T, H] that have passed all layers: with `choosing` the token after each of them
-        too, int64 [T], or else with `head` their logits."""
-        if choosing is None:
+    def outcome(self, x: Array, head: bool, choice: Choice | None, draws: Ints | None, tokens: Ints) -> Arrays:
+        """What is wanted of rows x [T, H] that have passed all layers: with `choice` the token after each of them too,
+        chosen with draws [T] and put into tokens [T]; or else with `head` their logits."""
+        if choice is None:
             return (x, self.logits(x)) if head else (x,)
-        choice, draws = choosing
-        tokens = np.zeros(len(x), np.int64)
+        assert draws is not None
         choice.choose(self.ops, self.logits(x), draws, tokens)
         return x, tokens
 
@@ -174,13 +169,18 @@ class TextModel:
 
     def write(self, states: Sequence[State], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
         """What is left to do after `count`, an operator; who calls it marks the states as intact. counts int64 [B]."""
+        conv, delta, _ = arrays_of(states)
+        self.write_arrays(conv, delta, cu_seqlens, counts, trace)
+
+    def write_arrays(self, conv: list[Any], delta: list[Any], cu_seqlens: Ints, counts: Ints, trace: Array) -> None:
+        """`write` on the arrays of the states."""
         self.ops.gated_delta_net_commit(
             trace,
             num_k_heads=self.config.linear_num_key_heads,
             cu_seqlens=cu_seqlens,
             counts=counts,
-            conv_states=[state.conv for state in states],
-            states=[state.delta for state in states],
+            conv_states=conv,
+            states=delta,
         )
 
     def run_layers(self, x: Array, batch: Batch) -> Array:
@@ -204,7 +204,7 @@ class TextModel:
     def _delta(self, x: Array, m: DeltaMixer, norm: Array, i: int, batch: Batch) -> Array:
         ops, c = self.ops, self.config
         proj = ops.linear(x, m.in_proj, norm=norm, eps=c.rms_norm_eps)
-        conv_states, states = [state.conv[i] for state in batch.states], [state.delta[i] for state in batch.states]
+        conv_states, states = [conv[i] for conv in batch.conv], [delta[i] for delta in batch.delta]
 
         def mixed(rows: Array, cu_seqlens: Ints) -> Array:
             return ops.gated_delta_net(
@@ -290,6 +290,14 @@ class TextModel:
             state.check_intact("forward")
             state.reserve(state.length + n)
         return np.array([state.length for state in states], np.int64)
+
+
+def arrays_of(states: Sequence[State]) -> tuple[list[Any], list[Any], list[Any]]:
+    """conv, delta and K/V of each."""
+    if len(states) == 1:  # the common case
+        (state,) = states
+        return [state.conv], [state.delta], [state.kv]
+    return [state.conv for state in states], [state.delta for state in states], [state.kv for state in states]
 
 
 def begin_writing(states: Sequence[State]) -> None:

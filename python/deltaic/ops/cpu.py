@@ -55,6 +55,7 @@ Array = np.ndarray
 FORMATS: tuple[str, ...] = _core.formats
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf")  # order of enum Activation in csrc/cpu/activation.h
 BLOCK_ROWS = 16
+TAPE_ROWS = 32  # with more, the kernels take so long that the calls around them do not matter
 SPLIT_INVARIANT = True  # the rows of a prompt get the same bits wherever its reading is interrupted (with prefill=True)
 
 
