@@ -32,6 +32,7 @@ struct Pointers {
     const int64_t* address;
     int64_t offset;
     __device__ __forceinline__ float* of(int64_t b) const { return reinterpret_cast<float*>(address[b]) + offset; }
+    __device__ __forceinline__ float* one() const { return address ? of(0) : nullptr; }
 };
 
 // One thread per channel and up to kConvTile tokens of a sequence; the last three rows of u become the new state where
@@ -40,8 +41,9 @@ constexpr int kConvTile = 16;
 
 template <class T>
 __global__ void conv_kernel(const T* proj, const float* weight, Pointers states, const int64_t* cu_seqlens, Shape s,
-                            float* c, float* trace, int64_t update) {
+                            float* c, Pointers traces, int64_t update) {
     grid_begin();
+    float* trace = traces.one();
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, b = blockIdx.z;
     const int64_t begin = cu_seqlens[b] + static_cast<int64_t>(blockIdx.y) * kConvTile, end = cu_seqlens[b + 1];
     if (channel >= s.C || begin >= end) return;
@@ -101,8 +103,9 @@ __device__ __forceinline__ float l2_scale(const float* x, int64_t Dk) {
 template <class T, int ROWS>
 __global__ void __launch_bounds__(128, 2)
     recurrent_kernel(const T* proj, const float* c, const float* A_log, const float* dt_bias, Pointers states,
-                     const int64_t* cu_seqlens, Shape s, float* trace, float* o) {
+                     const int64_t* cu_seqlens, Shape s, Pointers traces, float* o) {
     grid_begin();
+    float* trace = traces.one();
     DELTAIC_SHARED(float, q, kMaxWidth);
     DELTAIC_SHARED(float, k, kMaxWidth);
     DELTAIC_SHARED(float, parts, 4 * 2 * kColumns);
@@ -176,9 +179,10 @@ __global__ void __launch_bounds__(128, 2)
 // S <- decay S + k w^T for the first counts[b] rows of each sequence, as recurrent_kernel does it. Block (column group,
 // head, layer and sequence); warps and lanes as there.
 template <int ROWS>
-__global__ void __launch_bounds__(128) commit_kernel(const float* trace, Pointers states, const int64_t* cu_seqlens,
+__global__ void __launch_bounds__(128) commit_kernel(Pointers traces, Pointers states, const int64_t* cu_seqlens,
                                                      const int64_t* counts, Shape s, int64_t layers, int64_t tokens) {
     grid_begin();
+    const float* trace = traces.one();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + lane, h = blockIdx.y;
     const int64_t b = blockIdx.z / layers, layer = blockIdx.z % layers, n = counts[b];
@@ -203,9 +207,10 @@ __global__ void __launch_bounds__(128) commit_kernel(const float* trace, Pointer
 }
 
 // The last three rows of (old rows, first counts[b] rows of u). Block (channels, layer, sequence).
-__global__ void commit_conv_kernel(const float* trace, Pointers states, const int64_t* cu_seqlens,
-                                   const int64_t* counts, Shape s, int64_t tokens) {
+__global__ void commit_conv_kernel(Pointers traces, Pointers states, const int64_t* cu_seqlens, const int64_t* counts,
+                                   Shape s, int64_t tokens) {
     grid_begin();
+    const float* trace = traces.one();
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, layer = blockIdx.y,
                   b = blockIdx.z, n = counts[b];
     if (channel >= s.C || n == 0) return;
@@ -515,12 +520,12 @@ __global__ void __launch_bounds__(kScanThreads)
 template <class T>
 void run(const T* proj, const float* conv_weight, const float* A_log, const float* dt_bias, const float* norm,
          float eps, Shape s, const int64_t* cu_seqlens, Pointers conv_states, Pointers states, float* c, float* o,
-         float* chunks, float* trace, T* y, int64_t tokens, int64_t sequences, int64_t longest, Stream stream) {
+         float* chunks, Pointers trace, T* y, int64_t tokens, int64_t sequences, int64_t longest, Stream stream) {
     const unsigned B = static_cast<unsigned>(sequences), Hv = static_cast<unsigned>(s.Hv);
     const bool one_tile = longest <= kConvTile;
     launch("gated_delta_net conv", conv_kernel<T>, dim3(blocks_for(s.C, 128), blocks_for(longest, kConvTile), B), 128,
-           0, stream, proj, conv_weight, conv_states, cu_seqlens, s, c, trace, int64_t{one_tile && !trace});
-    if (!one_tile && !trace)
+           0, stream, proj, conv_weight, conv_states, cu_seqlens, s, c, trace, int64_t{one_tile && !trace.address});
+    if (!one_tile && !trace.address)
         launch("gated_delta_net conv_state", conv_state_kernel<T>, dim3(blocks_for(s.C, 128), B), 128, 0, stream, proj,
                conv_states, cu_seqlens, s);
     const dim3 columns(blocks_for(s.Dv, kColumns), Hv, B);
@@ -552,8 +557,9 @@ int64_t gated_delta_net_chunk_floats(int64_t Hv, int64_t Dk, int64_t Dv, int64_t
 void gated_delta_net(const void* proj, const float* conv_weight, const float* A_log, const float* dt_bias,
                      const float* norm, float eps, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,
                      const int64_t* cu_seqlens, const int64_t* conv_states, int64_t conv_offset, const int64_t* states,
-                     int64_t state_offset, float* c, float* o, float* chunks, float* trace, void* y, int64_t T,
-                     int64_t B, int64_t longest, int64_t type, Stream stream) {
+                     int64_t state_offset, float* c, float* o, float* chunks, const int64_t* trace,
+                     int64_t trace_offset, void* y, int64_t T, int64_t B, int64_t longest, int64_t type,
+                     Stream stream) {
     if (Hk < 1 || Hv < 1 || Hv % Hk || Dk < 1 || Dk > kMaxWidth || Dv < 1 || Dv > kMaxWidth)
         fail("gated_delta_net", "expected value heads in multiples of key heads, and heads of 1 to 128 channels");
     if (trace && chunks) fail("gated_delta_net", "the chunked form makes no trace");
@@ -562,12 +568,12 @@ void gated_delta_net(const void* proj, const float* conv_weight, const float* A_
     with_type("gated_delta_net", type, [&](auto element) {
         using E = decltype(element);
         run(static_cast<const E*>(proj), conv_weight, A_log, dt_bias, norm, eps, s, cu_seqlens,
-            Pointers{conv_states, conv_offset}, Pointers{states, state_offset}, c, o, chunks, trace, static_cast<E*>(y),
-            T, B, longest, stream);
+            Pointers{conv_states, conv_offset}, Pointers{states, state_offset}, c, o, chunks,
+            Pointers{trace, trace_offset}, static_cast<E*>(y), T, B, longest, stream);
     });
 }
 
-void gated_delta_net_commit(const float* trace, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,
+void gated_delta_net_commit(const int64_t* trace, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,
                             const int64_t* cu_seqlens, const int64_t* counts, const int64_t* conv_states,
                             const int64_t* states, int64_t L, int64_t T, int64_t B, Stream stream) {
     if (Hk < 1 || Hv < 1 || Hv % Hk || Dk < 1 || Dk > kMaxWidth || Dv < 1 || Dv > kMaxWidth)
@@ -576,12 +582,12 @@ void gated_delta_net_commit(const float* trace, int64_t Hk, int64_t Hv, int64_t 
     if (L == 0 || T == 0 || B == 0) return;
     const Shape s{Hk, Hv, Dk, Dv, 2 * Hk * Dk + Hv * Dv};
     launch("gated_delta_net_commit conv", commit_conv_kernel,
-           dim3(blocks_for(s.C, 128), static_cast<unsigned>(L), static_cast<unsigned>(B)), 128, 0, stream, trace,
-           Pointers{conv_states, 0}, cu_seqlens, counts, s, T);
+           dim3(blocks_for(s.C, 128), static_cast<unsigned>(L), static_cast<unsigned>(B)), 128, 0, stream,
+           Pointers{trace, 0}, Pointers{conv_states, 0}, cu_seqlens, counts, s, T);
     const auto kernel = Dk <= 32 ? commit_kernel<8> : Dk <= 64 ? commit_kernel<16> : commit_kernel<32>;
     launch("gated_delta_net_commit", kernel,
            dim3(blocks_for(Dv, kColumns), static_cast<unsigned>(Hv), static_cast<unsigned>(B * L)), 128, 0, stream,
-           trace, Pointers{states, 0}, cu_seqlens, counts, s, L, T);
+           Pointers{trace, 0}, Pointers{states, 0}, cu_seqlens, counts, s, L, T);
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// rms_norm, layer_norm, embed, rope_table, and the element-wise tails of products that cuBLAS computes.
+// rms_norm, rms_norm_pair, layer_norm, embed, and the element-wise tails of products that cuBLAS computes.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
 #include "cuda/weight.cuh"
@@ -9,19 +9,36 @@ namespace {
 
 constexpr int kRowThreads = 256;
 
+// One row, by the whole block.
 template <class T>
-__global__ void rms_norm_kernel(const T* x, const float* weight, T* y, int64_t D, float eps) {
-    grid_begin();
-    DELTAIC_SHARED(float, scratch, 32);
-    const T* row = x + blockIdx.x * D;
+__device__ __forceinline__ void rms_norm_row(const T* x, const float* weight, T* y, int64_t D, float eps,
+                                             Shared<float> scratch) {
     float sum = 0;
     for (int64_t i = threadIdx.x; i < D; i += blockDim.x) {
-        const float v = to_float(row[i]);
+        const float v = to_float(x[i]);
         sum += v * v;
     }
     const float scale = rsqrtf(block_sum(sum, scratch) / static_cast<float>(D) + eps);
     for (int64_t i = threadIdx.x; i < D; i += blockDim.x)
-        y[blockIdx.x * D + i] = from_float<T>((1.0f + weight[i]) * to_float(row[i]) * scale);
+        y[i] = from_float<T>((1.0f + weight[i]) * to_float(x[i]) * scale);
+}
+
+template <class T>
+__global__ void rms_norm_kernel(const T* x, const float* weight, T* y, int64_t D, float eps) {
+    grid_begin();
+    DELTAIC_SHARED(float, scratch, 32);
+    rms_norm_row(x + blockIdx.x * D, weight, y + blockIdx.x * D, D, eps, scratch);
+}
+
+// y [T, 2*D]: rows of a beside rows of b, each normalised for itself. Block (token, which of the two).
+template <class T>
+__global__ void rms_norm_pair_kernel(const T* a, const float* a_weight, const T* b, const float* b_weight, T* y,
+                                     int64_t D, float eps) {
+    grid_begin();
+    DELTAIC_SHARED(float, scratch, 32);
+    const bool second = blockIdx.y;
+    rms_norm_row((second ? b : a) + blockIdx.x * D, second ? b_weight : a_weight, y + (2 * blockIdx.x + blockIdx.y) * D,
+                 D, eps, scratch);
 }
 
 template <class T>
@@ -48,18 +65,6 @@ __global__ void embed_kernel(const int64_t* ids, Matrix table, T* y) {
     const int64_t id = ids[blockIdx.x], n = id < 0 || id >= table.rows ? 0 : id;
     for (int64_t k = threadIdx.x; k < table.columns; k += blockDim.x)
         y[blockIdx.x * table.columns + k] = from_float<T>(element(table, n, k));
-}
-
-// One thread per token and frequency: a float product as the model defines it, its cosine in double as it may be 262144
-// rad.
-__global__ void rope_table_kernel(const int64_t* positions, const float* frequencies, const int64_t* axes, float scale,
-                                  float* cosine, float* sine, int64_t T, int64_t F) {
-    grid_begin();
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= T * F) return;
-    const double angle = static_cast<float>(positions[i / F * 3 + axes[i % F]]) * frequencies[i % F];
-    cosine[i] = static_cast<float>(cos(angle) * scale);
-    sine[i] = static_cast<float>(sin(angle) * scale);
 }
 
 template <class T>
@@ -96,6 +101,16 @@ void rms_norm(const void* x, const float* weight, void* y, int64_t T, int64_t D,
     });
 }
 
+void rms_norm_pair(const void* a, const float* a_weight, const void* b, const float* b_weight, void* y, int64_t T,
+                   int64_t D, float eps, int64_t type, Stream stream) {
+    if (T == 0) return;
+    with_type("rms_norm_pair", type, [&](auto e) {
+        using E = decltype(e);
+        launch("rms_norm_pair", rms_norm_pair_kernel<E>, dim3(static_cast<unsigned>(T), 2), kRowThreads, 0, stream,
+               static_cast<const E*>(a), a_weight, static_cast<const E*>(b), b_weight, static_cast<E*>(y), D, eps);
+    });
+}
+
 void layer_norm(const void* x, const float* weight, const float* bias, void* y, int64_t T, int64_t D, float eps,
                 int64_t type, Stream stream) {
     if (T == 0) return;
@@ -114,13 +129,6 @@ void embed(const int64_t* ids, const Matrices& table, void* y, int64_t T, int64_
         launch("embed", embed_kernel<E>, dim3(static_cast<unsigned>(T)), kRowThreads, 0, stream, ids, table.part[0],
                static_cast<E*>(y));
     });
-}
-
-void rope_table(const int64_t* positions, const float* frequencies, const int64_t* axes, float scale, float* cosine,
-                float* sine, int64_t T, int64_t F, Stream stream) {
-    if (T == 0) return;
-    launch("rope_table", rope_table_kernel, blocks_for(T * F, 128), 128, 0, stream, positions, frequencies, axes, scale,
-           cosine, sine, T, F);
 }
 
 void epilogue(const void* product, const float* bias, int64_t activation, const void* residual, void* y, int64_t T,

@@ -3,7 +3,7 @@
 //
 // All pointers are device memory. `type` is enum Type of the activations x, y (f32 or bf16); T tokens. No entry point
 // allocates, waits for the device, or reads device memory from the host: all can be captured into a graph. `states` and
-// the like are arrays of addresses, one per sequence.
+// the like are arrays of addresses, one per sequence; so is `trace`, of one.
 #pragma once
 
 #include "cuda/weight.h"
@@ -11,11 +11,11 @@
 #define DELTAIC_CUDA_OPS(X)                                                                                            \
     X(rms_norm,                                                                                                        \
       (const void* x, const float* weight, void* y, int64_t T, int64_t D, float eps, int64_t type, Stream stream))     \
+    X(rms_norm_pair, (const void* a, const float* a_weight, const void* b, const float* b_weight, void* y, int64_t T,  \
+                      int64_t D, float eps, int64_t type, Stream stream))                                              \
     X(layer_norm, (const void* x, const float* weight, const float* bias, void* y, int64_t T, int64_t D, float eps,    \
                    int64_t type, Stream stream))                                                                       \
     X(embed, (const int64_t* ids, const Matrices& table, void* y, int64_t T, int64_t type, Stream stream))             \
-    X(rope_table, (const int64_t* positions, const float* frequencies, const int64_t* axes, float scale,               \
-                   float* cosine, float* sine, int64_t T, int64_t F, Stream stream))                                   \
     X(epilogue, (const void* product, const float* bias, int64_t activation, const void* residual, void* y, int64_t T, \
                  int64_t N, int64_t type, Stream stream))                                                              \
     X(glu, (const void* product, void* y, int64_t T, int64_t I, int64_t type, Stream stream))                          \
@@ -23,12 +23,13 @@
                const void* residual, void* y, int64_t T, int64_t type, int64_t float_output, Stream stream))           \
     X(dequantise,                                                                                                      \
       (const Matrices& w, int64_t part, int64_t first, int64_t count, void* y, int64_t type, Stream stream))           \
-    X(gated_delta_net, (const void* proj, const float* conv_weight, const float* A_log, const float* dt_bias,          \
-                        const float* norm, float eps, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,                  \
-                        const int64_t* cu_seqlens, const int64_t* conv_states, int64_t conv_offset,                    \
-                        const int64_t* states, int64_t state_offset, float* c, float* o, float* chunks, float* trace,  \
-                        void* y, int64_t T, int64_t B, int64_t longest, int64_t type, Stream stream))                  \
-    X(gated_delta_net_commit, (const float* trace, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,                     \
+    X(gated_delta_net,                                                                                                 \
+      (const void* proj, const float* conv_weight, const float* A_log, const float* dt_bias, const float* norm,        \
+       float eps, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv, const int64_t* cu_seqlens,                           \
+       const int64_t* conv_states, int64_t conv_offset, const int64_t* states, int64_t state_offset, float* c,         \
+       float* o, float* chunks, const int64_t* trace, int64_t trace_offset, void* y, int64_t T, int64_t B,             \
+       int64_t longest, int64_t type, Stream stream))                                                                  \
+    X(gated_delta_net_commit, (const int64_t* trace, int64_t Hk, int64_t Hv, int64_t Dk, int64_t Dv,                   \
                                const int64_t* cu_seqlens, const int64_t* counts, const int64_t* conv_states,           \
                                const int64_t* states, int64_t L, int64_t T, int64_t B, Stream stream))                 \
     X(gated_attention,                                                                                                 \
@@ -59,8 +60,10 @@
     X(penalise,                                                                                                        \
       (float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output, const int64_t* counts,           \
        int64_t output_count, float repetition, float frequency, float presence, int64_t limit, Stream stream))         \
-    X(sample, (const float* logits, int64_t limit, float temperature, int64_t top_k, double top_p, double min_p,       \
-               double uniform, float* values, int64_t* ids, int64_t room, int64_t* token, Stream stream))
+    X(sample, (float* logits, int64_t rows, int64_t pitch, int64_t limit, const int64_t* unused, int64_t unused_count, \
+               float temperature, int64_t top_k, double top_p, double min_p, double uniform, const int64_t* draws,     \
+               float* values, int64_t* ids, int64_t room, int64_t* tokens, Stream stream))                             \
+    X(relocate, (const int64_t* jobs, int64_t count, int64_t longest, Stream stream))
 
 namespace deltaic {
 namespace cuda {

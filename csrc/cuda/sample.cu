@@ -1,4 +1,4 @@
-// sample: penalties, then one token from a list of (logit, id), without sorting it.
+// sample: penalties, then one token from each row of logits, from a list of (logit, id), without sorting it.
 //
 // In the order (logit descending, id ascending) the filters each keep a front part of the list. Its end is found from
 // the top digit of the logits' bits down: a histogram over 256 digits holds how many entries, and how much probability,
@@ -202,11 +202,25 @@ __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long>
     return static_cast<int64_t>(prefix);
 }
 
-// One block. token = the chosen id; -1 if the logits hold NaN or +inf, or nothing but -inf.
+// Ids that are never chosen, those among [first, first + n) of a row: their logits are overwritten. By the whole block,
+// which has then seen all of it.
+__device__ __forceinline__ void mask(float* row, int64_t first, int64_t n, const int64_t* unused, int64_t count) {
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x)
+        if (first <= unused[i] && unused[i] < first + n) row[unused[i]] = -INFINITY;
+    __syncthreads();
+}
+
+// Block = row: n logits from its `pitch`-th on, with ids if these are given; uniform = draws / 2^53 where there are
+// draws. token = the chosen id; -1 if the logits hold NaN or +inf, or nothing but -inf.
 __global__ void __launch_bounds__(kThreads)
-    choose_kernel(const float* logits, const int64_t* ids, int64_t n, float temperature, int64_t top_k, double top_p,
-                  double min_p, double uniform, int64_t* token) {
+    choose_kernel(float* logits, const int64_t* ids, int64_t pitch, int64_t n, const int64_t* unused,
+                  int64_t unused_count, float temperature, int64_t top_k, double top_p, double min_p, double uniform,
+                  const int64_t* draws, int64_t* token) {
     grid_begin();
+    logits += blockIdx.x * pitch, token += blockIdx.x;
+    if (ids) ids += blockIdx.x * pitch;
+    if (draws) uniform = static_cast<double>(draws[blockIdx.x]) * (1.0 / 9007199254740992.0);
+    if (unused_count) mask(logits, 0, n, unused, unused_count);
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(float, peaks, 32);
@@ -255,16 +269,21 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) *token = chosen;
 }
 
-// Block j: the k best of the logits [j * stretch, (j + 1) * stretch), in no particular order, to values and ids [j][k].
-// A NaN comes first, so it is seen later. Where there are fewer than k, -inf and an id past the end fill up.
+// Block (j, row): the k best of the logits [j * stretch, (j + 1) * stretch) of the row, in no particular order, to
+// values and ids [row][j][k]. A NaN comes first, so it is seen later. Where there are fewer than k, -inf and an id past
+// the end fill up.
 __global__ void __launch_bounds__(kThreads)
-    shortlist_kernel(const float* logits, int64_t limit, int64_t stretch, int64_t k, float* values, int64_t* ids) {
+    shortlist_kernel(float* logits, int64_t pitch, int64_t limit, const int64_t* unused, int64_t unused_count,
+                     int64_t stretch, int64_t k, float* values, int64_t* ids) {
     grid_begin();
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(int, used, 1);
     const int64_t first = static_cast<int64_t>(blockIdx.x) * stretch,
                   n = limit - first < stretch ? limit - first : stretch;
+    logits += blockIdx.y * pitch;
+    values += blockIdx.y * gridDim.x * k, ids += blockIdx.y * gridDim.x * k;
+    if (unused_count) mask(logits, first, n, unused, unused_count);
     const List list{logits + first, nullptr, n, 1.0f, 0.0f};
     Cut cut{0, 0};
     int64_t border = -1;
@@ -296,20 +315,24 @@ void penalise(float* logits, const int64_t* seen, int64_t seen_count, const int6
            repetition, frequency, presence, limit);
 }
 
-void sample(const float* logits, int64_t limit, float temperature, int64_t top_k, double top_p, double min_p,
-            double uniform, float* values, int64_t* ids, int64_t room, int64_t* token, Stream stream) {
-    if (limit < 1) fail("sample", "limit must be positive");
+void sample(float* logits, int64_t rows, int64_t pitch, int64_t limit, const int64_t* unused, int64_t unused_count,
+            float temperature, int64_t top_k, double top_p, double min_p, double uniform, const int64_t* draws,
+            float* values, int64_t* ids, int64_t room, int64_t* tokens, Stream stream) {
+    if (limit < 1 || limit > pitch) fail("sample", "limit must be positive, and rows at least as long");
+    if (rows == 0) return;
     constexpr int64_t kStretch = 4096;
     const int64_t k = temperature == 0 ? 1 : top_k, blocks = (limit + kStretch - 1) / kStretch;
+    const unsigned grid = static_cast<unsigned>(rows);
     if (k > 0 && k <= 128 && blocks > 1) {
         if (room < blocks * k) fail("sample", "too little room for the shortlist");
-        launch("sample shortlist", shortlist_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, logits, limit,
-               kStretch, k, values, ids);
-        launch("sample", choose_kernel, 1, kThreads, 0, stream, static_cast<const float*>(values),
-               static_cast<const int64_t*>(ids), blocks * k, temperature, top_k, top_p, min_p, uniform, token);
+        launch("sample shortlist", shortlist_kernel, dim3(static_cast<unsigned>(blocks), grid), kThreads, 0, stream,
+               logits, pitch, limit, unused, unused_count, kStretch, k, values, ids);
+        launch("sample", choose_kernel, grid, kThreads, 0, stream, values, static_cast<const int64_t*>(ids), blocks * k,
+               blocks * k, static_cast<const int64_t*>(nullptr), int64_t{0}, temperature, top_k, top_p, min_p, uniform,
+               draws, tokens);
     } else {
-        launch("sample", choose_kernel, 1, kThreads, 0, stream, logits, static_cast<const int64_t*>(nullptr), limit,
-               temperature, top_k, top_p, min_p, uniform, token);
+        launch("sample", choose_kernel, grid, kThreads, 0, stream, logits, static_cast<const int64_t*>(nullptr), pitch,
+               limit, unused, unused_count, temperature, top_k, top_p, min_p, uniform, draws, tokens);
     }
 }
 

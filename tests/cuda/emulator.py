@@ -253,6 +253,7 @@ class _Recording:
 
         def call(*args: Any) -> Any:
             if device.capturing is None:
+                device.launches += 1
                 return found(*args)
             return device.capturing.append((found, args))
 
@@ -269,13 +270,14 @@ class _Pool:
 class EmulatedGraph:
     """Launches with the very arguments that they were captured with, on memory that is poisoned before each replay."""
 
-    def __init__(self, pool: _Pool, launches: list[tuple[Any, tuple[Any, ...]]]):
-        self._pool, self._launches = pool, launches
+    def __init__(self, device: EmulatedDevice, pool: _Pool, launches: list[tuple[Any, tuple[Any, ...]]]):
+        self._device, self._pool, self._launches = device, pool, launches
 
     def pool(self) -> _Pool:
         return self._pool
 
     def replay(self) -> None:
+        self._device.replays += 1
         for memory in self._pool.memory:
             np.asarray(memory)[:] = 0xCD
         for function, args in self._launches:
@@ -293,13 +295,14 @@ class EmulatedDevice:
         self.module, self.memory, self.used = _Recording(self, module), memory, 0
         self.capturing: list[tuple[Any, tuple[Any, ...]]] | None = None
         self._pool: _Pool | None = None  # of the graph that is being captured
+        self.uploads = self.downloads = self.launches = self.replays = 0  # counted
 
     def capture(self, run, pool):
         self._pool, self.capturing = pool or _Pool(), []
         try:
             with _NoTorchInCapture():
                 result = run()
-            return EmulatedGraph(self._pool, self.capturing), result
+            return EmulatedGraph(self, self._pool, self.capturing), result
         finally:
             self._pool = self.capturing = None
 
@@ -310,6 +313,17 @@ class EmulatedDevice:
         if self.capturing is not None:
             raise AssertionError("the host's memory is read in a captured graph")
         target.copy_(host)
+        self.uploads += 1
+
+    def host_bytes(self, n: int) -> torch.Tensor:
+        return torch.empty(n, dtype=torch.uint8)
+
+    def send(self, target, host) -> None:
+        self.fill(target, host)
+
+    def receive(self, host, source) -> None:
+        host.copy_(source)
+        self.downloads += 1
 
     def free_bytes(self) -> int:
         return self.memory - self.used

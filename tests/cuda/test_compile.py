@@ -22,7 +22,8 @@ DECODE = {
     ),
     "moe": ("route_kernel", "expert_up_kernel", "expert_down_kernel", "expert_up_mma_kernel", "expert_down_mma_kernel"),
     "sample": ("choose_kernel", "shortlist_kernel"),
-    "norm": ("rms_norm_kernel", "embed_kernel", "rope_table_kernel"),
+    "norm": ("rms_norm_kernel", "rms_norm_pair_kernel", "embed_kernel"),
+    "tape": ("relocate_kernel",),
     "vision": (),
     "runtime": (),
 }  # fmt: skip

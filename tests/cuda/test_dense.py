@@ -95,16 +95,6 @@ def test_embed(device, rng, format):
     np.testing.assert_array_equal(found, expected if format == "f32" else rounded(expected, "bf16"))
 
 
-def test_rope_table(device):
-    positions = np.array([[0, 0, 0], [5, 7, 9], [262143, 1, 2]])
-    frequencies = np.array([1.0, 0.1, 0.003], np.float32)
-    axes = np.array([0, 1, 2])
-    cos, sin = cuda.rope_table(tensor(positions), frequencies, axes, 1.5)
-    angle = (positions[:, axes].astype(np.float32) * frequencies).astype(np.float64)
-    np.testing.assert_allclose(array(cos), 1.5 * np.cos(angle), atol=1e-6)
-    np.testing.assert_allclose(array(sin), 1.5 * np.sin(angle), atol=1e-6)
-
-
 def test_wrong_arguments_are_named(device, rng):
     w = cuda.pack([normal(rng, 8, 16)], "bf16")
     good = tensor(normal(rng, 2, 16), "bf16")

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 from deltaic.ops import cuda, reference
-from helpers import TYPES, array, assert_close, expert_weights, normal, reference_weight, rounded, tensor
+from helpers import TYPES, assert_close, expert_weights, normal, reference_weight, rounded, tensor
 from test_mixers import check_attention, delta_case, run_delta
 
 
@@ -73,10 +73,3 @@ def test_vision_attention(wide_device, rng, d):
     cosine, sine, cu = np.cos(angle), np.sin(angle), np.array([0, 70])
     y = cuda.vision_attention(tensor(qkv, "bf16"), cosine, sine, num_heads=1, cu_seqlens=cu)
     assert_close(y, reference.vision_attention(qkv, cosine, sine, num_heads=1, cu_seqlens=cu), "bf16", factor=2)
-
-
-def test_angles_of_many_turns(wide_device):
-    """Beyond 2^31, where CUDA's cosine takes another way."""
-    cos, sin = cuda.rope_table(tensor(np.array([[262143] * 3])), np.array([3e4], np.float32), np.array([0]), 1.0)
-    angle = np.float64(np.float32(262143) * np.float32(3e4))
-    np.testing.assert_allclose([array(cos)[0, 0], array(sin)[0, 0]], [np.cos(angle), np.sin(angle)], atol=1e-6)

@@ -38,7 +38,7 @@ def record(inputs, work):
 
 def test_replay_is_the_calls(rng, layer):
     x = rows(rng)
-    tape, output = record([x], layer)
+    tape, _ = record([x], layer)
     assert len(tape) == 6
     assert np.array_equal(output, layer(x))
     for _ in range(3):
@@ -58,7 +58,7 @@ def test_outputs_begin_cache_lines(rng, layer):
 
 def test_a_result_is_the_callers_own(rng, layer):
     x, other = rows(rng), rows(rng)
-    tape, output = record([x], layer)
+    tape, _ = record([x], layer)
     (first,) = tape.replay([x])
     kept = first.copy()
     tape.replay([other])
@@ -72,7 +72,7 @@ def test_what_a_recorded_call_used_stays_alive(rng):
         norm = np.full(48, 3, np.float32)
         return cpu.rms_norm(x, norm, 1e-6)
 
-    tape, output = record([x], work)
+    tape, _ = record([x], work)
     expected = work(x)
     gc.collect()
     waste = [np.full(48, 7, np.float32) for _ in range(100)]  # would reuse the memory
@@ -138,7 +138,7 @@ def test_states_in_lists_are_those_of_the_replay(rng):
 )
 def test_other_inputs_are_refused(rng, layer, inputs, message):
     x = rows(rng)
-    tape, output = record([x], layer)
+    tape, _ = record([x], layer)
     with pytest.raises(ArgumentError, match=message):
         tape.replay(inputs(x))
 

@@ -207,4 +207,3 @@ class MtpModel:
     def logits(self, m: Array) -> Array:
         """Draft logits of the first ids of the vocabulary, from rows m [n, H]."""
         return self.text.ops.linear(m, self.head)
-

@@ -61,7 +61,9 @@ class TextModel:
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
-        return self.ops.embed(np.ascontiguousarray(ids, np.int64), self.weights.embed)
+        if isinstance(ids, np.ndarray):  # not where a graph is captured
+            ids = np.ascontiguousarray(ids, np.int64)
+        return self.ops.embed(ids, self.weights.embed)
 
     def forward(
         self,

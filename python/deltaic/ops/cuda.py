@@ -39,7 +39,8 @@ from .cuda_memory import (
     vector,
     zeros,
 )  # fmt: skip
-from .cuda_sampling import log_softmax_top, sample, sample_on_device, sample_rows
+from .cuda_sampling import log_softmax_top, sample, sample_rows
+from .cuda_tape import Tape
 from .cuda_weights import (
     BlockTable,
     Part,
@@ -59,14 +60,12 @@ SPLIT_INVARIANT = False  # cuBLAS adds in another order for another number of ro
 __all__ = [
     "BlockTable",
     "Part",
-    "Pointers",
-    "TableBatch",
+    "Tape",
     "Weight",
     "activations",
     "checksum",
     "concatenate",
     "copy",
-    "copy_from_host",
     "device",
     "embed",
     "first_rows",
@@ -89,9 +88,7 @@ __all__ = [
     "require_memory",
     "rms_norm",
     "rms_norm_pair",
-    "rope_table",
     "sample",
-    "sample_on_device",
     "sample_rows",
     "set_num_threads",
     "swiglu",
@@ -110,7 +107,8 @@ DELTA_FEW = 16  # the same for the tokens of one sequence in the delta rule
 MAX_TRACED = 64  # rows of a sequence that a verify step may have
 SPLITS, PREFILL_SPLITS = 128, 4  # into which the keys of attention are dealt
 DEQUANTISED_BYTES = 64 << 20  # of one tile of a quantised matrix on its way to cuBLAS
-device_resident = True  # arrays of this op set live on a device: generation decodes through model/graph.py
+TAPE_ROWS = FEW  # with more, cuBLAS multiplies
+device_resident = True  # arrays of this op set live on a device
 
 
 # ------------------------------------------------------------------------------------------------------ dense operators
@@ -139,7 +137,17 @@ def rms_norm(x: Tensor, weight: Any, eps: float) -> Tensor:
 
 
 def rms_norm_pair(a: Tensor, a_weight: Any, b: Tensor, b_weight: Any, eps: float) -> Tensor:
-    return concatenate([rms_norm(a, a_weight, eps), rms_norm(b, b_weight, eps)], axis=1)
+    a_weight, b_weight = vector(a_weight), vector(b_weight)
+    check("rms_norm_pair", "a", a, [None, None], ACTIVATION_DTYPES)
+    check("rms_norm_pair", "b", b, [a.shape[0], a.shape[1]], [str(a.dtype).removeprefix("torch.")])
+    for name, weight in (("a_weight", a_weight), ("b_weight", b_weight)):
+        check("rms_norm_pair", name, weight, [a.shape[1]], ["float32"])
+    T, D = a.shape
+    y, dev = new([T, 2 * D], a.dtype), device()
+    dev.module.rms_norm_pair(
+        address(a), address(a_weight), address(b), address(b_weight), address(y), T, D, eps, type_of(a), dev.stream()
+    )
+    return y
 
 
 def layer_norm(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
@@ -257,7 +265,7 @@ def gated_delta_net(
     cu_seqlens: Any,
     conv_states: Any,
     states: Any,
-    trace: Tensor | None = None,
+    trace: Tensor | Pointers | None = None,
 ) -> Tensor:
     import torch
 
@@ -275,9 +283,9 @@ def gated_delta_net(
     state = pointers(op, "states", states, [Hv, Dk, Dv])
     dev = device()
     c, o = new([T, C], torch.float32), new([T, Hv * Dv], torch.float32)
-    chunks = None
+    chunks, traced = None, None
     if trace is not None:
-        check(op, "trace", trace, [T, C + Hk * Dk + Hv * Dv + Hv], ["float32"])
+        traced = pointers(op, "trace", [trace], [T, C + Hk * Dk + Hv * Dv + Hv])
         if longest > MAX_TRACED:
             raise ArgumentError(f"{op}: with a trace, a sequence may have at most {MAX_TRACED} rows")
     elif longest > DELTA_FEW:
@@ -286,49 +294,51 @@ def gated_delta_net(
     dev.module.gated_delta_net(
         address(proj), address(conv_weight), address(A_log), address(dt_bias), address(norm), eps, Hk, Hv, Dk, Dv,
         address(small(cu_seqlens)), address(conv.addresses), conv.offset, address(state.addresses), state.offset,
-        address(c), address(o), address(chunks), address(trace), address(y), T, B, longest, type_of(proj), dev.stream(),
+        address(c), address(o), address(chunks), 0 if traced is None else address(traced.addresses),
+        0 if traced is None else traced.offset, address(y), T, B, longest, type_of(proj), dev.stream(),
     )  # fmt: skip
     return y
 
 
 def gated_delta_net_commit(
-    trace: Tensor,
+    trace: Tensor | Pointers,
     *,
     num_k_heads: int,
     cu_seqlens: Any,
     counts: Any,
-    conv_states: Sequence[Tensor],
-    states: Sequence[Tensor],
+    conv_states: Sequence[Tensor | Pointers],
+    states: Sequence[Tensor | Pointers],
 ) -> None:
     op, Hk = "gated_delta_net_commit", num_k_heads
     if not states:
         return
     L, Hv, Dk, Dv = states[0].shape
     C = 2 * Hk * Dk + Hv * Dv
-    check(op, "trace", trace, [L, None, C + Hk * Dk + Hv * Dv + Hv], ["float32"])
+    traced = pointers(op, "trace", [trace], [L, None, C + Hk * Dk + Hv * Dv + Hv])
     T, B, _ = _lengths(op, cu_seqlens, trace.shape[1])
-    for b, (n, rows) in enumerate(zip(counts.tolist(), np.diff(cu_seqlens).tolist(), strict=True)):
-        if not 0 <= n <= rows:
-            raise ArgumentError(f"{op}: counts[{b}] is {n}, expected 0 to the {rows} rows of the sequence")
+    if isinstance(counts, np.ndarray):
+        for b, (n, rows) in enumerate(zip(counts.tolist(), np.diff(cu_seqlens).tolist(), strict=True)):
+            if not 0 <= n <= rows:
+                raise ArgumentError(f"{op}: counts[{b}] is {n}, expected 0 to the {rows} rows of the sequence")
     conv, state = pointers(op, "conv_states", conv_states, [L, 3, C]), pointers(op, "states", states, [L, Hv, Dk, Dv])
     dev = device()
     dev.module.gated_delta_net_commit(
-        address(trace), Hk, Hv, Dk, Dv, address(small(cu_seqlens)), address(small(counts)), address(conv.addresses),
-        address(state.addresses), L, T, B, dev.stream(),
+        address(traced.addresses), Hk, Hv, Dk, Dv, address(small(cu_seqlens)), address(small(counts)),
+        address(conv.addresses), address(state.addresses), L, T, B, dev.stream(),
     )  # fmt: skip
 
 
 def _lengths(op: str, cu_seqlens: Any, T: int) -> tuple[int, int, int]:
-    """(T, B, longest sequence). Lengths that are on the device already belong to a graph: one token per sequence."""
+    """(T, B, a bound on the longest sequence). Lengths that are on the device belong to a graph, and are not known: it
+    has few rows, which all sequences may have together."""
     if isinstance(cu_seqlens, np.ndarray):
         counts = np.diff(cu_seqlens)
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (counts < 0).any():
             raise ArgumentError(f"{op}: cu_seqlens is {cu_seqlens.tolist()}, expected numbers rising from 0 to {T}")
         return T, len(counts), int(counts.max()) if len(counts) else 0
-    B = int(cu_seqlens.shape[0]) - 1
-    if B < 1 or T % B:
-        raise ArgumentError(f"{op}: {T} rows for {B} sequences; lengths on the device must be equal")
-    return T, B, T // B
+    if T > FEW:
+        raise ArgumentError(f"{op}: {T} rows of sequences whose lengths are on the device, expected {FEW} at most")
+    return T, int(cu_seqlens.shape[0]) - 1, T
 
 
 def gated_attention(
@@ -533,36 +543,7 @@ def vision_attention(
     return y
 
 
-# ------------------------------------------------------------------------------------------------------- around a graph
-
-
-def rope_table(positions: Tensor, frequencies: Any, axes: Any, scale: float) -> tuple[Tensor, Tensor]:
-    """cos, sin float32 [T, R/2] of positions int64 [T, 3] that are on the device (model/rope.py, for graphs)."""
-    import torch
-
-    frequencies, axes = vector(frequencies), small(axes)
-    T, F = positions.shape[0], frequencies.shape[0]
-    check("rope_table", "positions", positions, [None, 3], ["int64"])
-    cos, sin, dev = new([T, F], torch.float32), new([T, F], torch.float32), device()
-    dev.module.rope_table(
-        address(positions),
-        address(frequencies),
-        address(axes),
-        scale,
-        address(cos),
-        address(sin),
-        T,
-        F,
-        dev.stream(),
-    )
-    return cos, sin
-
-
-def copy_from_host(target: Tensor, values: np.ndarray) -> None:
-    """Fill a device tensor from a numpy array that may change as soon as this returns."""
-    import torch
-
-    device().fill(target, torch.from_numpy(values))
+# ------------------------------------------------------------------------------------------------- beside the operators
 
 
 def activations(rows: np.ndarray, table: Weight) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import ml_dtypes
@@ -32,9 +33,12 @@ class Device(Protocol):
     def stream(self) -> int: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
     def fill(self, target: Tensor, host: Tensor) -> None: ...  # host may change as soon as it returns
+    def host_bytes(self, n: int) -> Tensor: ...  # of the host, that `send` and `receive` are fast with
+    def send(self, target: Tensor, host: Tensor) -> None: ...  # host may change when `wait` or `receive` has returned
+    def receive(self, host: Tensor, source: Tensor) -> None: ...  # waits
     def capture(
         self, run: Callable[[], Result], pool: Any
-    ) -> tuple[Graph, Result]: ...  # pool: of graphs before, or None
+    ) -> tuple[Graph, Result]: ...  # `run` has been called before; pool: of graphs before, or None
     def free_bytes(self) -> int: ...
     def wait(self) -> None: ...
 
@@ -72,7 +76,6 @@ class _Cuda:
         import torch
 
         with torch.cuda.device(self.torch_device):
-            run()  # loads every kernel, which a capture must not do
             torch.cuda.synchronize()
             if self._capture_stream is None:  # one for all: a pool gives memory back to the stream that it came from
                 self._capture_stream = torch.cuda.Stream(self.torch_device)
@@ -101,6 +104,19 @@ class _Cuda:
             target.copy_(host.pin_memory(), non_blocking=True)  # torch keeps the pinned copy until it has been read
         else:
             target.copy_(host)
+
+    def host_bytes(self, n: int) -> Tensor:
+        import torch
+
+        return torch.empty(n, dtype=torch.uint8, pin_memory=True)
+
+    def send(self, target: Tensor, host: Tensor) -> None:
+        self.stream()
+        target.copy_(host, non_blocking=True)
+
+    def receive(self, host: Tensor, source: Tensor) -> None:
+        host.copy_(source, non_blocking=True)
+        self.wait()
 
     def free_bytes(self) -> int:
         import torch
@@ -225,6 +241,9 @@ def upload(array: np.ndarray) -> Tensor:
 
 _vectors: dict[int, tuple[weakref.ref[np.ndarray], Tensor]] = {}
 _recent: list[tuple[int, np.ndarray, Tensor]] = []  # the stream that fills it, the numbers, where they are
+_constants: Constants | None = None  # of the graph that is being made
+
+Constants = dict[tuple[str, tuple[int, ...], bytes], Tensor]  # numbers of the host by dtype, shape and contents
 
 
 def vector(value: Any) -> Tensor:
@@ -244,7 +263,13 @@ def small(value: Any, dtype: Any = np.int64) -> Tensor:
     """Numbers of one call (lengths, positions, tables) on the device; layers that pass equal ones share the upload."""
     if not isinstance(value, np.ndarray):
         return value
-    value, stream = np.ascontiguousarray(value, dtype), device().stream()
+    value = np.ascontiguousarray(value, dtype)
+    if _constants is not None:
+        key = value.dtype.str, value.shape, value.tobytes()
+        if key not in _constants:
+            _constants[key] = upload(value)
+        return _constants[key]
+    stream = device().stream()
     for filled_by, known, tensor in _recent:
         if (filled_by, known.dtype, known.shape) == (stream, value.dtype, value.shape) and np.array_equal(known, value):
             return tensor
@@ -252,6 +277,17 @@ def small(value: Any, dtype: Any = np.int64) -> Tensor:
     _recent.insert(0, (stream, value.copy(), tensor))
     del _recent[16:]
     return tensor
+
+
+@contextmanager
+def keeping(constants: Constants) -> Iterator[None]:
+    """What `small` puts on the device inside is put into `constants`, and found there: a graph reads it for ever."""
+    global _constants
+    before, _constants = _constants, constants
+    try:
+        yield
+    finally:
+        _constants = before
 
 
 def type_of(x: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""How is a token chosen on the GPU? `sample` and `log_softmax_top` of reference.py; only the token leaves it."""
+"""How is a token chosen on the GPU? `sample`, `sample_rows` and `log_softmax_top` of reference.py; only the tokens
+leave it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgumentError
-from .cuda_memory import Tensor, address, check, device, new, upload
+from .cuda_memory import Tensor, address, check, copy, device, new, small, upload
 
 SHORTLIST_STRETCH, SHORTLIST_MAX = 4096, 128  # as in csrc/cuda/sample.cu
 
@@ -28,32 +29,13 @@ def sample(
     limit: int,
     uniform: float,
 ) -> int:
-    token = sample_on_device(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty, repetition_penalty=repetition_penalty, output_ids=output_ids,
-        output_counts=output_counts, prompt_ids=prompt_ids, limit=limit, uniform=uniform,
-    )  # fmt: skip
-    chosen = int(token.item())
-    if chosen < 0:
-        raise ArgumentError("sample: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
-    return chosen
-
-
-def sample_on_device(
-    logits: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float, presence_penalty: float,
-    frequency_penalty: float, repetition_penalty: float, output_ids: Any, output_counts: Any, prompt_ids: Any,
-    limit: int, uniform: float,
-) -> Tensor:  # fmt: skip
-    """`sample` without waiting: the token as int64 [1] on the device, -1 where `sample` raises."""
     import torch
 
     check("sample", "logits", logits, [None], ["float32"])
-    if not 0 < limit <= logits.shape[0]:
-        raise ArgumentError(f"sample: limit is {limit}, expected 1..{logits.shape[0]}")
     dev = device()
     penalised = repetition_penalty != 1 or frequency_penalty != 0 or presence_penalty != 0
     if penalised and len(output_ids) + len(prompt_ids):
-        logits = new(logits.shape, logits.dtype).copy_(logits)
+        logits = copy(logits)
         seen = np.union1d(prompt_ids, output_ids).astype(np.int64)
         seen_on, ids_on = upload(seen), upload(np.asarray(output_ids, np.int64))
         counts_on = upload(np.asarray(output_counts, np.int64))
@@ -61,15 +43,10 @@ def sample_on_device(
             address(logits), address(seen_on), len(seen), address(ids_on), address(counts_on), len(output_ids),
             repetition_penalty, frequency_penalty, presence_penalty, limit, dev.stream(),
         )  # fmt: skip
-    k = 1 if temperature == 0 else top_k
-    room = -(-limit // SHORTLIST_STRETCH) * k if 0 < k <= SHORTLIST_MAX else 0
-    values, ids = new([max(room, 1)], torch.float32), new([max(room, 1)], torch.int64)
     token = new([1], torch.int64)
-    dev.module.sample(
-        address(logits), limit, temperature, top_k, top_p, min_p, uniform, address(values), address(ids), room,
-        address(token), dev.stream(),
-    )  # fmt: skip
-    return token
+    _choose("sample", logits[None], temperature, top_k, top_p, min_p, limit, None, uniform, None, token)
+    chosen: list[int] = check_tokens("sample", token.cpu().numpy()).tolist()
+    return chosen[0]
 
 
 def sample_rows(
@@ -80,20 +57,51 @@ def sample_rows(
     top_p: float,
     min_p: float,
     limit: int,
-    unused: np.ndarray,
-    draws: np.ndarray,
-    tokens: np.ndarray,
+    unused: Any,
+    draws: Any,
+    tokens: Any,
 ) -> None:
-    check("sample_rows", "logits", logits, [None, None], ["float32"])
-    if len(unused):
-        logits[:, upload(unused)] = -np.inf
-    none = np.empty(0, np.int64)
-    for t in range(logits.shape[0]):
-        tokens[t] = sample(
-            logits[t], temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=0.0,
-            frequency_penalty=0.0, repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none,
-            limit=limit, uniform=float(draws[t]) / 2**53,
-        )  # fmt: skip
+    """draws and tokens: both of the host, or both on the device, as in a graph. These tokens are not waited for: -1 is
+    put where this raises an error otherwise."""
+    import torch
+
+    op, T = "sample_rows", logits.shape[0]
+    check(op, "logits", logits, [None, None], ["float32"])
+    draws = small(draws)
+    check(op, "draws", draws, [T], ["int64"])
+    chosen = new([T], torch.int64) if isinstance(tokens, np.ndarray) else tokens
+    check(op, "tokens", chosen, [T], ["int64"])
+    _choose(op, logits, temperature, top_k, top_p, min_p, limit, unused, 0.0, draws, chosen)
+    if chosen is not tokens:
+        tokens[:] = check_tokens(op, chosen.cpu().numpy())
+
+
+def _choose(
+    op: str, logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, limit: int, unused: Any,
+    uniform: float, draws: Tensor | None, tokens: Tensor,
+) -> None:  # fmt: skip
+    """tokens [T] from logits [T, V], without waiting; uniform: the random number where there are no draws."""
+    import torch
+
+    T, V = logits.shape
+    if not 0 < limit <= V:
+        raise ArgumentError(f"{op}: limit is {limit}, expected 1..{V}")
+    k = 1 if temperature == 0 else top_k
+    room = -(-limit // SHORTLIST_STRETCH) * k if 0 < k <= SHORTLIST_MAX else 0
+    values, ids = new([T, max(room, 1)], torch.float32), new([T, max(room, 1)], torch.int64)
+    masked = 0 if unused is None else len(unused)
+    dev = device()
+    dev.module.sample(
+        address(logits), T, V, limit, address(small(unused)) if masked else 0, masked, temperature, top_k, top_p, min_p,
+        uniform, address(draws), address(values), address(ids), room, address(tokens), dev.stream(),
+    )  # fmt: skip
+
+
+def check_tokens(op: str, tokens: np.ndarray) -> np.ndarray:
+    """Chosen tokens; ArgumentError where a kernel could not choose one."""
+    if (tokens < 0).any():
+        raise ArgumentError(f"{op}: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+    return tokens
 
 
 def log_softmax_top(logits: Tensor, *, limit: int, k: int, token: int) -> tuple[float, np.ndarray, np.ndarray]:

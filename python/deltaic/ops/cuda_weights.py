@@ -4,6 +4,7 @@ where the states of sequences lie."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -157,20 +158,28 @@ class BlockTable:
 
     def __init__(self) -> None:
         self.blocks: list[Tensor] = []
-        self.addresses: list[int] = []  # of the blocks
+        self._addresses = np.zeros(16, np.int64)
+
+    @property
+    def addresses(self) -> np.ndarray:
+        """Of the blocks, not to be written: int64."""
+        return self._addresses[: len(self.blocks)]
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def append(self, block: Tensor) -> None:
         self.blocks.append(self._checked(block))
-        self.addresses.append(address(block))
+        n = len(self.blocks)
+        if n > len(self._addresses):
+            self._addresses = np.concatenate([self._addresses, np.zeros_like(self._addresses)])
+        self._addresses[n - 1] = address(block)
 
     def replace(self, i: int, block: Tensor) -> None:
         if not 0 <= i < len(self.blocks):
             raise ArgumentError(f"BlockTable: block {i} of {len(self.blocks)} does not exist")
         self.blocks[i] = self._checked(block)
-        self.addresses[i] = address(block)
+        self._addresses[i] = address(block)
 
     def _checked(self, block: Tensor) -> Tensor:
         check("BlockTable", "block", block, [None, 2, None, None, None], ACTIVATION_DTYPES)
@@ -185,22 +194,31 @@ class BlockTable:
 
 @dataclasses.dataclass(slots=True)
 class Pointers:
-    """Instead of a list of state tensors: their addresses in device memory, int64 [B], and an offset in elements.
+    """Instead of a list of float32 tensors of B sequences: their addresses in device memory, int64 [B], the shape of
+    each, and how many elements behind its address it begins.
 
     A captured graph reads them when it runs, so one graph serves any sequence."""
 
     addresses: Tensor
+    shape: tuple[int, ...]
     offset: int = 0
 
+    def __getitem__(self, i: int) -> Pointers:
+        """Item i of each."""
+        return Pointers(self.addresses, self.shape[1:], self.offset + i * math.prod(self.shape[1:]))
 
-def pointers(op: str, name: str, states: Any, shape: Sequence[int]) -> Pointers:
-    if isinstance(states, Pointers):
-        return states
+
+def pointers(op: str, name: str, states: Any, shape: Sequence[int | None]) -> Pointers:
+    """Where the tensors of a list are, or what stands for them in a list of one; each has this shape (None: any)."""
     if len(states) == 1 and isinstance(states[0], Pointers):
-        return states[0]
+        (found,) = states
+        if len(found.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=False)):
+            raise ArgumentError(f"{op}: {name} are {found.shape}, expected {tuple(shape)}")
+        return found
     for state in states:
         check(op, name, state, shape, ["float32"])
-    return Pointers(small(np.array([address(state) for state in states], np.int64)))
+    addresses = np.array([address(state) for state in states], np.int64)
+    return Pointers(small(addresses), tuple(states[0].shape) if states else ())
 
 
 @dataclasses.dataclass(slots=True)
