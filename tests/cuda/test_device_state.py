@@ -3,6 +3,7 @@ sequences and speculation go through the same steps as on the CPU."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import deltaic
@@ -12,7 +13,12 @@ import pytest
 import torch
 from deltaic import State
 from deltaic.errors import DeviceError, StateError
-from deltaic.ops import cpu, cuda
+from deltaic.generate.options import SamplingParams
+from deltaic.generate.sampling import Sampler
+from deltaic.generate.speculate import Drafting
+from deltaic.model.state import BLOCK_TOKENS
+from deltaic.ops import cpu, cuda, reference
+from deltaic.ops.cuda_tape import FEWEST_BLOCKS
 from helpers import array
 
 PROMPT = "the cat sat on the mat"
@@ -175,7 +181,7 @@ def test_drafts_that_are_verified_get_the_bits_of_decoding(load, accepted):
     for name in ("conv", "delta"):
         np.testing.assert_array_equal(array(getattr(state, name)), array(getattr(expected, name)))
     assert (state.length, state.token_ids) == (expected.length, expected.token_ids)
-    ragged = runner.verify([state, expected], [[1, 2], [3]])  # no graph: the sequences have unlike numbers of rows
+    ragged = runner.verify([state, expected], [[1, 2], [3]])
     np.testing.assert_array_equal(array(ragged.hidden)[2], array(runner.step(3, expected.fork()))[0])
 
 
@@ -188,6 +194,123 @@ def test_speculation_gives_the_tokens_of_plain_decoding(model_device):
     expected, found = plain.chat("How many?", **options), model.chat("How many?", **options)
     assert found.token_ids == expected.token_ids
     assert found.drafted > 0
+
+
+@pytest.fixture
+def speculating(model_device):
+    """(the miniature, a sampler, a state with a few tokens, the hidden row of the last one)"""
+    model = deltaic.load(MINIATURE, device="cuda", dtype="bf16", cache_bytes=0)
+    params = SamplingParams(temperature=0.8, top_k=20, top_p=0.9)
+    sampler = Sampler(cuda, params, limit=model._sampled_ids[0], prompt_ids=np.arange(3), unused=model._sampled_ids[1])
+    state, prompt = model.new_state(), model.prepare(PROMPT)
+    hidden = list(model._runner.hidden(prompt, state, [len(prompt)]))[-1][-1:]
+    return model, sampler, state, hidden
+
+
+@contextmanager
+def counted(device):
+    """A dict that afterwards says what was done on the emulated device, which is not on a GPU."""
+    names, facts = ("uploads", "launches", "replays", "downloads"), {}
+    before = {name: getattr(device, name, 0) for name in names}
+    yield facts
+    facts.update((name, getattr(device, name, 0) - before[name]) for name in names)
+
+
+ONCE = {"uploads": 1, "launches": 0, "replays": 1, "downloads": 1}
+
+
+def test_a_token_is_one_replay(model_device, speculating):
+    """Numbers are sent once, one graph runs, the token is read once; with the bits and the token of separate calls."""
+    model, sampler, state, _ = speculating
+    runner, plain = model._runner, state.fork()
+    token = 5
+    for turn in range(4):
+        choosing = sampler.choosing(1)
+        logits = array(runner.text.logits(runner.step(token, plain)))
+        with counted(model_device) as facts:
+            hidden, _, (chosen,) = runner.decode([token], [state], head=True, choosing=choosing)
+        if turn and model_device.module.emulated:
+            assert facts == ONCE
+        np.testing.assert_array_equal(array(runner.text.logits(hidden)), logits)
+        expected = np.zeros(1, np.int64)
+        choosing[0].choose(reference, logits, choosing[1], expected)
+        assert chosen == expected[0]
+        np.testing.assert_array_equal(array(state.delta), array(plain.delta))
+        sampler.took()
+        token = chosen
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_round_is_one_replay(model_device, speculating, depth):
+    """What is owed, drafts, their verification and the tokens after each: those of the parts, one by one."""
+    model, sampler, state, hidden = speculating
+    runner, mtp, before = model._runner, model._runner.mtp, None
+    plain, tokens = state.fork(), [5]
+    for turn in range(7):
+        accepted = 1 + turn % (depth + 1)
+        draws = sampler.draws(1 + depth)
+        with counted(model_device) as facts:
+            drafting = Drafting(state, state.length - len(tokens), hidden, tokens, depth, sampler)
+            v = runner.draft_and_verify(drafting, before)
+        if turn > depth + 1 and model_device.module.emulated:
+            assert facts == ONCE
+        m, _ = mtp.extend(hidden, [tokens], [plain], [plain.length - len(tokens)], 1)
+        drafts = []
+        for ahead in range(depth):
+            if ahead:
+                m, _ = mtp.draft(m, drafts[-1:], [plain], ahead - 1)
+            chosen = np.zeros(1, np.int64)
+            sampler.choice.choose(reference, array(mtp.logits(m)), draws[ahead : ahead + 1], chosen)
+            drafts += chosen.tolist()
+        assert v.tokens == [[tokens[-1], *drafts]]
+        rows = runner.verify([plain], v.tokens, head=True)
+        np.testing.assert_array_equal(array(v.hidden), array(rows.hidden))
+        expected = np.zeros(1 + depth, np.int64)
+        sampler.choice.choose(reference, array(rows.logits), draws, expected)
+        assert v.chosen == expected.tolist()
+        runner.count(v, [accepted])
+        runner.commit(rows, [accepted])
+        before, hidden = v, v.hidden[:accepted]
+        tokens = [*drafts[: accepted - 1], v.chosen[accepted - 1]]
+        for _ in range(accepted):
+            sampler.took()
+    runner.write(before)
+    for name in ("conv", "delta"):
+        np.testing.assert_array_equal(array(getattr(state, name)), array(getattr(plain, name)))
+
+
+def test_sequences_of_unlike_lengths_share_a_graph(model_device, load):
+    model = load(dtype="bf16")
+    runner = model._runner
+    states = [model.new_state(), model.new_state()]
+    for state, prompt in zip(states, (PROMPT, "a dog"), strict=True):
+        model.forward(prompt, state)
+    for turn, tokens in enumerate(([[1, 2], [3]], [[7], [8, 9]], [[1, 2], [3]])):
+        with counted(model_device) as facts:
+            hidden = array(runner.verify(states, tokens).hidden)
+        if turn and model_device.module.emulated:
+            assert facts == ONCE | {"downloads": 0}
+        rows = [array(runner.verify([state], [ids]).hidden) for state, ids in zip(states, tokens, strict=True)]
+        np.testing.assert_array_equal(hidden, np.concatenate(rows))
+
+
+def test_a_graph_serves_longer_sequences_and_other_keys(model_device, load):
+    """Beyond the blocks that it has room for there is another one, and one for K/V of another dtype."""
+    model, ids = load(dtype="bf16"), [int(i) for i in np.arange(80) % 250]
+    runner = model._runner
+    for kv_dtype in ("bf16", "f32"):
+        state, plain = (State(model.config.text, cuda, kv_dtype, context=4096) for _ in range(2))
+        for one in (state, plain):
+            model.forward(ids, one)
+        for turn, token in enumerate(ids[:4]):
+            if turn == 2:
+                state.reserve(BLOCK_TOKENS * FEWEST_BLOCKS + 1)
+            found = array(runner.step(token, state))
+            wanted = runner.text.forward(
+                runner.text.embed(np.array([token])), np.full((1, 3), plain.length), [plain], np.array([0, 1])
+            )
+            np.testing.assert_array_equal(found, array(wanted))
+    assert runner.recordings == 4
 
 
 def test_too_little_memory_is_said_before_anything_is_allocated(model_device, load):

@@ -38,7 +38,7 @@ def record(inputs, work):
 
 def test_replay_is_the_calls(rng, layer):
     x = rows(rng)
-    tape, _ = record([x], layer)
+    tape, output = record([x], layer)
     assert len(tape) == 6
     assert np.array_equal(output, layer(x))
     for _ in range(3):

@@ -139,8 +139,7 @@ class MtpModel:
         # Rows 0 .. n - 1 belong to the entries that last, the n-th to the token that comes next, the others to drafts.
         cos, sin = text.rope.text([(first + state.rope_delta, n + 1 + depth)])
         entries, end = state.mtp_length, state.mtp_length + n
-        # The tokens, room for the drafts and for what is chosen after each row, then where the step starts and each pass
-        # of the layer.
+        # The tokens, room for the drafts and for what is chosen after each row; where the step and each pass start.
         last, places = n + depth, n + 2 * depth + 1
         starts = (state.length, entries, *range(end, end + depth - 1))
         numbers = np.array([*tokens, *(0,) * (places - n), *starts], np.int64)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from ..errors import ArgumentError
 from .cuda_memory import Constants, Tensor, address, device, keeping, new
 from .cuda_sampling import check_tokens
 from .cuda_weights import BlockTable, Pointers, TableBatch
+
+if TYPE_CHECKING:
+    import torch
 
 FEWEST_BLOCKS = 16  # room for K/V blocks of each sequence, doubled as needed
 MOST_JOBS = 4  # tensors that are copied in, and as many that are copied out
@@ -23,6 +26,12 @@ _made: weakref.WeakSet[Tape] = weakref.WeakSet()  # their graphs share memory: t
 
 Run = Callable[..., tuple[Any, ...]]
 Fill = Callable[[Any], None]  # puts an input where the graph finds it
+
+
+class _Result(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
 
 
 class Tape:
@@ -43,8 +52,8 @@ class Tape:
         self._fill: list[Fill] = []  # one for each input
         self._given: list[Any] = []  # what the function gets
         self._fetched: list[Tensor] = []  # the copies among these
-        self._results: list[Tensor | slice] = []  # what it returns; slice: bytes of the buffer
-        self._tokens = slice(0, 0)  # bytes of the buffer that hold all these
+        self._results: list[_Result | slice] = []  # what it returns; slice: bytes of the buffer
+        self._read: tuple[Tensor, Tensor] | None = None  # on the host and on the device, the bytes that hold all these
         self._sending = False  # the device may not have read the host's buffer yet
         self._graph: Any = None
 
@@ -59,21 +68,22 @@ class Tape:
         self._put(inputs)
         self._send()
         with keeping(self._constants):
-            self._find(self._fetch_and(run))
+            outputs = self._fetch_and(run)
+            self._find(outputs)
             self._settle()
             results = self._targets()
-            self._send(self._jobs.nbytes)  # the rest holds tokens by now
-            self._relocate(MOST_JOBS, self._results)
+            self._send(slice(self._jobs.nbytes))  # the rest holds tokens by now
+            self._deliver()
             found = self._finish(results)
 
             def whole() -> tuple[Any, ...]:
                 outputs = self._fetch_and(run)
-                self._relocate(MOST_JOBS, self._results)
+                self._deliver()
                 return outputs
 
             pool = next((tape._graph.pool() for tape in _made if tape._device is self._device), None)
             self._graph, outputs = self._device.capture(whole, pool)
-        self._find(outputs)
+        self._find(outputs)  # which are not kept: other graphs may have their memory in between
         _made.add(self)
         return found
 
@@ -107,6 +117,7 @@ class Tape:
         self._bytes[:] = 0
         laid = self._parts(parts, [0, *ends.tolist()])
         self._jobs, self._jobs_on = next(laid)
+        fill: Fill
         for value in inputs:
             if value is None or (isinstance(value, list) and not value):
                 fill, given = _nothing, value
@@ -151,8 +162,9 @@ class Tape:
         for fill, value in zip(self._fill, inputs, strict=True):
             fill(value)
 
-    def _send(self, nbytes: int | None = None) -> None:
-        self._device.send(self._buffer[:nbytes], self._host[:nbytes])
+    def _send(self, part: slice | None = None) -> None:
+        whole = part is None
+        self._device.send(self._buffer if whole else self._buffer[part], self._host if whole else self._host[part])
         self._sending = True
 
     def _settle(self) -> None:
@@ -162,7 +174,7 @@ class Tape:
             self._sending = False
 
     def _fetch_and(self, run: Run) -> tuple[Any, ...]:
-        self._relocate(0, self._fetched)
+        self._relocate(0, [_nbytes(copy) for copy in self._fetched])
         return run(*self._given)
 
     # ------------------------------------------------------------------------------------------------ what comes of it
@@ -175,17 +187,21 @@ class Tape:
             if 0 <= first < len(self._bytes):
                 self._results.append(slice(first, first + _nbytes(output)))
             else:
-                self._results.append(output)
+                self._results.append(_Result(tuple(output.shape), output.dtype, _nbytes(output)))
                 self._jobs[job] = address(output), 0, _nbytes(output)
                 job += 1
         tokens = [result for result in self._results if isinstance(result, slice)]
-        self._tokens = slice(min((t.start for t in tokens), default=0), max((t.stop for t in tokens), default=0))
+        self._read = None
+        if tokens:
+            span = slice(min(t.start for t in tokens), max(t.stop for t in tokens))
+            self._read = self._host[span], self._buffer[span]
 
     def _targets(self) -> list[Any]:
         """New tensors for the results, and slices where they are tokens."""
-        results, job = list(self._results), MOST_JOBS
+        results: list[Any] = list(self._results)
+        job = MOST_JOBS
         for i, result in enumerate(results):
-            if not isinstance(result, slice):
+            if isinstance(result, _Result):
                 results[i] = new(result.shape, result.dtype)
                 self._jobs[job, 1] = address(results[i])
                 job += 1
@@ -193,18 +209,19 @@ class Tape:
 
     def _finish(self, results: list[Any]) -> tuple[Any, ...]:
         """The results, with tokens instead of slices."""
-        at = self._tokens
-        if at.stop:
-            self._device.receive(self._host[at], self._buffer[at])
+        if self._read is not None:
+            self._device.receive(*self._read)
             self._sending = False
             for i, result in enumerate(results):
                 if isinstance(result, slice):
                     results[i] = check_tokens("sample_rows", self._bytes[result].view(np.int64).copy())
         return tuple(results)
 
-    def _relocate(self, first: int, tensors: Sequence[Any]) -> None:
-        """Do as many jobs, from the `first` on, as there are tensors."""
-        sizes = [_nbytes(tensor) for tensor in tensors if not isinstance(tensor, slice)]
+    def _deliver(self) -> None:
+        self._relocate(MOST_JOBS, [result.nbytes for result in self._results if isinstance(result, _Result)])
+
+    def _relocate(self, first: int, sizes: Sequence[int]) -> None:
+        """Do the jobs of so many bytes each, from the `first` on."""
         jobs = address(self._jobs_on) + first * self._jobs[0].nbytes
         self._device.module.relocate(jobs, len(sizes), max(sizes, default=0), self._device.stream())
 
