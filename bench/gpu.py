@@ -33,6 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
+DRAFTS = 3  # of a round
 STEPS = ("build", "tests", "operators", "models", "overlap", "sanitizer")
 ON_CARD = "[gpu or -gpu"  # of the tests that run in several places, those on the card
 # Of the kernels alone: what captures graphs needs the caching allocator, which would hide errors from the sanitizer.
@@ -269,12 +270,13 @@ def random_weight(ops: Any, rows: int, columns: int, format: str, *, glu: bool =
     return ops.Weight([ops.Part(format, rows, columns, stride, q, s, d)], count, glu)
 
 
-def random_text(ops: Any, size: Size, format: str) -> Any:
-    """A TextModel of the given shape."""
+def random_model(ops: Any, size: Size, format: str) -> tuple[Any, Any]:
+    """A TextModel of the given shape, and its MtpModel."""
     import numpy as np
     from deltaic.model.config import RopeConfig, TextConfig
+    from deltaic.model.mtp import MtpModel
     from deltaic.model.text import TextModel
-    from deltaic.model.weights import AttentionMixer, DeltaMixer, DenseFFN, Layer, TextWeights
+    from deltaic.model.weights import AttentionMixer, DeltaMixer, DenseFFN, Layer, MtpWeights, TextWeights
 
     s, rng = size, np.random.default_rng(0)
     kinds = (["linear_attention"] * 3 + ["full_attention"]) * s.attention_layers
@@ -285,7 +287,7 @@ def random_text(ops: Any, size: Size, format: str) -> Any:
         "linear_value_head_dim": s.width, "linear_conv_kernel_dim": 4, "intermediate_size": s.inner, "num_experts": 0,
         "num_experts_per_tok": 0, "moe_intermediate_size": 0, "shared_expert_intermediate_size": 0,
         "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": s.tied,
-        "mtp_num_hidden_layers": 0,
+        "mtp_num_hidden_layers": 1,
         "rope": RopeConfig(1e7, s.head_dim // 4, (11, 11, 10), "default", 1.0, 32768, None),
     }  # fmt: skip
     config = TextConfig(**values)
@@ -297,8 +299,8 @@ def random_text(ops: Any, size: Size, format: str) -> Any:
         return random_weight(ops, rows, columns, format, glu=glu)
 
     C, values_width = config.conv_dim, s.value_heads * s.width
-    layers = []
-    for kind in kinds:
+
+    def layer(kind: str) -> Layer:
         if kind == "linear_attention":
             mixer: Any = DeltaMixer(
                 weight(C + values_width + 2 * s.value_heads, s.hidden), vector(4, C), vector(s.value_heads),
@@ -310,10 +312,15 @@ def random_text(ops: Any, size: Size, format: str) -> Any:
                 weight(s.hidden, s.heads * s.head_dim),
             )  # fmt: skip
         ffn = DenseFFN(weight(2 * s.inner, s.hidden, glu=True), weight(s.hidden, s.inner))
-        layers.append(Layer(vector(s.hidden), mixer, vector(s.hidden), ffn))
-    embed = weight(s.vocab, s.hidden)
+        return Layer(vector(s.hidden), mixer, vector(s.hidden), ffn)
+
+    layers, embed = [layer(kind) for kind in kinds], weight(s.vocab, s.hidden)
     weights = TextWeights(embed, layers, vector(s.hidden), embed if s.tied else weight(s.vocab, s.hidden))
-    return TextModel(config, ops.place(weights, format), ops)
+    drafting = MtpWeights(
+        vector(s.hidden), vector(s.hidden), weight(s.hidden, 2 * s.hidden), layer("full_attention"), vector(s.hidden)
+    )
+    text = TextModel(config, ops.place(weights, format), ops)
+    return text, MtpModel(text, ops.place(drafting, format))
 
 
 def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, formats: tuple[str, ...]) -> None:
@@ -440,14 +447,14 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
     )  # fmt: skip
     row("vision_attention", f"{P} patches", "bf16", 8.0 * P * V, 4.0 * P * P * V, call)
 
-    logits = ops.upload(np.random.default_rng(0).normal(size=s.vocab).astype(np.float32))
-    none = np.zeros(0, np.int64)
-    for k in (20, 0):
-        call = lambda k=k: ops.sample_on_device(  # noqa: E731
-            logits, temperature=0.7, top_k=k, top_p=0.8, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
-            repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none, limit=s.vocab, uniform=0.5,
+    draws, tokens = ops.upload(np.full(4, 2**52)), ops.upload(np.zeros(4, np.int64))
+    for T, k in ((1, 20), (4, 20), (1, 0)):
+        logits = ops.upload(np.random.default_rng(0).normal(size=(T, s.vocab)).astype(np.float32))
+        call = lambda T=T, k=k, logits=logits: ops.sample_rows(  # noqa: E731
+            logits, temperature=0.7, top_k=k, top_p=0.8, min_p=0.0, limit=s.vocab, unused=np.zeros(0, np.int64),
+            draws=draws[:T], tokens=tokens[:T],
         )  # fmt: skip
-        row("sample", f"top_k={k}", "f32", 4.0 * s.vocab, 0, call)
+        row("sample_rows", f"{T}, top_k={k}", "f32", 4.0 * T * s.vocab, 0, call)
 
 
 def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size], formats: tuple[str, ...]) -> None:
@@ -456,21 +463,21 @@ def measure_models(report: Report, meter: Meter, ops: Any, sizes: dict[str, Size
     copy, peak = peaks(meter, ops)
     prompt, chunk, steps = (40, 20, 2) if meter.emulated else (2048, 512, 128)
     report.add(
-        "\n| model | format | GB | decode tok/s | µs of a step | of which the layers' graph | bytes/s of copying "
-        "| prefill tok/s (2048) | of matrix peak |"
+        "\n| model | format | GB | decode tok/s | µs of a step | of which its graph | bytes/s of copying "
+        f"| µs of a round of {DRAFTS} drafts | of which its graph | prefill tok/s (2048) | of matrix peak |"
     )
-    report.add("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    report.add("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, size in sizes.items():
         for format in formats:
             if report.left < 20:
-                report.add(f"| {name} | {format} | LEFT OUT, no time left | | | | | | |")
+                report.add(f"| {name} | {format} | LEFT OUT, no time left | | | | | | | | |")
                 continue
             try:
                 measure_model(report, meter, ops, name, size, format, (copy, peak), (prompt, chunk, steps))
             except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-                report.add(f"| {name} | {format} | does not fit: {str(error).splitlines()[0][:80]} | | | | | | |")
+                report.add(f"| {name} | {format} | does not fit: {str(error).splitlines()[0][:80]} | | | | | | | | |")
             except Exception as error:
-                report.add(f"| {name} | {format} | {failure(error)} | | | | | | |")
+                report.add(f"| {name} | {format} | {failure(error)} | | | | | | | | |")
             if not meter.emulated:
                 torch.cuda.empty_cache()
 
@@ -479,35 +486,62 @@ def measure_model(
     report: Report, meter: Meter, ops: Any, name: str, size: Size, format: str, peaks: tuple[float, float],
     lengths: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    """One line: decoding with the token read back every time, and a prompt in chunks."""
-    from deltaic.model.graph import DecodeGraph
+    """One line: decoding and rounds of drafts with the tokens read back every time, and a prompt in chunks."""
+    import numpy as np
+    from deltaic.model.choice import choice_of
     from deltaic.model.state import State
     from deltaic.model.weights import weight_bytes
 
     (copy, peak), (prompt, chunk, steps) = peaks, lengths
-    text = random_text(ops, size, format)
+    text, mtp = random_model(ops, size, format)
     nbytes = weight_bytes(text.weights) - (0 if size.tied else text.weights.embed.nbytes)
-    state = State(text.config, ops, "bf16")
+    state = State(text.config, ops, "bf16", mtp=True)
     prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
-    graph = DecodeGraph(text, ops)
+    choice, draws = choice_of(0.7, 20, 0.8, 0.0, size.vocab, ()), np.full(1 + DRAFTS, 2**52)
+    c = text.config
+    traces = [ops.zeros([c.num_delta_layers, 1 + DRAFTS, c.delta_trace_width], np.float32) for _ in range(2)]
+    kept: list[Any] = []
+    hidden, token, bounds, counts = None, 1, np.array([0, 1 + DRAFTS]), np.array([1])
 
-    def step(token: int) -> int:
-        _, logits, _ = graph.step([[token]], [state], head=True)
-        return int(logits.argmax())
+    def step() -> None:
+        nonlocal hidden, token
+        hidden, _, (token,) = text.step([[token]], [state], choosing=(choice, draws[:1]))
 
-    token = step(1)
-    start = time.perf_counter()
-    for _ in range(steps):  # with the token read back every time, as in generation
-        token = step(token)
-    seconds = (time.perf_counter() - start) / steps
-    layers = meter.seconds(next(iter(graph._graphs.values()))._graph.replay, capture=False)
+    def draft() -> None:
+        """A round of which one token was accepted, as in every round before."""
+        nonlocal hidden, token
+        kept[:] = [hidden]  # the graph is replayed once more
+        first = state.length - 1  # of what the round before has given, one row counts
+        owed = (bounds, counts, traces[1]) if hidden is not None and len(hidden) > 1 else None
+        _, (hidden, chosen) = mtp.draft_at_once(
+            hidden[:1], [token], state, first, choice, draws, DRAFTS, traces[0], owed, chooses=True
+        )
+        token = int(chosen[0])
+        text.count([state], [1])
+        traces.reverse()
+
+    step_seconds, step_graph = in_turns(meter, text, step, steps)
+    round_seconds, round_graph = in_turns(meter, text, draft, steps)
     parameters = sum(w.shape[0] * w.shape[1] for w in matrices(text.weights))
     flops = 2 * parameters * prompt / prefill_seconds
     report.add(
-        f"| {name} | {format} | {nbytes / 1e9:.2f} | {1 / seconds:.1f} | {seconds * 1e6:.0f} | {layers * 1e6:.0f} "
-        f"| {nbytes / seconds / copy:.2f} "
+        f"| {name} | {format} | {nbytes / 1e9:.2f} | {1 / step_seconds:.1f} | {step_seconds * 1e6:.0f} "
+        f"| {step_graph * 1e6:.0f} | {nbytes / step_seconds / copy:.2f} "
+        f"| {round_seconds * 1e6:.0f} | {round_graph * 1e6:.0f} "
         f"| {prompt / prefill_seconds:.0f} | {flops / peak:.2f} |"
     )
+
+
+def in_turns(meter: Meter, text: Any, call: Callable[[], Any], times: int) -> tuple[float, float]:
+    """Seconds of one of so many calls, and of the graph that the last one has replayed, by itself."""
+    for _ in range(3):  # graphs are made
+        call()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    seconds = (time.perf_counter() - start) / times
+    tape = next(reversed(text.replay._tapes.values()))
+    return seconds, meter.seconds(tape._graph.replay, capture=False)
 
 
 def prefill(text: Any, state: Any, prompt: int, chunk: int) -> Any:

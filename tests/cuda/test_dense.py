@@ -86,6 +86,17 @@ def test_a_row_gets_the_same_bits_in_any_batch(device, rng):
         np.testing.assert_array_equal(array(cuda.linear(x[:n].contiguous(), w, norm=norm)), whole[:n])
 
 
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("T", "D"), [(1, 8), (3, 300)])
+def test_rms_norm_pair(device, rng, kind, T, D):
+    a, b = (rounded(normal(rng, T, D), kind) for _ in range(2))
+    weights = [normal(rng, D) for _ in range(2)]
+    y = cuda.rms_norm_pair(tensor(a, kind), weights[0], tensor(b, kind), weights[1], 1e-6)
+    assert_close(y, reference.rms_norm_pair(a, weights[0], b, weights[1], 1e-6), kind)
+    for half, x, weight in ((y[:, :D], a, weights[0]), (y[:, D:], b, weights[1])):
+        np.testing.assert_array_equal(array(half), array(cuda.rms_norm(tensor(x, kind), weight, 1e-6)))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_embed(device, rng, format):
     table = cuda.pack([normal(rng, 21, 37)], format)

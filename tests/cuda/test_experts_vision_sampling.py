@@ -119,6 +119,44 @@ def test_sample_shortlist(device, rng):
             assert cuda.sample(tensor(logits), **options) == reference.sample(logits, **options)
 
 
+@pytest.mark.parametrize("V", [300, 9000])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"), [(0.0, 0, 1.0, 0.0), (0.8, 20, 0.9, 0.02), (1.0, 0, 0.95, 0.0)]
+)
+def test_sample_rows(device, rng, V, temperature, top_k, top_p, min_p):
+    """Several rows at once, ties and ids that are never chosen among them; tokens of the host and of the device."""
+    logits, limit = np.round(normal(rng, 3, V, scale=2) * 2) / 2, V - 5
+    logits[:, limit:] = 100
+    unused = np.array([int(logits[0, :limit].argmax()), 1, limit - 1, V - 1])
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "limit": limit}
+    draws, wanted = rng.integers(0, 2**53, 3), np.zeros(3, np.int64)
+    reference.sample_rows(logits.copy(), **options, unused=unused, draws=draws, tokens=wanted)
+    found, on_device = np.zeros(3, np.int64), tensor(np.zeros(3, np.int64))
+    cuda.sample_rows(tensor(logits), **options, unused=unused, draws=draws, tokens=found)
+    cuda.sample_rows(tensor(logits), **options, unused=unused, draws=tensor(draws), tokens=on_device)
+    assert found.tolist() == array(on_device).tolist() == wanted.tolist()
+    for t in range(3):  # each row for itself, as `sample` does it
+        row = logits[t].copy()
+        row[unused] = -np.inf
+        assert cuda.sample(tensor(row), **dict(PLAIN, **options), uniform=float(draws[t]) / 2**53) == wanted[t]
+
+
+@pytest.mark.parametrize("V", [64, 9000])
+def test_sample_rows_marks_broken_logits(device, rng, V):
+    logits, tokens = normal(rng, 4, V), tensor(np.zeros(4, np.int64))
+    logits[0, V - 2], logits[1, 3], logits[3] = np.nan, np.inf, -np.inf
+    for options in (
+        {"temperature": 0.0, "top_k": 0},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "top_k": 0},
+    ):
+        options |= {"top_p": 1.0, "min_p": 0.0, "limit": V - 1, "unused": np.arange(0), "draws": np.zeros(4, np.int64)}
+        cuda.sample_rows(tensor(logits), **options, tokens=tokens)
+        assert (array(tokens) < 0).tolist() == [True, True, False, True]
+        with pytest.raises(cuda.ArgumentError, match="sample_rows: logits hold NaN"):
+            cuda.sample_rows(tensor(logits), **options, tokens=np.zeros(4, np.int64))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_sample_refuses_broken_logits(device, rng, bad):
     for V in (64, 9000):
