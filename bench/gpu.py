@@ -513,10 +513,9 @@ def measure_model(
         kept[:] = [hidden]  # the graph is replayed once more
         first = state.length - 1  # of what the round before has given, one row counts
         owed = (bounds, counts, traces[1]) if hidden is not None and len(hidden) > 1 else None
-        _, (hidden, chosen) = mtp.draft_at_once(
+        _, hidden, _, (token, *_) = mtp.draft_at_once(
             hidden[:1], [token], state, first, choice, draws, DRAFTS, traces[0], owed, chooses=True
         )
-        token = int(chosen[0])
         text.count([state], [1])
         traces.reverse()
 

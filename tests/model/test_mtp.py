@@ -209,7 +209,7 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, 
         draws = rng.integers(0, 2**53, 1 + depth)
         c = text.config
         traces = [np.zeros((c.num_delta_layers, depth + 1, c.delta_trace_width), np.float32) for _ in range(2)]
-        drafts, verified = mtp.draft_at_once(
+        drafts, found_hidden, found_logits, found_tokens = mtp.draft_at_once(
             hidden, ids, one, first, choice, draws, depth, traces[0] if n < 40 else None, chooses=chooses
         )
         m, expected = mtp.extend(hidden, [ids], [other], [first])[0][-1:], []
@@ -218,14 +218,19 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, 
                 m, _ = mtp.draft(m, expected[-1:], [other], ahead - 1)
             expected.append(chosen(mtp.logits(m)[0], draws[ahead]))
         assert drafts == expected
-        assert len(verified) == (2 if n < 40 else 0)
-        if verified:
+        assert [x is None for x in (found_hidden, found_logits, found_tokens)] == [
+            n == 40,
+            n == 40 or chooses,
+            n == 40 or not chooses,
+        ]
+        if n < 40:
             plain_hidden, logits, _ = text.step([[ids[-1], *drafts]], [other], traces[1], head=True)
             if chooses:
                 rows = text.step([[ids[-1], *drafts]], [other], traces[1], choosing=(choice, draws))
                 np.testing.assert_array_equal(rows[0], plain_hidden)
-                assert verified[1].tolist() == rows[2] == [*map(chosen, logits.copy(), draws)]
-            pairs = [(verified[0], plain_hidden), (traces[0], traces[1]), *([] if chooses else [(verified[1], logits)])]
+                assert found_tokens == rows[2] == [*map(chosen, logits.copy(), draws)]
+            pairs = [(found_hidden, plain_hidden), (traces[0], traces[1])]
+            pairs += [] if chooses else [(found_logits, logits)]
             for found, plain in pairs:
                 if text.ops.SPLIT_INVARIANT:
                     np.testing.assert_array_equal(found, plain)

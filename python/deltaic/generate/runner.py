@@ -254,13 +254,13 @@ class Runner:
         with self._lock:
             self._set_threads()
             trace, draws, chooses = self._take_trace(rows), w.sampler.draws(rows), choosing is not None
-            drafts, (hidden, found) = self.mtp.draft_at_once(
+            drafts, hidden, logits, chosen = self.mtp.draft_at_once(
                 w.hidden, w.tokens, w.state, w.first, choice, draws, w.depth, trace, _owed(before), chooses=chooses
             )
+            assert hidden is not None  # there is a trace
             if before is not None:
                 self._traces[before.trace.shape[1]] = before.trace
         tokens = [[w.tokens[-1], *drafts]]
-        logits, chosen = (None, found.tolist()) if chooses else (found, None)
         return Verification([w.state], tokens, row_bounds(rows), hidden, logits, chosen, trace)
 
     def commit(self, verification: Verification, counts: Sequence[int]) -> None:

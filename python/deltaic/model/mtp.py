@@ -119,15 +119,15 @@ class MtpModel:
         owed: tuple[Ints, Ints, Array] | None = None,
         *,
         chooses: bool = False,
-    ) -> tuple[list[int], Arrays]:
+    ) -> tuple[list[int], Array | None, Array | None, list[int] | None]:
         """`extend` for one sequence, and `depth` drafts: what `extend`, `logits`, the choice, `draft`, `logits`, ...
         give one by one, in one replay where the op set can. draws: random numbers for them, and one more.
 
         trace [L_delta, 1 + depth, config.delta_trace_width]: where given, `TextModel.step` follows in the same replay,
         with this trace and with the last of `tokens`, which comes next, and the drafts. owed: then also what
         `TextModel.write` has to do before, for a state whose rows have been counted.
-        Returns the drafts, and what the step gives: hidden rows [1 + depth, H] and logits [1 + depth, vocab], or where
-        it `chooses` int64 [1 + depth], the token after each row; without a trace (). Raises what the step does.
+        Returns the drafts, and what the step gives: hidden rows [1 + depth, H], and logits [1 + depth, vocab] or, where
+        it `chooses`, the token after each row; None without a trace. Raises what the step does.
         """
         text, n = self.text, len(tokens)
         state.reserve_mtp(first, n + depth - 1)
@@ -166,7 +166,10 @@ class MtpModel:
                 return (ids[n:],)
             step = Batch(conv, delta, tables, row_bounds(1 + depth), starts[:1], cos[n:], sin[n:], False, traces[0])
             x = text.run_layers(text.embed(ids[n - 1 :]), step)
-            return ids[n:], *text.outcome(x, True, choice if chooses else None, draws, numbers[last:places])
+            if not chooses:
+                return ids[n:], x, text.logits(x)
+            choice.choose(text.ops, text.logits(x), draws, numbers[last:places])
+            return numbers[n:places], x
 
         inputs: list[Any] = [hidden, numbers, cos, sin, draws, [state.mtp]]
         inputs += ([], [], [], []) if trace is None else ([trace], [state.conv], [state.delta], [state.kv])
@@ -177,11 +180,15 @@ class MtpModel:
             owed_bounds, owed_rows = owed[0], owed[2].shape[1]
             inputs += (owed[1], [owed[2]])
         key = ("at once", n, depth, choice, chooses, trace is None, owed_rows)
-        drafts, *verified = self.replay(key, last, inputs, run)
+        found = self.replay(key, last, inputs, run)
+        made: list[int] = found[0].tolist()
         state.mtp_length = end
-        if trace is not None:
-            state.intact = True
-        return drafts.tolist(), tuple(verified)
+        if trace is None:
+            return made, None, None, None
+        state.intact = True
+        if chooses:
+            return made[:depth], found[1], None, made[depth:]
+        return made, found[1], found[2], None
 
     def _final_norm(self, hidden: Array) -> Array:
         return self.text.ops.rms_norm(hidden, self.text.weights.norm, self.text.config.rms_norm_eps)

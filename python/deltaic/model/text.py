@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
 from ..ops.layout import row_bounds
-from .choice import Choice, Choosing
+from .choice import Choosing
 from .config import TextConfig
 from .replay import Arrays, Replay
 from .rope import TextRope
@@ -138,7 +138,12 @@ class TextModel:
             tables: list[Any], draws: Ints | None, traces: list[Any],
         ) -> Arrays:  # fmt: skip
             batch = Batch(conv, delta, tables, bounds, starts, cos, sin, False, traces[0] if traces else None)
-            return self.outcome(self.run_layers(self.embed(ids), batch), head, choice, draws, ids)
+            x = self.run_layers(self.embed(ids), batch)
+            if choice is None:
+                return (x, self.logits(x)) if head else (x,)
+            assert draws is not None
+            choice.choose(self.ops, self.logits(x), draws, ids)  # each in the place of the token before it
+            return x, ids
 
         if trace is None:
             begin_writing(states)
@@ -150,15 +155,6 @@ class TextModel:
         if choice is not None:
             return found[0], None, found[1].tolist()
         return found[0], found[1] if head else None, None
-
-    def outcome(self, x: Array, head: bool, choice: Choice | None, draws: Ints | None, tokens: Ints) -> Arrays:
-        """What is wanted of rows x [T, H] that have passed all layers: with `choice` the token after each of them too,
-        chosen with draws [T] and put into tokens [T]; or else with `head` their logits."""
-        if choice is None:
-            return (x, self.logits(x)) if head else (x,)
-        assert draws is not None
-        choice.choose(self.ops, self.logits(x), draws, tokens)
-        return x, tokens
 
     def count(self, states: Sequence[State], counts: Sequence[int]) -> None:
         """Each of the states that a `step` with a trace has seen has got its first counts[b] rows; it is half-written
