@@ -212,14 +212,13 @@ __device__ __forceinline__ void mask(float* row, int64_t first, int64_t n, const
 
 // Block = row: n logits from its `pitch`-th on, with ids if these are given; uniform = draws / 2^53 where there are
 // draws. token = the chosen id; -1 if the logits hold NaN or +inf, or nothing but -inf.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     choose_kernel(float* logits, const int64_t* ids, int64_t pitch, int64_t n, const int64_t* unused,
                   int64_t unused_count, float temperature, int64_t top_k, double top_p, double min_p, double uniform,
-                  const int64_t* draws, int64_t* token) {
+                  const int64_t* draws, int64_t* tokens) {
     grid_begin();
-    logits += blockIdx.x * pitch, token += blockIdx.x;
+    logits += blockIdx.x * pitch;
     if (ids) ids += blockIdx.x * pitch;
-    if (draws) uniform = static_cast<double>(draws[blockIdx.x]) * (1.0 / 9007199254740992.0);
     if (unused_count) mask(logits, 0, n, unused, unused_count);
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
@@ -235,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t wrong = block_count(bad, scratch);
     for (int w = 0; w < kThreads / kWarp; ++w) peak = fmaxf(peak, peaks[w]);
     if (wrong || peak == INFINITY || peak == -INFINITY) {
-        if (threadIdx.x == 0) *token = -1;
+        if (threadIdx.x == 0) tokens[blockIdx.x] = -1;
         return;
     }
     const List list{logits, ids, n, temperature > 0 ? 1.0f / temperature : 1.0f, peak};
@@ -261,12 +260,13 @@ __global__ void __launch_bounds__(kThreads)
             cut = find_cut(list, cut, static_cast<uint64_t>(kept > 0 ? kept : 1), false, amount, scratch);
         }
         const uint64_t total = mass_of(list, cut, scratch);
+        if (draws) uniform = static_cast<double>(draws[blockIdx.x]) * (1.0 / 9007199254740992.0);
         // The first entry whose running sum exceeds uniform * total.
         uint64_t target = static_cast<uint64_t>(uniform * static_cast<double>(total)) + 1;
         cut = find_cut(list, cut, target > total ? total : target, true, amount, scratch);
     }
     const int64_t chosen = last_id(list, cut, amount);
-    if (threadIdx.x == 0) *token = chosen;
+    if (threadIdx.x == 0) tokens[blockIdx.x] = chosen;
 }
 
 // Block (j, row): the k best of the logits [j * stretch, (j + 1) * stretch) of the row, in no particular order, to
