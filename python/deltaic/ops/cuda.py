@@ -4,8 +4,8 @@ Activations are contiguous torch tensors on the GPU, bfloat16 (or float32, for m
 norms may be numpy arrays, which are uploaded once. torch owns memory, streams, cuBLAS and graph capture; the extension
 `_cuda` gets addresses and launches kernels. Small batches (`FEW` rows: decoding, verification) run kernels that give a
 row the same bits whatever its batch; larger ones multiply with cuBLAS on bfloat16 weights, or on tiles that are
-dequantised as needed. Steps of few rows are captured graphs: see cuda_tape.py. torch is imported when the first function
-runs, never by importing this module.
+dequantised as needed. Steps of few rows are captured graphs: see cuda_tape.py. torch is imported when the first
+function runs, never by importing this module.
 """
 
 from __future__ import annotations

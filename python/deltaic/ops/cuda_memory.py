@@ -250,6 +250,8 @@ def vector(value: Any) -> Tensor:
     """A float32 vector or matrix on the device: a tensor as it is, a numpy array uploaded once while it lives."""
     if not isinstance(value, np.ndarray):
         return value
+    if _constants is not None:
+        return small(value, np.float32)
     known = _vectors.get(id(value))
     if known is not None and known[0]() is value:
         return known[1]
@@ -281,7 +283,8 @@ def small(value: Any, dtype: Any = np.int64) -> Tensor:
 
 @contextmanager
 def keeping(constants: Constants) -> Iterator[None]:
-    """What `small` puts on the device inside is put into `constants`, and found there: a graph reads it for ever."""
+    """What `small` and `vector` put on the device inside is put into `constants`, and found there: a graph reads it as
+    long as it lives."""
     global _constants
     before, _constants = _constants, constants
     try:
