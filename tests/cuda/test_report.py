@@ -77,5 +77,10 @@ def test_the_measuring_steps_run_on_the_emulator(gpu, tmp_path, emulated, monkey
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--report", str(tmp_path / "report.md")])
     assert gpu.main() == 0
     written = (tmp_path / "report.md").read_text()
-    for line in ("| linear (down) | 4x48x32 | int4 |", "| sample_rows | 1, top_k=0 |", "| tiny | bf16 |", "| tiny | int4 |"):
+    for line in (
+        "| linear (down) | 4x48x32 | int4 |",
+        "| sample_rows | 1, top_k=0 |",
+        "| tiny | bf16 |",
+        "| tiny | int4 |",
+    ):
         assert line in written
