@@ -161,14 +161,14 @@ def small() -> Iterator[Case]:
     H = 1024
     table, ids = weight(4096, H, "int4"), on_device(torch.arange(4))
     yield Case("embed int4 T=4", lambda: cuda.embed(ids, table))
-    positions, frequencies, axes = on_device(torch.ones(4, 3, dtype=torch.int64)), np.ones(32, np.float32), np.zeros(32)
-    yield Case("rope table T=4", lambda: cuda.rope_table(positions, frequencies, axes.astype(np.int64), 1.0))
-    logits, none = on_device(torch.randn(248320)), np.zeros(0, np.int64)
+    a, b, norm = rows_of(4, H), rows_of(4, H), vector(H)
+    yield Case("pair of norms T=4", lambda: cuda.rms_norm_pair(a, norm, b, norm, 1e-6))
+    logits, draws, tokens = on_device(torch.randn(1, 248320)), np.array([1 << 52]), np.zeros(1, np.int64)
     yield Case(
         "sample top_k=20",
-        lambda: cuda.sample_on_device(
-            logits, temperature=0.7, top_k=20, top_p=0.8, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
-            repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none, limit=248320, uniform=0.5,
+        lambda: cuda.sample_rows(
+            logits, temperature=0.7, top_k=20, top_p=0.8, min_p=0.0, limit=248320, unused=np.zeros(0, np.int64),
+            draws=draws, tokens=tokens,
         ),
     )  # fmt: skip
 

@@ -45,15 +45,18 @@ def test_cases_are_printed(traffic, emulated, use_ptx, capsys, monkeypatch):
     emulated.set_order("forward", 0)
     cuda.use_device(emulator.EmulatedDevice(emulated))
     resources = {capability: defaultdict(lambda: (32, 0)) for capability in (90, 80)}
-    some = [lambda: traffic.products(1, "bf16"), lambda: traffic.delta([4], 16, True)]
+    some = [lambda: traffic.products(1, "bf16"), lambda: traffic.delta([4], 16, True), traffic.small]
     monkeypatch.setattr(traffic, "GROUPS", {"Some": some})
     try:
-        traffic.tables(emulated, ["linear out bf16 T=1", "commit"], resources, 4, "commit_conv")
+        traffic.tables(
+            emulated, ["linear out bf16 T=1", "commit", "embed", "norms", "sample"], resources, 4, "commit_conv"
+        )
     finally:
         emulated.use_ptx("")
         cuda.use_device(None)
     said = capsys.readouterr().out
     # 64 blocks of eight warps on 132 processors; weights, the row and outputs are read and written in whole sectors.
     assert "| linear out bf16 T=1 | gemv_mma<bf16> | 64 | 3.9 | 32 | 9.1 | 64/64 | 1.00 | 1.00 | 4,104 |" in said
-    assert "commit<32> |" in said
+    for kernel in ("commit<32>", "embed<bf16>", "rms_norm_pair<bf16>", "shortlist", "choose"):
+        assert f"{kernel} |" in said
     assert "lanes active" in said.split("commit Hv=16 T=4: commit_conv, ")[1]
