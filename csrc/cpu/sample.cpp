@@ -74,8 +74,8 @@ DELTAIC_INLINE bool change(Logits& l, int64_t id, double value) {
     return true;
 }
 
-// Fills maxima and top.
-void take_maxima(const char* op, Logits& l) {
+// Fills maxima and top. False where they tell nothing: NaN or +inf, or nothing but -inf.
+bool take_maxima(Logits& l) {
     const int64_t strips = ceil_div(l.limit, kStrip);
     l.groups = strips * 16;
     l.maxima = scratch_f32(l.groups);
@@ -103,9 +103,12 @@ void take_maxima(const char* op, Logits& l) {
         valid = valid && l.values[c.id] <= kLargest && c.value < kInfinity;
         if (c.value > top) top = c.value;
     }
-    if (!valid || !(top > -kInfinity))
-        fail(op, "logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used");
     l.top = top;
+    return valid && top > -kInfinity;
+}
+
+[[noreturn]] void fail_unusable(const char* op) {
+    fail(op, "logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used");
 }
 
 // A value that at least k of the n numbers reach, and at most about 2 k unless they are equal; -inf if n < k.
@@ -436,9 +439,10 @@ void check(const char* op, const Choice& c, int64_t limit, int64_t logits) {
     if (!(c.uniform >= 0.0 && c.uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
 }
 
-int64_t choose(const char* op, Logits& l, const Choice& choice) {
+// -1: the logits cannot be used.
+int64_t choose(Logits& l, const Choice& choice) {
     const double temperature = choice.temperature, top_p = choice.top_p, min_p = choice.min_p, uniform = choice.uniform;
-    take_maxima(op, l);
+    if (!take_maxima(l)) return -1;
     if (temperature == 0.0) return largest(l);
     const Filter filter{temperature, top_p, min_p};
     if (choice.top_k > 0) {
@@ -506,7 +510,9 @@ void sample(View logits, double temperature, int64_t top_k, double top_p, double
         }
     }
 
-    token.i64()[0] = choose(op, l, choice);
+    const int64_t chosen = choose(l, choice);
+    if (chosen < 0) fail_unusable(op);
+    token.i64()[0] = chosen;
 }
 
 void sample_rows(View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View unused,
@@ -522,7 +528,7 @@ void sample_rows(View logits, double temperature, int64_t top_k, double top_p, d
         const Choice choice{temperature, top_k, top_p, min_p, uniform};
         check("sample_rows", choice, limit, vocabulary);
         Logits l{row, limit};
-        tokens.i64()[t] = choose("sample_rows", l, choice);
+        tokens.i64()[t] = choose(l, choice);
     }
 }
 
@@ -533,7 +539,7 @@ void log_softmax_top(View logits, int64_t limit, int64_t k, int64_t token, View 
     if (k < 0 || k > limit) fail(op, "k must be between 0 and limit");
     if (token < 0 || token >= limit) fail(op, "token must be at least 0 and below limit");
     Logits l{logits.f32(), limit};
-    take_maxima(op, l);
+    if (!take_maxima(l)) fail_unusable(op);
     const double log_sum = ::log(sum_exp(l, 1.0));
     logprob.f32()[0] = static_cast<float>(static_cast<double>(l.values[token]) - l.top - log_sum);
     if (k == 0) return;

@@ -236,7 +236,7 @@ def test_a_token_is_one_replay(model_device, speculating):
         choosing[0].choose(reference, logits, choosing[1], expected)
         assert chosen == expected[0]
         np.testing.assert_array_equal(array(state.delta), array(plain.delta))
-        sampler.took()
+        sampler.took(chosen)
         token = chosen
 
 
@@ -273,7 +273,7 @@ def test_a_round_is_one_replay(model_device, speculating, depth):
         before, hidden = v, v.hidden[:accepted]
         tokens = [*drafts[: accepted - 1], v.chosen[accepted - 1]]
         for _ in range(accepted):
-            sampler.took()
+            sampler.took(v.chosen[0])
     runner.write(before)
     for name in ("conv", "delta"):
         np.testing.assert_array_equal(array(getattr(state, name)), array(getattr(plain, name)))

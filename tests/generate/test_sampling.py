@@ -178,7 +178,7 @@ def test_tokens_chosen_together_are_those_chosen_one_by_one():
             tokens = np.empty(5, np.int64)
             choice.choose(reference, np.resize(rows[len(found) :], (5, 50)), draws, tokens)
             for token in tokens[: 1 + len(found) % 4].tolist():
-                together.took()
+                together.took(token)
                 found.append(token)
             if len(found) < len(rows):
                 found.append(together.next(rows[len(found)].copy())[0])

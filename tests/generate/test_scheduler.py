@@ -584,6 +584,47 @@ def test_the_errors_of_a_batch_come_after_the_others(model, monkeypatch):
     assert stream.results[1].completion_tokens == 6
 
 
+@pytest.mark.parametrize("speculate", ["off", "lookup"])
+def test_tokens_of_sequences_that_choose_alike_come_from_the_step(model, monkeypatch, speculate):
+    """Nobody computes logits for them while no prompt is read; with other options beside them, everybody's are."""
+    prompts, options = (
+        [[i, 5, 6, 5, 6] for i in range(3)],
+        {"max_new_tokens": 12, "temperature": 1.0, "presence_penalty": 0.0},
+    )
+    alone = [model.generate(ids, seed=i, **options).token_ids for i, ids in enumerate(prompts)]
+    calls, logits = [], model._runner.logits
+    monkeypatch.setattr(model._runner, "logits", lambda hidden: calls.append(len(hidden)) or logits(hidden))
+    scheduler = model.scheduler()
+    model._runner.fixed_depth = 2
+    mine = [scheduler.submit(ids, seed=i, speculate=speculate, **options) for i, ids in enumerate(prompts)]
+    while scheduler.load.decoding < 3:
+        scheduler.step()
+    calls.clear()
+    scheduler.step()
+    scheduler.step()
+    assert not calls
+    other = scheduler.submit([9], max_new_tokens=4, speculate="off", **GREEDY)
+    scheduler.step()  # its prompt is read
+    scheduler.step()
+    assert [n >= 4 for n in calls] == [True, True]
+    assert other.finish().token_ids == model.generate([9], max_new_tokens=4, **GREEDY).token_ids
+    assert [request.finish().token_ids for request in mine] == alone
+    model._runner.fixed_depth = None
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_row_that_no_token_can_be_chosen_from_ends_its_sequence_alone(model):
+    scheduler = model.scheduler()
+    broken, sound = (scheduler.submit([i, 2, 3], max_new_tokens=9, **GREEDY) for i in (4, 5))
+    while scheduler.load.decoding < 2:
+        scheduler.step()
+    state = next(s for s in scheduler._batch.running if s.job is broken._sequence.job).state
+    state.delta = np.full_like(state.delta, np.nan)
+    with pytest.raises(ArgumentError, match="logits hold NaN"):
+        broken.finish()
+    assert sound.finish().token_ids == model.generate([5, 2, 3], max_new_tokens=9, **GREEDY).token_ids
+
+
 # ------------------------------------------------------------------------------- threads
 
 

@@ -215,7 +215,8 @@ void test_sample_rows(Suite& t) {
             t.ops.sample_rows(logits.view(), 0.0, 0, 1.0, 0.0, limit, unused.view(), draws.view(), tokens.view());
         });
     };
-    t.refuses("NaN", [&] { rows(5); });
+    rows(5);
+    t.check(tokens[0] >= 0 && tokens[1] == -1, "NaN in one of two rows");
     t.refuses("no logits", [&] { rows(0); });
     draws[1] = int64_t{1} << 53;
     logits[14] = 0.0f;

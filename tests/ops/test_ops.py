@@ -356,8 +356,8 @@ def test_sampling_refuses_logits_that_are_not_numbers(ops, bad):
         ops.sample(**arguments)
     arguments = drawn(ops, "sample_rows-3x5003-plain")
     arguments["logits"][2, 4998] = bad
-    with pytest.raises(ValueError, match="logits"):
-        ops.sample_rows(**arguments)
+    ops.sample_rows(**arguments)
+    assert (arguments["tokens"] < 0).tolist() == [False, False, True]  # each row for itself
     arguments = drawn(ops, "log_softmax_top-37-5")
     arguments["logits"][0] = bad
     with pytest.raises(ValueError, match="logits"):

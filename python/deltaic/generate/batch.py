@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StateError
 from .costs import Costs
+from .sampling import choosing_together
 from .speculate import draft_together
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class _Decoded:
     """Sequences that have new hidden rows, what is to be committed when it is known which of their drafts are right,
-    and the seconds of the forward pass; None: not worth knowing."""
+    the tokens after all rows where they have been chosen, and the seconds of the pass; None: not worth knowing."""
 
     sequences: list[ScheduledSequence]
     verification: Verification | None = None
+    chosen: list[int] | None = None
     seconds: float | None = None
 
 
@@ -75,21 +77,27 @@ class RunningBatch:
                 fed.append(sequence)
         if not fed:
             return _Decoded([])
-        verification = None
+        verification, chosen_ids = None, None
         with self.blaming(fed):
             tokens = [[sequence.token or 0, *drafts.get(sequence, [])] for sequence in fed]
             states = [sequence.state for sequence in fed]
+            choosing = None  # where a prompt may end in this step, its row shares the head's pass over the weights
+            if not any(sequence.reads for sequence in self.running):
+                rows = ((sequence.job.sampler, len(ids)) for sequence, ids in zip(fed, tokens, strict=True))
+                choosing = choosing_together(rows)
+            head = choosing is not None
             if any(len(ids) > 1 for ids in tokens):
-                verification = self._runner.verify(states, tokens)
-                hidden = verification.hidden
+                verification = self._runner.verify(states, tokens, head=head, choosing=choosing)
+                hidden, chosen_ids = verification.hidden, verification.chosen
             else:
-                hidden, *_ = self._runner.decode([ids[0] for ids in tokens], states)
+                first = [ids[0] for ids in tokens]
+                hidden, _, chosen_ids = self._runner.decode(first, states, head=head, choosing=choosing)
             row = 0
             for sequence, ids in zip(fed, tokens, strict=True):
                 sequence.step(hidden[row : row + len(ids)], ids[1:])
                 row += len(ids)
         seconds = perf_counter() - began if self._runner.recordings == recordings else None
-        return _Decoded(fed, verification, seconds)
+        return _Decoded(fed, verification, chosen_ids, seconds)
 
     def _draft(self, chosen: list[ScheduledSequence]) -> dict[ScheduledSequence, list[int]]:
         """Drafts for the sequences that have a speculator."""
@@ -108,21 +116,25 @@ class RunningBatch:
         return self._costs.setdefault(sequences, self._runner.costs if sequences == 1 else Costs())
 
     def _choose(self, decoded: _Decoded, read: list[ScheduledSequence]) -> None:
-        """The next tokens of all sequences that have new hidden rows, from one product with the head."""
+        """The next tokens of all sequences that have new hidden rows, from one product with the head where they have
+        not been chosen."""
         ready = [sequence for sequence in (*decoded.sequences, *read) if not sequence.ended]
         if not ready:
             return
-        began = perf_counter()
-        logits = self._runner.logits(self._runner.joined(sequence.hidden for sequence in ready))
-        if any(sequence.job.speculator is not None for sequence in ready):
-            self._runner.wait()
+        began, chosen = perf_counter(), decoded.chosen
+        logits = None
+        if chosen is None:
+            logits = self._runner.logits(self._runner.joined(sequence.hidden for sequence in ready))
+            if any(sequence.job.speculator is not None for sequence in ready):
+                self._runner.wait()
         seconds = perf_counter() - began
         row = 0
-        for sequence in ready:
-            if not sequence.cancelled:
+        for sequence in ready if chosen is None else decoded.sequences:
+            end = row + len(sequence.drafts) + 1
+            if not sequence.cancelled and not sequence.ended:
                 with self.blaming([sequence]):
-                    sequence.choose(logits[row : row + len(sequence.hidden)])
-            row += len(sequence.drafts) + 1
+                    sequence.choose(None if logits is None else logits[row:end], chosen and chosen[row:end])
+            row = end
         if decoded.verification is not None:
             began = perf_counter()
             self._runner.commit(decoded.verification, [sequence.row + 1 for sequence in decoded.sequences])

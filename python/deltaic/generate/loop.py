@@ -76,8 +76,9 @@ class _Steps:
     def next(self) -> tuple[int, TokenLogprobs | None]:
         """The next token."""
         if self._chosen is not None:
-            self._sampler.took()
-            return self._chosen[self._row], None
+            token = self._chosen[self._row]
+            self._sampler.took(token)
+            return token, None
         if self._logits is None:
             self._logits = self._runner.logits(self._hidden)
         return self._sampler.next(self._logits[self._row])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import ArgumentError
 from ..model.choice import choice_of
 from .options import SamplingParams
 from .result import TokenLogprobs
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from ..model.choice import Choice, Choosing
 
 _DRAWN = 32  # random numbers that a sampler draws at a time
+
+
+def choosing_together(rows: Iterable[tuple[Sampler, int]]) -> Choosing | None:
+    """`Sampler.choosing` of several sequences, so many rows of each; None unless all of them choose alike."""
+    found = [sampler.choosing(count) for sampler, count in rows]
+    known = [choosing for choosing in found if choosing is not None]
+    if len(known) < len(found) or len({choice for choice, _ in known}) != 1:
+        return None
+    return known[0][0], np.concatenate([draws for _, draws in known])
 
 
 class Sampler:
@@ -89,8 +99,10 @@ class Sampler:
         choice = self.choice
         return None if choice is None or self._logprobs is not None else (choice, self.draws(rows))
 
-    def took(self) -> None:
-        """The next token has been chosen as `choosing` says."""
+    def took(self, token: int) -> None:
+        """The next token has been chosen as `choosing` says. ArgumentError if its logits let none be chosen."""
+        if token < 0:
+            raise ArgumentError("logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
         self._at += self._each
 
     def draws(self, count: int) -> np.ndarray:

@@ -99,11 +99,16 @@ class ScheduledSequence:
         norm)."""
         self.hidden, self.drafts, self.row, self.token = hidden, drafts, 0, None
 
-    def choose(self, logits: Any) -> None:
+    def choose(self, logits: Any, chosen: list[int] | None = None) -> None:
         """Choose the tokens after the last one that was fed, as far as drafts turn out right, and pass on what they
-        say. logits [1 + drafts, vocab]."""
+        say. logits [1 + drafts, vocab]; chosen: the token after each row instead, where they have been chosen."""
+        sampler = self.job.sampler
         for row in range(len(self.drafts) + 1):
-            self.token, logprobs = self.job.sampler.next(logits[row])
+            if chosen is None:
+                self.token, logprobs = sampler.next(logits[row])
+            else:
+                self.token, logprobs = chosen[row], None
+                sampler.took(self.token)
             self.row = row
             pieces = self.answer.push(self.token, logprobs)
             now = perf_counter()

@@ -32,6 +32,7 @@ def sample(
     import torch
 
     check("sample", "logits", logits, [None], ["float32"])
+    _check_limit("sample", limit, logits.shape[0])
     dev = device()
     penalised = repetition_penalty != 1 or frequency_penalty != 0 or presence_penalty != 0
     if penalised and len(output_ids) + len(prompt_ids):
@@ -44,9 +45,11 @@ def sample(
             repetition_penalty, frequency_penalty, presence_penalty, limit, dev.stream(),
         )  # fmt: skip
     token = new([1], torch.int64)
-    _choose("sample", logits[None], temperature, top_k, top_p, min_p, limit, None, uniform, None, token)
-    chosen: list[int] = check_tokens("sample", token.cpu().numpy()).tolist()
-    return chosen[0]
+    _choose(logits[None], temperature, top_k, top_p, min_p, limit, None, uniform, None, token)
+    chosen = int(token.item())
+    if chosen < 0:
+        raise ArgumentError("sample: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+    return chosen
 
 
 def sample_rows(
@@ -61,8 +64,7 @@ def sample_rows(
     draws: Any,
     tokens: Any,
 ) -> None:
-    """draws and tokens: both of the host, or both on the device, as in a graph. These tokens are not waited for: -1 is
-    put where this raises an error otherwise."""
+    """draws and tokens: both of the host, or both on the device, as in a graph; these tokens are not waited for."""
     import torch
 
     op, T = "sample_rows", logits.shape[0]
@@ -71,21 +73,20 @@ def sample_rows(
     check(op, "draws", draws, [T], ["int64"])
     chosen = new([T], torch.int64) if isinstance(tokens, np.ndarray) else tokens
     check(op, "tokens", chosen, [T], ["int64"])
-    _choose(op, logits, temperature, top_k, top_p, min_p, limit, unused, 0.0, draws, chosen)
+    _check_limit(op, limit, logits.shape[1])
+    _choose(logits, temperature, top_k, top_p, min_p, limit, unused, 0.0, draws, chosen)
     if chosen is not tokens:
-        tokens[:] = check_tokens(op, chosen.cpu().numpy())
+        tokens[:] = chosen.cpu().numpy()
 
 
 def _choose(
-    op: str, logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, limit: int, unused: Any,
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, limit: int, unused: Any,
     uniform: float, draws: Tensor | None, tokens: Tensor,
 ) -> None:  # fmt: skip
     """tokens [T] from logits [T, V], without waiting; uniform: the random number where there are no draws."""
     import torch
 
     T, V = logits.shape
-    if not 0 < limit <= V:
-        raise ArgumentError(f"{op}: limit is {limit}, expected 1..{V}")
     k = 1 if temperature == 0 else top_k
     room = -(-limit // SHORTLIST_STRETCH) * k if 0 < k <= SHORTLIST_MAX else 0
     values, ids = new([T, max(room, 1)], torch.float32), new([T, max(room, 1)], torch.int64)
@@ -97,11 +98,9 @@ def _choose(
     )  # fmt: skip
 
 
-def check_tokens(op: str, tokens: np.ndarray) -> np.ndarray:
-    """Chosen tokens; ArgumentError where a kernel could not choose one."""
-    if (tokens < 0).any():
-        raise ArgumentError(f"{op}: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
-    return tokens
+def _check_limit(op: str, limit: int, vocabulary: int) -> None:
+    if not 0 < limit <= vocabulary:
+        raise ArgumentError(f"{op}: limit is {limit}, expected 1..{vocabulary}")
 
 
 def log_softmax_top(logits: Tensor, *, limit: int, k: int, token: int) -> tuple[float, np.ndarray, np.ndarray]:

@@ -790,15 +790,19 @@ def sample_rows(
 ) -> None:
     """Fill tokens [T] with what `sample` without penalties chooses from each row of logits [T, V], with the random
     numbers uniform = draws / 2^53, draws [T] in [0, 2^53). The ids `unused` [u] are never chosen: their logits are
-    overwritten. Raises as `sample` does."""
+    overwritten. -1 stands for no token, where the logits of a row are of no use to `sample`."""
+    if not 0 < limit <= logits.shape[1]:
+        raise ArgumentError(f"sample_rows: limit is {limit}, expected 1..{logits.shape[1]}")
     logits[:, unused] = -np.inf
     none = np.empty(0, np.int64)
     for t, row in enumerate(logits):
-        tokens[t] = sample(
-            row, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=0.0,
-            frequency_penalty=0.0, repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none,
-            limit=limit, uniform=float(draws[t]) / 2**53,
-        )  # fmt: skip
+        tokens[t] = -1
+        if _usable(row, limit):
+            tokens[t] = sample(
+                row, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=0.0,
+                frequency_penalty=0.0, repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none,
+                limit=limit, uniform=float(draws[t]) / 2**53,
+            )  # fmt: skip
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Ints, npt.NDArray[np.float32]]:
@@ -815,10 +819,14 @@ def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[f
     return float(logprobs[token]), ids, logprobs[ids].astype(np.float32)
 
 
+def _usable(logits: Array, limit: int) -> bool:
+    return not np.isnan(logits[:limit]).any() and bool(np.isfinite(logits[:limit].max(initial=-np.inf)))
+
+
 def _valid_logits(op: str, logits: Array, limit: int) -> npt.NDArray[np.float64]:
     if not 0 < limit <= logits.shape[0]:
         raise ArgumentError(f"{op}: limit is {limit}, expected 1..{logits.shape[0]}")
     x = logits[:limit].astype(np.float64)
-    if np.isnan(x).any() or not np.isfinite(x.max()):
+    if not _usable(logits, limit):
         raise ArgumentError(f"{op}: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
     return x
