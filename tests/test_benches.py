@@ -12,7 +12,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 RUNS = {
     "bench_batch.py": [
         "MODEL sizes stall --sizes 1 2 --rounds 1 --context 50 --prompt-tokens 1500 --no-plots",
-        "MODEL equal --equal-sizes 2 --tokens 50 --longest 10",
+        "MODEL equal --equal-sizes 2 --tokens 50 --longest 10 --no-plots",
     ],
     "bench_context.py": ["MODEL --decode 64,200 --prefill 32,64 --steps 2 --out OUT/context"],
     "bench_memory.py": ["PACKED --context 200 --new 4"],
