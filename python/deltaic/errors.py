@@ -31,6 +31,11 @@ class ArgumentError(DeltaicError, ValueError):
     """An argument of a public call is out of its range or of the wrong type."""
 
 
+def unusable_logits(op: str) -> ArgumentError:
+    """What is raised where no token can be chosen."""
+    return ArgumentError(f"{op}: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+
+
 class DeviceError(DeltaicError):
     """A device, instruction set or thread count that was asked for cannot be used on this machine."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import unusable_logits
 from ..model.choice import choice_of
 from .options import SamplingParams
 from .result import TokenLogprobs
@@ -102,7 +102,7 @@ class Sampler:
     def took(self, token: int) -> None:
         """The next token has been chosen as `choosing` says. ArgumentError if its logits let none be chosen."""
         if token < 0:
-            raise ArgumentError("logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+            raise unusable_logits("sample_rows")
         self._at += self._each
 
     def draws(self, count: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, unusable_logits
 from .cuda_memory import Tensor, address, check, copy, device, new, small, upload
 
 SHORTLIST_STRETCH, SHORTLIST_MAX = 4096, 128  # as in csrc/cuda/sample.cu
@@ -48,7 +48,7 @@ def sample(
     _choose(logits[None], temperature, top_k, top_p, min_p, limit, None, uniform, None, token)
     chosen = int(token.item())
     if chosen < 0:
-        raise ArgumentError("sample: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+        raise unusable_logits("sample")
     return chosen
 
 
@@ -113,8 +113,6 @@ def log_softmax_top(logits: Tensor, *, limit: int, k: int, token: int) -> tuple[
         )
     x = torch.log_softmax(logits[:limit].double(), 0)
     if torch.isnan(x).any():
-        raise ArgumentError(
-            "log_softmax_top: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used"
-        )
+        raise unusable_logits("log_softmax_top")
     order = torch.argsort(x, descending=True, stable=True)[: min(k, limit)]
     return float(x[token]), order.cpu().numpy(), x[order].float().cpu().numpy()

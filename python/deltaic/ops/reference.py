@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, unusable_logits
 from . import bpe, quantise
 from .layout import KV_GROUP, kv_head_dim, kv_width, merge_order
 
@@ -828,5 +828,5 @@ def _valid_logits(op: str, logits: Array, limit: int) -> npt.NDArray[np.float64]
         raise ArgumentError(f"{op}: limit is {limit}, expected 1..{logits.shape[0]}")
     x = logits[:limit].astype(np.float64)
     if not _usable(logits, limit):
-        raise ArgumentError(f"{op}: logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used")
+        raise unusable_logits(op)
     return x
