@@ -170,16 +170,16 @@ class CostsOf(Costs):
     def step(self, rows: int) -> float:
         return float(self._of_rows[rows])
 
-    def rounds(self, most: int, *, at_once: bool) -> list[float]:
+    def rounds(self, most: int) -> list[float]:
         return [self.step(1 + depth) + self._of_drafts[depth] for depth in range(most + 1)]
 
-    def can_pay(self, most: int, *, at_once: bool) -> bool:
+    def can_pay(self, most: int) -> bool:
         return True
 
     def record_step(self, rows: int, seconds: float) -> None:
         pass
 
-    def record_round(self, depth: int, seconds: float, *, at_once: bool) -> None:
+    def record_round(self, depth: int, seconds: float) -> None:
         pass
 
 

@@ -37,7 +37,9 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda"), str(ROOT / "
 import emulator  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from deltaic.model.choice import choice_of  # noqa: E402
 from deltaic.ops import cuda  # noqa: E402
+from deltaic.ops.layout import new_seen  # noqa: E402
 from gpu import random_weight  # noqa: E402
 
 PROCESSORS = 132  # of an H100
@@ -163,14 +165,15 @@ def small() -> Iterator[Case]:
     yield Case("embed int4 T=4", lambda: cuda.embed(ids, table))
     a, b, norm = rows_of(4, H), rows_of(4, H), vector(H)
     yield Case("pair of norms T=4", lambda: cuda.rms_norm_pair(a, norm, b, norm, 1e-6))
+    choice, seen = (
+        choice_of(0.7, 20, 0.8, 0.0, 1.5, 0.0, 1.0, 248320, ()),
+        on_device(torch.from_numpy(new_seen(248320, np.arange(1000)))),
+    )
     logits, draws, tokens = on_device(torch.randn(1, 248320)), np.array([1 << 52]), np.zeros(1, np.int64)
     yield Case(
         "sample top_k=20",
-        lambda: cuda.sample_rows(
-            logits, temperature=0.7, top_k=20, top_p=0.8, min_p=0.0, limit=248320, unused=np.zeros(0, np.int64),
-            draws=draws, tokens=tokens,
-        ),
-    )  # fmt: skip
+        lambda: choice.choose(cuda, logits, draws, tokens, [seen], np.array([0, 1]), np.zeros(1, np.int64)),
+    )
 
 
 def prompt() -> Iterator[Case]:

@@ -327,6 +327,8 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
     """Every operator of a decoded token, a prompt and a picture. Bytes are those that must be read and written."""
     import numpy as np
     import torch
+    from deltaic.model.choice import choice_of
+    from deltaic.ops.layout import new_seen
 
     copy, peak = peaks(meter, ops)
     report.add(f"\nCopying reaches {copy / 1e9:.0f} GB/s, a bfloat16 product {peak / 1e12:.0f} TFLOP/s.\n")
@@ -448,11 +450,12 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
     row("vision_attention", f"{P} patches", "bf16", 8.0 * P * V, 4.0 * P * P * V, call)
 
     draws, tokens = ops.upload(np.full(4, 2**52)), ops.upload(np.zeros(4, np.int64))
+    seen = ops.upload(new_seen(s.vocab, np.arange(1000)))
     for T, k in ((1, 20), (4, 20), (1, 0)):
         logits = ops.upload(np.random.default_rng(0).normal(size=(T, s.vocab)).astype(np.float32))
-        call = lambda T=T, k=k, logits=logits: ops.sample_rows(  # noqa: E731
-            logits, temperature=0.7, top_k=k, top_p=0.8, min_p=0.0, limit=s.vocab, unused=np.zeros(0, np.int64),
-            draws=draws[:T], tokens=tokens[:T],
+        choice = choice_of(0.7, k, 0.8, 0.0, 1.5, 0.0, 1.0, s.vocab, ())
+        call = lambda T=T, choice=choice, logits=logits: choice.choose(  # noqa: E731
+            ops, logits, draws[:T], tokens[:T], [seen], np.array([0, T]), np.zeros(T, np.int64)
         )  # fmt: skip
         row("sample_rows", f"{T}, top_k={k}", "f32", 4.0 * T * s.vocab, 0, call)
 
@@ -488,24 +491,30 @@ def measure_model(
 ) -> None:  # fmt: skip
     """One line: decoding and rounds of drafts with the tokens read back every time, and a prompt in chunks."""
     import numpy as np
-    from deltaic.model.choice import choice_of
+    from deltaic.model.choice import Choosing, Seen, choice_of
     from deltaic.model.state import State
     from deltaic.model.weights import weight_bytes
+    from deltaic.ops.layout import new_seen
 
     (copy, peak), (prompt, chunk, steps) = peaks, lengths
     text, mtp = random_model(ops, size, format)
     nbytes = weight_bytes(text.weights) - (0 if size.tied else text.weights.embed.nbytes)
     state = State(text.config, ops, "bf16", mtp=True)
     prefill_seconds = meter.seconds(partial(prefill, text, state, prompt, chunk), repeats=3, capture=False)
-    choice, draws = choice_of(0.7, 20, 0.8, 0.0, size.vocab, ()), np.full(1 + DRAFTS, 2**52)
+    choice = choice_of(0.7, 20, 0.8, 0.0, 1.5, 0.0, 1.0, size.vocab, ())  # of the model cards
+    seen = Seen(ops.upload(new_seen(size.vocab, np.empty(0, np.int64))))
     c = text.config
     traces = [ops.zeros([c.num_delta_layers, 1 + DRAFTS, c.delta_trace_width], np.float32) for _ in range(2)]
     kept: list[Any] = []
     hidden, token, bounds, counts = None, 1, np.array([0, 1 + DRAFTS]), np.array([1])
 
+    def choosing(rows: int) -> Choosing:
+        seen.said = [token]
+        return Choosing(choice, np.full(rows, 2**52), [seen])
+
     def step() -> None:
         nonlocal hidden, token
-        hidden, _, (token,) = text.step([[token]], [state], choosing=(choice, draws[:1]))
+        hidden, _, (token,) = text.step([[token]], [state], choosing=choosing(1))
 
     def draft() -> None:
         """A round of which one token was accepted, as in every round before."""
@@ -514,7 +523,7 @@ def measure_model(
         first = state.length - 1  # of what the round before has given, one row counts
         owed = (bounds, counts, traces[1]) if hidden is not None and len(hidden) > 1 else None
         _, hidden, _, (token, *_) = mtp.draft_at_once(
-            hidden[:1], [token], state, first, choice, draws, DRAFTS, traces[0], owed, chooses=True
+            hidden[:1], [token], state, first, choosing(1 + DRAFTS), DRAFTS, traces[0], owed, chooses=True
         )
         text.count([state], [1])
         traces.reverse()

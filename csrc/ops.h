@@ -58,18 +58,14 @@
       (View x, const Weight& router, const Weight& gate_up, const Weight& down, const Weight& shared_gate_up,          \
        const Weight& shared_down, const Weight& shared_gate, View norm, float eps, int64_t top_k, View residual,       \
        View y))                                                                                                        \
-    X(sample,                                                                                                          \
-      "logits f32[V]; temperature double; top_k int; top_p double; min_p double; presence_penalty double; "            \
-      "frequency_penalty double; repetition_penalty double; output_ids i64[n]; output_counts i64[n]; "                 \
-      "prompt_ids i64[m]; limit int; uniform double; token i64![1]",                                                   \
-      (View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,            \
-       double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,      \
-       int64_t limit, double uniform, View token))                                                                     \
+    X(count_tokens, "ids i64[B,S]; seen i64!*B[65,R]", (View ids, Views seen))                                         \
     X(sample_rows,                                                                                                     \
-      "logits f32![T,V]; temperature double; top_k int; top_p double; min_p double; limit int; unused i64[u]; "        \
-      "draws i64[T]; tokens i64![T]",                                                                                  \
-      (View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View unused,         \
-       View draws, View tokens))                                                                                       \
+      "logits f32![T,V]; temperature double; top_k int; top_p double; min_p double; presence_penalty double; "         \
+      "frequency_penalty double; repetition_penalty double; limit int; unused i64[u]; draws i64[T]; "                  \
+      "seen i64*B[65,R]; cu_seqlens i64[_]; fed i64[_]; tokens i64![T]",                                               \
+      (View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,            \
+       double frequency_penalty, double repetition_penalty, int64_t limit, View unused, View draws, Views seen,        \
+       View cu_seqlens, View fed, View tokens))                                                                        \
     X(log_softmax_top,                                                                                                 \
       "logits f32[V]; limit int; k int; token int; logprob f32![1]; top_ids i64![k]; top_logprobs f32![k]",            \
       (View logits, int64_t limit, int64_t k, int64_t token, View logprob, View top_ids, View top_logprobs))           \

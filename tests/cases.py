@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from deltaic.ops import reference
-from deltaic.ops.layout import KV_DTYPES
+from deltaic.ops.layout import KV_DTYPES, new_seen
 
 Rng = np.random.Generator
 LENGTHS = (1, 2, 17, 63, 64, 65, 130)
@@ -387,29 +387,73 @@ for _lengths in [(4,), (60,), (65,), (12, 0, 35, 1), (130, 17)]:
 # sampling
 
 
-def sample(rng: Rng, V: int, limit: int, spread: float = 3.0, **changes: Any) -> dict[str, Any]:
-    logits = normal(rng, V, scale=spread)
-    likely = np.argsort(-logits[:limit]).astype(np.int64)[:20]  # penalties that hit these change the choice
-    output = np.unique(np.concatenate([likely[:10], rng.integers(0, V, 10)]))
-    prompt = np.unique(np.concatenate([likely[5:], rng.integers(0, V, 10)]))
+NO_TEXT: dict[str, Any] = {"seen": [], "cu_seqlens": np.empty(0, np.int64), "fed": np.empty(0, np.int64)}
+NO_PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, **NO_TEXT}
+PLAIN_CHOICE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "unused": np.empty(0, np.int64),
+                **NO_PENALTIES}  # fmt: skip
+
+
+def seen_of(V: int, output: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+    """What a text holds that generated the ids `output` after the ids `prompt`."""
+    seen = new_seen(V, prompt)
+    reference.count_tokens(output[None], [seen])
+    return seen
+
+
+def chosen(
+    ops: ModuleType, logits: np.ndarray, uniform: float, *, output: Any = (), prompt: Any = (), **options: Any
+) -> int:
+    """What sample_rows chooses from one row [V], after a text that generated the ids `output` after `prompt`; -1: none.
+    options: those that differ from PLAIN_CHOICE, and limit where it is not V."""
+    upload = getattr(ops, "upload", np.array)
+    seen, tokens = seen_of(len(logits), np.array(output, np.int64), np.array(prompt, np.int64)), np.empty(1, np.int64)
+    given = PLAIN_CHOICE | {"limit": len(logits), "cu_seqlens": np.array([0, 1]), "fed": np.array([-1])} | options
+    draws = np.array([int(uniform * 2**53)])
+    ops.sample_rows(upload(logits[None]), **given | {"draws": draws, "seen": [upload(seen)], "tokens": tokens})
+    return int(tokens[0])
+
+
+def count_tokens(rng: Rng, V: int, B: int, S: int) -> dict[str, Any]:
+    ids = rng.integers(0, V, (B, S))
+    ids[:, : S // 3] = ids[:, S // 3 : 2 * (S // 3)]  # some twice
+    ids[rng.random((B, S)) < 0.2] = -1
+    return {"ids": ids, "seen": [seen_of(V, rng.integers(0, V, 9), rng.integers(0, V, 5)) for _ in range(B)]}
+
+
+for _V, _B, _S in [(1, 1, 1), (64, 2, 4), (700, 3, 16), (5003, 1, 1), (9, 0, 1), (9, 2, 0)]:
+    add("count_tokens", f"{_V}-{_B}x{_S}", count_tokens, V=_V, B=_B, S=_S)
+
+
+def sample_rows(
+    rng: Rng, lengths: tuple[int, ...], V: int, limit: int, skipped: int = 0, ties: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """So many rows of each text, of which the first `skipped` have no logits. Texts and drafts hold likely ids, so that
+    penalties change the choice."""
+    T = sum(lengths) - skipped
+    logits = normal(rng, T, V, scale=3)
+    likely = np.argsort(-logits[:, :limit].mean(0)).astype(np.int64)[:20] if T else np.zeros(1, np.int64)
+    seen = []
+    for _ in lengths:
+        output = np.concatenate([np.tile(rng.choice(likely, 6), 2), rng.choice(likely, 5), rng.integers(0, V, 10)])
+        seen.append(seen_of(V, output, np.concatenate([rng.choice(likely, 5), rng.integers(0, V, 10)])))
+    given = {name: changes.get(name, PLAIN_CHOICE[name]) for name in PLAIN_CHOICE if name not in NO_TEXT}
+    penalised = any(given[name] != NO_PENALTIES[name] for name in NO_PENALTIES if name not in NO_TEXT)
+    text = {"seen": seen, "cu_seqlens": offsets(lengths), "fed": rng.choice(likely, sum(lengths))}
+    # of small vocabularies none, of others the likeliest and some ids that nobody asks about
+    if V in (704, 5003):
+        given["unused"] = np.unique([*logits[:, :limit].argmax(1), limit, V - 1])
     return {
-        "logits": logits,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "output_ids": output,
-        "output_counts": rng.integers(1, 5, len(output)),
-        "prompt_ids": prompt,
+        "logits": np.round(logits) if ties else logits,
         "limit": limit,
-        "uniform": float(rng.random()),
-    } | changes
+        "draws": np.full(T, changes["draw"]) if "draw" in changes else rng.integers(0, 2**53, T),
+        "tokens": np.full(T, -1),
+        **given,
+        **(text if penalised else NO_TEXT),
+    }
 
 
-_SETTINGS = {
+_LAST = int(0.99999 * 2**53)
+_SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "greedy": {"temperature": 0.0},
     "hot": {"temperature": 3.0},
@@ -429,32 +473,25 @@ _SETTINGS = {
     "presence": {"temperature": 0.0, "presence_penalty": 3.0},
     "frequency": {"temperature": 0.0, "frequency_penalty": 2.0},
     "repetition": {"temperature": 0.0, "repetition_penalty": 1.5},
-    "first": {"uniform": 0.0},
-    "last": {"uniform": 0.99999},  # the last candidate that the filters keep, but for the unfiltered ones
-    "last-top_k": {"uniform": 0.99999, "temperature": 5.0, "top_k": 7},
-    "last-top_p": {"uniform": 0.99999, "temperature": 0.5, "top_p": 0.6},
-    "last-min_p": {"uniform": 0.99999, "temperature": 0.5, "min_p": 0.05},
+    "first": {"draw": 0},
+    "last": {"draw": _LAST},  # the last candidate that the filters keep, but for the unfiltered ones
+    "last-top_k": {"draw": _LAST, "temperature": 5.0, "top_k": 7},
+    "last-top_p": {"draw": _LAST, "temperature": 0.5, "top_p": 0.6},
+    "last-min_p": {"draw": _LAST, "temperature": 0.5, "min_p": 0.05},
 }  # fmt: skip
-for _V, _limit in [(20, 1), (37, 30), (5003, 4999), (100_000, 99_000)]:
+for _V, _limit in [(20, 1), (37, 30), (5000, 4999), (100_000, 99_000)]:
     for _name, _changes in _SETTINGS.items():
-        add("sample", f"{_V}-{_name}", sample, V=_V, limit=_limit, **_changes)
-
-
-def sample_rows(rng: Rng, T: int, V: int, limit: int, ties: bool, **changes: Any) -> dict[str, Any]:
-    logits = normal(rng, T, V)
-    filters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **changes}
-    draws, tokens = rng.integers(0, 2**53, T), np.full(T, -1)
-    # of small vocabularies none, of others the likeliest and some ids that nobody asks about
-    unused = np.unique([*logits[:, :limit].argmax(1), limit, V - 1]) if V > 100 else np.empty(0, np.int64)
-    arrays = {"logits": np.round(logits) if ties else logits, "unused": unused, "draws": draws, "tokens": tokens}
-    return {"limit": limit, **arrays, **filters}
-
-
-for _T, _V, _limit in [(0, 5, 5), (1, 1, 1), (1, 704, 688), (3, 5003, 4999)]:
-    for _name in ("greedy", "plain", "first", "family", "last-top_p", "last-min_p"):
-        _changes = {k: v for k, v in _SETTINGS[_name].items() if k not in ("uniform", "presence_penalty")}
-        add("sample_rows", f"{_T}x{_V}-{_name}", sample_rows, T=_T, V=_V, limit=_limit, ties=False, **_changes)
-        add("sample_rows", f"{_T}x{_V}-{_name}-ties", sample_rows, T=_T, V=_V, limit=_limit, ties=True, **_changes)
+        add("sample_rows", f"{_V}-{_name}", sample_rows, lengths=(1,), V=_V, limit=_limit, **_changes)
+for _lengths, _V, _limit in [((0,), 5, 5), ((1,), 1, 1), ((1,), 704, 688), ((3,), 5003, 4999), ((2, 1, 3), 704, 688)]:
+    for _name in ("greedy", "plain", "first", "family", "greedy-penalties", "everything", "frequency"):
+        for _ties in (False, True):
+            _full = f"{'-'.join(map(str, _lengths))}x{_V}-{_name}" + "-ties" * _ties
+            add("sample_rows", _full, sample_rows, lengths=_lengths, V=_V, limit=_limit, ties=_ties,
+                **_SETTINGS[_name])  # fmt: skip
+for _lengths, _skipped in [((4,), 3), ((3, 2), 3), ((2, 0, 2), 1)]:
+    for _name in ("greedy-penalties", "family", "everything"):
+        _full = f"{'-'.join(map(str, _lengths))}-after-{_skipped}-{_name}"
+        add("sample_rows", _full, sample_rows, lengths=_lengths, V=700, limit=690, skipped=_skipped, **_SETTINGS[_name])
 
 
 def log_softmax_top(rng: Rng, V: int, limit: int, k: int) -> dict[str, Any]:

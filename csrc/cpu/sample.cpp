@@ -1,4 +1,4 @@
-// sample, sample_rows and log_softmax_top: what is done with the 248,320 logits of one token.
+// sample_rows and log_softmax_top: what is done with the 248,320 logits of one token; count_tokens.
 //
 // Nothing here sorts or copies the whole vocabulary unless the distribution is so flat that it has to. One pass takes
 // the maxima of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits
@@ -64,14 +64,6 @@ DELTAIC_INLINE double value_of(uint64_t key) {
     double value;
     memcpy(&value, &bits, 8);
     return value;
-}
-
-// Remembers the logit of `id` under another value. False if it was already.
-DELTAIC_INLINE bool change(Logits& l, int64_t id, double value) {
-    if (l.marked(id)) return false;
-    l.marks[id / 16] = static_cast<uint16_t>(l.marks[id / 16] | 1u << (id % 16));
-    l.changed[l.changes++] = {id, value};
-    return true;
 }
 
 // Fills maxima and top. False where they tell nothing: NaN or +inf, or nothing but -inf.
@@ -439,6 +431,43 @@ void check(const char* op, const Choice& c, int64_t limit, int64_t logits) {
     if (!(c.uniform >= 0.0 && c.uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
 }
 
+struct Penalties {
+    double presence, frequency, repetition;
+};
+
+void check(const char* op, const Penalties& p) {
+    if (!(p.repetition > 0.0) || !is_finite(p.repetition)) fail(op, "repetition_penalty must be a finite number > 0");
+    if (!is_finite(p.presence) || !is_finite(p.frequency)) fail(op, "penalties must be finite");
+}
+
+// Keeps aside what the logits become of the ids in a text: those of `seen` (see layout.py), and `count` drafts.
+void penalise(Logits& l, const Penalties& p, const View& seen, const int64_t* drafts, int64_t count) {
+    const int64_t words = ceil_div(l.limit, 64);
+    const int64_t *held = seen.i64(), *generated = held + seen.shape[1];
+    int64_t room = count;
+    for (int64_t w = 0; w < words; ++w) room += __builtin_popcountll(static_cast<uint64_t>(held[w]));
+    if (room == 0) return;
+    const size_t bytes = static_cast<size_t>(ceil_div(l.limit, 16)) * sizeof(uint16_t);
+    l.marks = static_cast<uint16_t*>(scratch(bytes));
+    memset(l.marks, 0, bytes);
+    l.changed = static_cast<Changed*>(scratch(static_cast<size_t>(room) * sizeof(Changed)));
+    const auto add = [&](int64_t id, int64_t times) {
+        if (id < 0 || id >= l.limit || l.marked(id)) return;
+        for (int64_t i = 0; i < count; ++i) times += drafts[i] == id;
+        double value = static_cast<double>(l.values[id]);
+        value = value > 0.0 ? value / p.repetition : value * p.repetition;
+        if (times > 0) value -= p.frequency * static_cast<double>(times) + p.presence;
+        l.marks[id / 16] = static_cast<uint16_t>(l.marks[id / 16] | 1u << (id % 16));
+        l.changed[l.changes++] = {id, value};
+    };
+    for (int64_t w = 0; w < words; ++w)
+        for (uint64_t bits = static_cast<uint64_t>(held[w]); bits; bits &= bits - 1) {
+            const int64_t id = w * 64 + __builtin_ctzll(bits);
+            add(id, generated[id]);
+        }
+    for (int64_t i = 0; i < count; ++i) add(drafts[i], 0);
+}
+
 // -1: the logits cannot be used.
 int64_t choose(Logits& l, const Choice& choice) {
     const double temperature = choice.temperature, top_p = choice.top_p, min_p = choice.min_p, uniform = choice.uniform;
@@ -473,61 +502,48 @@ int64_t choose(Logits& l, const Choice& choice) {
 
 }  // namespace
 
-void sample(View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,
-            double frequency_penalty, double repetition_penalty, View output_ids, View output_counts, View prompt_ids,
-            int64_t limit, double uniform, View token) {
-    const char* const op = "sample";
-    const Choice choice{temperature, top_k, top_p, min_p, uniform};
-    check(op, choice, limit, logits.shape[0]);
-    if (!(repetition_penalty > 0.0) || !is_finite(repetition_penalty))
-        fail(op, "repetition_penalty must be a finite number > 0");
-    if (!is_finite(presence_penalty) || !is_finite(frequency_penalty)) fail(op, "penalties must be finite");
-
-    Logits l{logits.f32(), limit};
-    const bool repetition = repetition_penalty != 1.0;
-    const int64_t outputs = repetition || presence_penalty != 0.0 || frequency_penalty != 0.0 ? output_ids.shape[0] : 0;
-    const int64_t prompts = repetition ? prompt_ids.shape[0] : 0;
-    if (outputs + prompts > 0) {
-        const size_t bytes = static_cast<size_t>(ceil_div(limit, 16)) * sizeof(uint16_t);
-        l.marks = static_cast<uint16_t*>(scratch(bytes));
-        memset(l.marks, 0, bytes);
-        l.changed = static_cast<Changed*>(scratch(static_cast<size_t>(outputs + prompts) * sizeof(Changed)));
-        const auto repeated = [&](int64_t id) {
-            const double value = static_cast<double>(l.values[id]);
-            return value > 0.0 ? value / repetition_penalty : value * repetition_penalty;
-        };
-        // Outputs first: a prompt id that is among them needs nothing more.
-        for (int64_t i = 0; i < outputs; ++i) {
-            const int64_t id = output_ids.i64()[i];
-            if (id < 0) fail(op, "output_ids holds a negative id");
-            const double penalty = frequency_penalty * static_cast<double>(output_counts.i64()[i]) + presence_penalty;
-            if (id < limit && !change(l, id, repeated(id) - penalty)) fail(op, "output_ids holds an id twice");
-        }
-        for (int64_t i = 0; i < prompts; ++i) {
-            const int64_t id = prompt_ids.i64()[i];
-            if (id < 0) fail(op, "prompt_ids holds a negative id");
-            if (id < limit) change(l, id, repeated(id));
+void count_tokens(View ids, Views seen) {
+    for (int64_t b = 0; b < seen.size; ++b) {
+        const int64_t words = seen[b].shape[1];
+        for (int64_t s = 0; s < ids.shape[1]; ++s) {
+            const int64_t id = ids.i64()[b * ids.shape[1] + s];
+            if (id < 0) continue;
+            if (id >= 64 * words) fail("count_tokens", "ids must be ids of the vocabulary, or negative");
+            seen[b].i64()[id / 64] |= static_cast<int64_t>(uint64_t{1} << id % 64);
+            ++seen[b].i64()[words + id];
         }
     }
-
-    const int64_t chosen = choose(l, choice);
-    if (chosen < 0) fail_unusable(op);
-    token.i64()[0] = chosen;
 }
 
-void sample_rows(View logits, double temperature, int64_t top_k, double top_p, double min_p, int64_t limit, View unused,
-                 View draws, View tokens) {
-    const int64_t vocabulary = logits.shape[1];
+void sample_rows(View logits, double temperature, int64_t top_k, double top_p, double min_p, double presence_penalty,
+                 double frequency_penalty, double repetition_penalty, int64_t limit, View unused, View draws,
+                 Views seen, View cu_seqlens, View fed, View tokens) {
+    const char* const op = "sample_rows";
+    const int64_t rows = logits.shape[0], vocabulary = logits.shape[1], skipped = fed.shape[0] - rows;
+    const Penalties penalties{presence_penalty, frequency_penalty, repetition_penalty};
+    check(op, penalties);
     for (int64_t i = 0; i < unused.shape[0]; ++i)
-        if (unused.i64()[i] < 0 || unused.i64()[i] >= vocabulary)
-            fail("sample_rows", "unused must hold ids of the vocabulary");
-    for (int64_t t = 0; t < logits.shape[0]; ++t) {
+        if (unused.i64()[i] < 0 || unused.i64()[i] >= vocabulary) fail(op, "unused must hold ids of the vocabulary");
+    const int64_t* const cu = cu_seqlens.i64();
+    if (seen.size > 0) {
+        if (skipped < 0) fail(op, "fed must have at least as many ids as logits have rows");
+        if (seen[0].shape[1] * 64 < limit) fail(op, "seen must have room for `limit` ids");
+        bool rising = cu_seqlens.shape[0] == seen.size + 1 && cu[0] == 0 && cu[seen.size] == fed.shape[0];
+        for (int64_t b = 0; rising && b < seen.size; ++b) rising = cu[b] <= cu[b + 1];
+        if (!rising) fail(op, "cu_seqlens must rise from 0 to the size of fed, with one sequence for each of seen");
+    }
+    int64_t b = 0;
+    for (int64_t t = 0; t < rows; ++t) {
         float* const row = logits.f32() + t * vocabulary;
         for (int64_t i = 0; i < unused.shape[0]; ++i) row[unused.i64()[i]] = -kInfinity;
         const double uniform = static_cast<double>(draws.i64()[t]) * 0x1p-53;
         const Choice choice{temperature, top_k, top_p, min_p, uniform};
-        check("sample_rows", choice, limit, vocabulary);
+        check(op, choice, limit, vocabulary);
         Logits l{row, limit};
+        if (seen.size > 0) {
+            while (cu[b + 1] <= skipped + t) ++b;
+            penalise(l, penalties, seen[b], fed.i64() + cu[b] + 1, skipped + t - cu[b]);
+        }
         tokens.i64()[t] = choose(l, choice);
     }
 }

@@ -57,12 +57,13 @@
     X(vision_attention, (const void* qkv, const float* cosine, const float* sine, const int64_t* cu_seqlens,           \
                          int64_t segments, int64_t longest, void* rotated, float* sums, float* stats, void* y,         \
                          int64_t P, int64_t heads, int64_t d, int64_t type, Stream stream))                            \
-    X(penalise,                                                                                                        \
-      (float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output, const int64_t* counts,           \
-       int64_t output_count, float repetition, float frequency, float presence, int64_t limit, Stream stream))         \
+    X(count_tokens,                                                                                                    \
+      (const int64_t* ids, int64_t count, const int64_t* seen, int64_t sequences, int64_t words, Stream stream))       \
     X(sample, (float* logits, int64_t rows, int64_t pitch, int64_t limit, const int64_t* unused, int64_t unused_count, \
-               float temperature, int64_t top_k, double top_p, double min_p, double uniform, const int64_t* draws,     \
-               float* values, int64_t* ids, int64_t room, int64_t* tokens, Stream stream))                             \
+               const int64_t* seen, int64_t sequences, int64_t words, const int64_t* cu_seqlens, const int64_t* fed,   \
+               int64_t skipped, float presence, float frequency, float repetition, float temperature, int64_t top_k,   \
+               double top_p, double min_p, const int64_t* draws, float* values, int64_t* ids, int64_t room,            \
+               int64_t* tokens, Stream stream))                                                                        \
     X(relocate, (const int64_t* jobs, int64_t count, int64_t longest, Stream stream))
 
 namespace deltaic {

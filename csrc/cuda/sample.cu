@@ -1,4 +1,4 @@
-// sample: penalties, then one token from each row of logits, from a list of (logit, id), without sorting it.
+// sample: one token from each row of logits, seen as a list of (logit, id), without sorting it. count_tokens.
 //
 // In the order (logit descending, id ascending) the filters each keep a front part of the list. Its end is found from
 // the top digit of the logits' bits down: a histogram over 256 digits holds how many entries, and how much probability,
@@ -22,19 +22,25 @@ __device__ __forceinline__ uint32_t key_of(float x) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// In place: repetition for ids in prompt or output (each id once), then frequency and presence for ids in output.
-__global__ void penalise_kernel(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output,
-                                const int64_t* counts, int64_t output_count, float repetition, float frequency,
-                                float presence, int64_t limit) {
+// What penalties take from the texts of `sequences` sequences: see reference.py. seen: where the array of each is.
+struct Penalties {
+    const int64_t* seen;
+    const int64_t* cu_seqlens;
+    const int64_t* fed;
+    int64_t sequences, words, skipped;  // `skipped` rows come before the first of the logits
+    float presence, frequency, repetition;
+};
+
+// A thread enters the tokens of a sequence: they are few, and some are equal.
+__global__ void count_kernel(const int64_t* ids, int64_t count, const int64_t* seen, int64_t words) {
     grid_begin();
-    for (int64_t i = threadIdx.x; i < seen_count; i += blockDim.x) {
-        const int64_t id = seen[i];
-        if (id >= 0 && id < limit) logits[id] = logits[id] > 0 ? logits[id] / repetition : logits[id] * repetition;
-    }
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < output_count; i += blockDim.x) {
-        const int64_t id = output[i];
-        if (id >= 0 && id < limit) logits[id] -= frequency * static_cast<float>(counts[i]) + presence;
+    if (threadIdx.x > 0) return;
+    int64_t* const held = reinterpret_cast<int64_t*>(seen[blockIdx.x]);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t id = ids[blockIdx.x * count + i];
+        if (id < 0 || id >= 64 * words) continue;
+        held[id / 64] |= static_cast<int64_t>(uint64_t{1} << id % 64);
+        held[words + id] += 1;
     }
 }
 
@@ -202,24 +208,44 @@ __device__ int64_t last_id(const List& list, Cut cut, Shared<unsigned long long>
     return static_cast<int64_t>(prefix);
 }
 
-// Ids that are never chosen, those among [first, first + n) of a row: their logits are overwritten. By the whole block,
-// which has then seen all of it.
-__device__ __forceinline__ void mask(float* row, int64_t first, int64_t n, const int64_t* unused, int64_t count) {
+// Logits [first, first + n) of row `at` as they are chosen from, in place: -inf for ids that are never chosen, and what
+// penalties make of those in the text. By the whole block, which has then seen all of it.
+__device__ __forceinline__ void prepare(float* row, int64_t at, int64_t first, int64_t n, const int64_t* unused,
+                                        int64_t count, const Penalties& p) {
+    if (p.sequences > 0) {
+        const int64_t last = p.skipped + at;
+        int64_t b = 0;
+        while (b + 1 < p.sequences && p.cu_seqlens[b + 1] <= last) ++b;
+        const int64_t* const held = reinterpret_cast<const int64_t*>(p.seen[b]);
+        const int64_t draft = p.cu_seqlens[b] + 1;  // the first
+        for (int64_t id = first + threadIdx.x; id < first + n; id += blockDim.x) {
+            int64_t times = 0;
+            for (int64_t i = draft; i <= last; ++i) times += p.fed[i] == id;
+            const bool known = static_cast<uint64_t>(held[id / 64]) >> id % 64 & 1;
+            if (!known && times == 0) continue;
+            if (known) times += held[p.words + id];
+            float x = row[id];
+            x = x > 0 ? x / p.repetition : x * p.repetition;
+            if (times > 0) x -= p.frequency * static_cast<float>(times) + p.presence;
+            row[id] = x;
+        }
+        if (count) __syncthreads();
+    }
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x)
         if (first <= unused[i] && unused[i] < first + n) row[unused[i]] = -INFINITY;
-    __syncthreads();
+    if (count || p.sequences > 0) __syncthreads();
 }
 
-// Block = row: n logits from its `pitch`-th on, with ids if these are given; uniform = draws / 2^53 where there are
-// draws. token = the chosen id; -1 if the logits hold NaN or +inf, or nothing but -inf.
+// Block = row: n logits from its `pitch`-th on, with ids if these are given; uniform = draws / 2^53. token = the chosen
+// id; -1 if the logits hold NaN or +inf, or nothing but -inf.
 __global__ void __launch_bounds__(kThreads, 1)
     choose_kernel(float* logits, const int64_t* ids, int64_t pitch, int64_t n, const int64_t* unused,
-                  int64_t unused_count, float temperature, int64_t top_k, double top_p, double min_p, double uniform,
-                  const int64_t* draws, int64_t* tokens) {
+                  int64_t unused_count, Penalties penalties, float temperature, int64_t top_k, double top_p,
+                  double min_p, const int64_t* draws, int64_t* tokens) {
     grid_begin();
     logits += blockIdx.x * pitch;
     if (ids) ids += blockIdx.x * pitch;
-    if (unused_count) mask(logits, 0, n, unused, unused_count);
+    prepare(logits, blockIdx.x, 0, n, unused, unused_count, penalties);
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
     DELTAIC_SHARED(float, peaks, 32);
@@ -260,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             cut = find_cut(list, cut, static_cast<uint64_t>(kept > 0 ? kept : 1), false, amount, scratch);
         }
         const uint64_t total = mass_of(list, cut, scratch);
-        if (draws) uniform = static_cast<double>(draws[blockIdx.x]) * (1.0 / 9007199254740992.0);
+        const double uniform = static_cast<double>(draws[blockIdx.x]) * (1.0 / 9007199254740992.0);
         // The first entry whose running sum exceeds uniform * total.
         uint64_t target = static_cast<uint64_t>(uniform * static_cast<double>(total)) + 1;
         cut = find_cut(list, cut, target > total ? total : target, true, amount, scratch);
@@ -274,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // the end fill up.
 __global__ void __launch_bounds__(kThreads)
     shortlist_kernel(float* logits, int64_t pitch, int64_t limit, const int64_t* unused, int64_t unused_count,
-                     int64_t stretch, int64_t k, float* values, int64_t* ids) {
+                     Penalties penalties, int64_t stretch, int64_t k, float* values, int64_t* ids) {
     grid_begin();
     DELTAIC_SHARED(unsigned long long, amount, 256);
     DELTAIC_SHARED(int64_t, scratch, 32);
@@ -283,7 +309,7 @@ __global__ void __launch_bounds__(kThreads)
                   n = limit - first < stretch ? limit - first : stretch;
     logits += blockIdx.y * pitch;
     values += blockIdx.y * gridDim.x * k, ids += blockIdx.y * gridDim.x * k;
-    if (unused_count) mask(logits, first, n, unused, unused_count);
+    prepare(logits, blockIdx.y, first, n, unused, unused_count, penalties);
     const List list{logits + first, nullptr, n, 1.0f, 0.0f};
     Cut cut{0, 0};
     int64_t border = -1;
@@ -309,30 +335,33 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void penalise(float* logits, const int64_t* seen, int64_t seen_count, const int64_t* output, const int64_t* counts,
-              int64_t output_count, float repetition, float frequency, float presence, int64_t limit, Stream stream) {
-    launch("penalise", penalise_kernel, 1, 256, 0, stream, logits, seen, seen_count, output, counts, output_count,
-           repetition, frequency, presence, limit);
+void count_tokens(const int64_t* ids, int64_t count, const int64_t* seen, int64_t sequences, int64_t words,
+                  Stream stream) {
+    if (sequences == 0) return;
+    launch("count_tokens", count_kernel, static_cast<unsigned>(sequences), kWarp, 0, stream, ids, count, seen, words);
 }
 
 void sample(float* logits, int64_t rows, int64_t pitch, int64_t limit, const int64_t* unused, int64_t unused_count,
-            float temperature, int64_t top_k, double top_p, double min_p, double uniform, const int64_t* draws,
-            float* values, int64_t* ids, int64_t room, int64_t* tokens, Stream stream) {
+            const int64_t* seen, int64_t sequences, int64_t words, const int64_t* cu_seqlens, const int64_t* fed,
+            int64_t skipped, float presence, float frequency, float repetition, float temperature, int64_t top_k,
+            double top_p, double min_p, const int64_t* draws, float* values, int64_t* ids, int64_t room,
+            int64_t* tokens, Stream stream) {
     if (limit < 1 || limit > pitch) fail("sample", "limit must be positive, and rows at least as long");
     if (rows == 0) return;
     constexpr int64_t kStretch = 4096;
     const int64_t k = temperature == 0 ? 1 : top_k, blocks = (limit + kStretch - 1) / kStretch;
     const unsigned grid = static_cast<unsigned>(rows);
+    const Penalties penalties{seen, cu_seqlens, fed, sequences, words, skipped, presence, frequency, repetition};
     if (k > 0 && k <= 128 && blocks > 1) {
         if (room < blocks * k) fail("sample", "too little room for the shortlist");
         launch("sample shortlist", shortlist_kernel, dim3(static_cast<unsigned>(blocks), grid), kThreads, 0, stream,
-               logits, pitch, limit, unused, unused_count, kStretch, k, values, ids);
+               logits, pitch, limit, unused, unused_count, penalties, kStretch, k, values, ids);
         launch("sample", choose_kernel, grid, kThreads, 0, stream, values, static_cast<const int64_t*>(ids), blocks * k,
-               blocks * k, static_cast<const int64_t*>(nullptr), int64_t{0}, temperature, top_k, top_p, min_p, uniform,
-               draws, tokens);
+               blocks * k, static_cast<const int64_t*>(nullptr), int64_t{0}, Penalties{}, temperature, top_k, top_p,
+               min_p, draws, tokens);
     } else {
         launch("sample", choose_kernel, grid, kThreads, 0, stream, logits, static_cast<const int64_t*>(nullptr), pitch,
-               limit, unused, unused_count, temperature, top_k, top_p, min_p, uniform, draws, tokens);
+               limit, unused, unused_count, penalties, temperature, top_k, top_p, min_p, draws, tokens);
     }
 }
 

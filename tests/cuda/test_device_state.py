@@ -19,6 +19,7 @@ from deltaic.generate.speculate import Drafting
 from deltaic.model.state import BLOCK_TOKENS
 from deltaic.ops import cpu, cuda, reference
 from deltaic.ops.cuda_tape import FEWEST_BLOCKS
+from deltaic.ops.layout import new_seen
 from helpers import array
 
 PROMPT = "the cat sat on the mat"
@@ -196,15 +197,27 @@ def test_speculation_gives_the_tokens_of_plain_decoding(model_device):
     assert found.drafted > 0
 
 
-@pytest.fixture
-def speculating(model_device):
-    """(the miniature, a sampler, a state with a few tokens, the hidden row of the last one)"""
+PENALTIES = {"presence_penalty": 1.5, "frequency_penalty": 0.1, "repetition_penalty": 1.1}
+
+
+@pytest.fixture(params=[{}, PENALTIES], ids=["plain", "penalties"])
+def speculating(model_device, request):
+    """(the miniature, a sampler, what its text holds, a state with a few tokens, the hidden row of the last one)"""
     model = deltaic.load(MINIATURE, device="cuda", dtype="bf16", cache_bytes=0)
-    params = SamplingParams(temperature=0.8, top_k=20, top_p=0.9)
-    sampler = Sampler(cuda, params, limit=model._sampled_ids[0], prompt_ids=np.arange(3), unused=model._sampled_ids[1])
+    params, (limit, unused) = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, **request.param), model._sampled_ids
+    sampler = Sampler(cuda, params, limit=limit, prompt_ids=np.arange(3), unused=unused)
+    seen = [new_seen(limit, np.arange(3))] if request.param else []
     state, prompt = model.new_state(), model.prepare(PROMPT)
     hidden = list(model._runner.hidden(prompt, state, [len(prompt)]))[-1][-1:]
-    return model, sampler, state, hidden
+    return model, sampler, seen, state, hidden
+
+
+def chosen_rows(choosing, logits, seen, fed):
+    """By the definition, from logits of the last of the rows of one text."""
+    tokens = np.zeros(len(logits), np.int64)
+    draws = choosing.draws[len(fed) - len(logits) :][: len(logits)]
+    choosing.choice.choose(reference, logits, draws, tokens, seen, np.array([0, len(fed)]), np.array(fed))
+    return tokens.tolist()
 
 
 @contextmanager
@@ -221,7 +234,7 @@ ONCE = {"uploads": 1, "launches": 0, "replays": 1, "downloads": 1}
 
 def test_a_token_is_one_replay(model_device, speculating):
     """Numbers are sent once, one graph runs, the token is read once; with the bits and the token of separate calls."""
-    model, sampler, state, _ = speculating
+    model, sampler, seen, state, _ = speculating
     runner, plain = model._runner, state.fork()
     token = 5
     for turn in range(4):
@@ -232,48 +245,44 @@ def test_a_token_is_one_replay(model_device, speculating):
         if turn and model_device.module.emulated:
             assert facts == ONCE
         np.testing.assert_array_equal(array(runner.text.logits(hidden)), logits)
-        expected = np.zeros(1, np.int64)
-        choosing[0].choose(reference, logits, choosing[1], expected)
-        assert chosen == expected[0]
+        assert [chosen] == chosen_rows(choosing, logits, seen, [token])
         np.testing.assert_array_equal(array(state.delta), array(plain.delta))
         sampler.took(chosen)
+        reference.count_tokens(np.array([[chosen]] * len(seen)), seen)
         token = chosen
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_round_is_one_replay(model_device, speculating, depth):
     """What is owed, drafts, their verification and the tokens after each: those of the parts, one by one."""
-    model, sampler, state, hidden = speculating
+    model, sampler, seen, state, hidden = speculating
     runner, mtp, before = model._runner, model._runner.mtp, None
     plain, tokens = state.fork(), [5]
     for turn in range(7):
         accepted = 1 + turn % (depth + 1)
-        draws = sampler.draws(1 + depth)
+        choosing = sampler.drafting(1 + depth)
         with counted(model_device) as facts:
             drafting = Drafting(state, state.length - len(tokens), hidden, tokens, depth, sampler)
             v = runner.draft_and_verify(drafting, before)
         if turn > depth + 1 and model_device.module.emulated:
             assert facts == ONCE
-        m, _ = mtp.extend(hidden, [tokens], [plain], [plain.length - len(tokens)], 1)
+        m = mtp.extend(hidden, [tokens], [plain], [plain.length - len(tokens)], 1)
         drafts = []
         for ahead in range(depth):
             if ahead:
                 m, _ = mtp.draft(m, drafts[-1:], [plain], ahead - 1)
-            chosen = np.zeros(1, np.int64)
-            sampler.choice.choose(reference, array(mtp.logits(m)), draws[ahead : ahead + 1], chosen)
-            drafts += chosen.tolist()
+            drafts += chosen_rows(choosing, array(mtp.logits(m)), seen, [tokens[-1], *drafts])
         assert v.tokens == [[tokens[-1], *drafts]]
         rows = runner.verify([plain], v.tokens, head=True)
         np.testing.assert_array_equal(array(v.hidden), array(rows.hidden))
-        expected = np.zeros(1 + depth, np.int64)
-        sampler.choice.choose(reference, array(rows.logits), draws, expected)
-        assert v.chosen == expected.tolist()
+        assert v.chosen == chosen_rows(choosing, array(rows.logits), seen, v.tokens[0])
         runner.count(v, [accepted])
         runner.commit(rows, [accepted])
         before, hidden = v, v.hidden[:accepted]
         tokens = [*drafts[: accepted - 1], v.chosen[accepted - 1]]
-        for _ in range(accepted):
-            sampler.took(v.chosen[0])
+        for token in tokens:
+            sampler.took(token)
+            reference.count_tokens(np.array([[token]] * len(seen)), seen)
     runner.write(before)
     for name in ("conv", "delta"):
         np.testing.assert_array_equal(array(getattr(state, name)), array(getattr(plain, name)))

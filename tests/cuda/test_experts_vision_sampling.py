@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cases import PLAIN_CHOICE, chosen, seen_of
 from deltaic.ops import cuda, reference
 from helpers import TYPES, array, assert_close, expert_weights, normal, reference_weight, rounded, tensor
 
@@ -81,13 +82,6 @@ def test_vision_attention(device, rng, kind, heads, d, lengths):
     assert_close(y, expected, kind, factor=2)
 
 
-PLAIN = {
-    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0, "output_ids": np.zeros(0, np.int64), "output_counts": np.zeros(0, np.int64),
-    "prompt_ids": np.zeros(0, np.int64),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -97,60 +91,63 @@ PLAIN = {
     ],
 )  # fmt: skip
 def test_sample(device, rng, options):
-    V, limit = 700, 690
-    options = dict(PLAIN, **options, limit=limit)
-    options.update(
-        output_ids=np.array([3, 9, 600]), output_counts=np.array([1, 4, 2]), prompt_ids=np.array([3, 77, 695])
-    )
+    V, text = 700, {"output": [3, 9, 9, 9, 9, 600, 600], "prompt": [3, 77, 695]}
     for logits in (normal(rng, V, scale=3), np.round(normal(rng, V, scale=2))):  # the latter with ties
-        logits[limit:] = 100
+        logits[690:] = 100
         for uniform in (0.0, 0.2, 0.55, 0.93, 0.9999):
-            wanted = reference.sample(logits, **options, uniform=uniform)
-            assert cuda.sample(tensor(logits), **options, uniform=uniform) == wanted, (options, uniform)
-
-
-def test_sample_shortlist(device, rng):
-    """A vocabulary of several stretches, ties across them included."""
-    V = 9000
-    logits = np.round(normal(rng, V, scale=2) * 2) / 2
-    for top_k, temperature in ((20, 1.0), (1, 1.0), (20, 0.0)):
-        for uniform in (0.1, 0.8):
-            options = dict(PLAIN, top_k=top_k, temperature=temperature, limit=V - 5, uniform=uniform)
-            assert cuda.sample(tensor(logits), **options) == reference.sample(logits, **options)
+            wanted = chosen(reference, logits, uniform, limit=690, **text, **options)
+            assert chosen(cuda, logits, uniform, limit=690, **text, **options) == wanted, (options, uniform)
 
 
 @pytest.mark.parametrize("V", [300, 9000])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"), [(0.0, 0, 1.0, 0.0), (0.8, 20, 0.9, 0.02), (1.0, 0, 0.95, 0.0)]
 )
-def test_sample_rows(device, rng, V, temperature, top_k, top_p, min_p):
-    """Several rows at once, ties and ids that are never chosen among them; tokens of the host and of the device."""
-    logits, limit = np.round(normal(rng, 3, V, scale=2) * 2) / 2, V - 5
+@pytest.mark.parametrize("penalised", [False, True])
+def test_sample_rows(device, rng, V, temperature, top_k, top_p, min_p, penalised):
+    """Several rows at once, of two texts, some without logits; ties (across stretches of a vocabulary, too), and ids
+    that are never chosen; tokens of the host and of the device."""
+    logits, limit, T = np.round(normal(rng, 5, V, scale=2) * 2) / 2, V - 5, 5
     logits[:, limit:] = 100
     unused = np.array([int(logits[0, :limit].argmax()), 1, limit - 1, V - 1])
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "limit": limit}
-    draws, wanted = rng.integers(0, 2**53, 3), np.zeros(3, np.int64)
-    reference.sample_rows(logits.copy(), **options, unused=unused, draws=draws, tokens=wanted)
-    found, on_device = np.zeros(3, np.int64), tensor(np.zeros(3, np.int64))
-    cuda.sample_rows(tensor(logits), **options, unused=unused, draws=draws, tokens=found)
-    cuda.sample_rows(tensor(logits), **options, unused=unused, draws=tensor(draws), tokens=on_device)
+    options = PLAIN_CHOICE | options | {"unused": unused}
+    seen = []
+    if penalised:
+        likely = np.argsort(-logits[:, :limit].mean(0))[:12]
+        seen = [seen_of(V, rng.choice(likely, 9), rng.integers(0, V, 40)) for _ in range(2)]
+        options |= {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.25}
+        options |= {"cu_seqlens": np.array([0, 3, 7]), "fed": rng.choice(likely, 7)}
+    draws, wanted = rng.integers(0, 2**53, T), np.zeros(T, np.int64)
+    reference.sample_rows(logits.copy(), **options | {"draws": draws, "seen": seen}, tokens=wanted)
+    found, on_device = np.zeros(T, np.int64), tensor(np.zeros(T, np.int64))
+    options["seen"] = [tensor(text) for text in seen]
+    cuda.sample_rows(tensor(logits), **options, draws=draws, tokens=found)
+    if penalised:
+        options |= {name: tensor(options[name]) for name in ("cu_seqlens", "fed")}
+    cuda.sample_rows(tensor(logits), **options, draws=tensor(draws), tokens=on_device)
     assert found.tolist() == array(on_device).tolist() == wanted.tolist()
-    for t in range(3):  # each row for itself, as `sample` does it
-        row = logits[t].copy()
-        row[unused] = -np.inf
-        assert cuda.sample(tensor(row), **dict(PLAIN, **options), uniform=float(draws[t]) / 2**53) == wanted[t]
+
+
+@pytest.mark.parametrize(("V", "B", "S"), [(64, 1, 1), (700, 3, 16), (5000, 2, 4), (9, 0, 1), (9, 2, 0)])
+def test_count_tokens(device, rng, V, B, S):
+    """Some twice, and -1 for none."""
+    ids = rng.integers(0, max(1, V // 50), (B, S)) * min(V - 1, 50)
+    ids[rng.random((B, S)) < 0.3] = -1
+    seen = [seen_of(V, rng.integers(0, V, 5), rng.integers(0, V, 5)) for _ in range(B)]
+    found = [tensor(text) for text in seen]
+    cuda.count_tokens(ids, found)
+    reference.count_tokens(ids, seen)
+    for text, wanted in zip(found, seen, strict=True):
+        np.testing.assert_array_equal(array(text), wanted)
 
 
 @pytest.mark.parametrize("V", [64, 9000])
 def test_sample_rows_marks_broken_logits(device, rng, V):
     logits, tokens = normal(rng, 4, V), tensor(np.zeros(4, np.int64))
     logits[0, V - 2], logits[1, 3], logits[3] = np.nan, np.inf, -np.inf
-    for options in (
-        {"temperature": 0.0, "top_k": 0},
-        {"temperature": 1.0, "top_k": 5},
-        {"temperature": 1.0, "top_k": 0},
-    ):
-        options |= {"top_p": 1.0, "min_p": 0.0, "limit": V - 1, "unused": np.arange(0), "draws": np.zeros(4, np.int64)}
+    for choice in ({"temperature": 0.0}, {"top_k": 5}, {}):
+        options = PLAIN_CHOICE | choice | {"limit": V - 1, "draws": np.zeros(4, np.int64)}
         cuda.sample_rows(tensor(logits), **options, tokens=tokens)
         assert (array(tokens) < 0).tolist() == [True, True, False, True]
         on_host = np.zeros(4, np.int64)
@@ -158,16 +155,19 @@ def test_sample_rows_marks_broken_logits(device, rng, V):
         assert on_host.tolist() == array(tokens).tolist()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_sample_refuses_broken_logits(device, rng, bad):
-    for V in (64, 9000):
-        logits = normal(rng, V)
-        logits[V - 7] = bad
-        for top_k in (0, 5):
-            with pytest.raises(cuda.ArgumentError, match="NaN"):
-                cuda.sample(tensor(logits), **dict(PLAIN, top_k=top_k), limit=V - 1, uniform=0.5)
-    with pytest.raises(cuda.ArgumentError, match="NaN"):
-        cuda.sample(tensor(np.full(8, -np.inf, np.float32)), **PLAIN, limit=8, uniform=0.5)
+def test_texts_that_do_not_fit_are_refused(device, rng):
+    logits, text = tensor(normal(rng, 2, 100)), tensor(seen_of(100, np.array([3]), np.array([4])))
+    options = PLAIN_CHOICE | {"limit": 100, "draws": np.zeros(2, np.int64), "tokens": np.zeros(2, np.int64)}
+    given = {"seen": [text], "cu_seqlens": np.array([0, 2]), "fed": np.array([3, 5])}
+    cuda.sample_rows(logits, **options | given)
+    for change, message in (
+        ({"cu_seqlens": np.array([0, 1, 2])}, "cu_seqlens has 3 numbers and fed 2 ids, expected 2, and at least 2"),
+        ({"fed": np.array([3])}, "cu_seqlens has 2 numbers and fed 1 ids"),
+        ({"seen": [text.float()]}, r"seen is float32\[65,2\], expected int64\[65,_\]"),
+        ({"seen": [text[:, :1].contiguous()]}, "seen has room for 64 ids, limit is 100"),
+    ):
+        with pytest.raises(cuda.ArgumentError, match=message):
+            cuda.sample_rows(logits, **options | given | change)
 
 
 def test_log_softmax_top(device, rng):

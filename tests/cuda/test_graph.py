@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import side_by_side
+from cases import PLAIN_CHOICE, side_by_side
 from deltaic.errors import ArgumentError
 from deltaic.ops import cuda
 from deltaic.ops.cuda_tape import FEWEST_BLOCKS
 from helpers import array, normal, tensor
 from test_mixers import attention_case, delta_case
 
-PLAIN = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+PLAIN = PLAIN_CHOICE | {"temperature": 0.0}
 
 
 def record(inputs, work):
@@ -53,7 +53,7 @@ def test_numbers_and_tokens(device, rng):
         for i in (1, 2, 3):
             logits = cuda.linear(cuda.embed(numbers[i - 1 : i], table), head)
             cuda.sample_rows(
-                logits, **PLAIN | {"temperature": 1.0}, limit=50, unused=unused, draws=draws[i - 1 : i],
+                logits, **PLAIN | {"temperature": 1.0, "unused": unused}, limit=50, draws=draws[i - 1 : i],
                 tokens=numbers[i : i + 1],
             )  # fmt: skip
         return numbers[1:3], cuda.embed(numbers[:4], table), numbers[3:4]
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused(device, rng):
 
 def test_rows_that_no_token_can_be_chosen_from(device, rng):
     def work(logits, numbers):
-        cuda.sample_rows(logits, **PLAIN, limit=20, unused=np.arange(0), draws=numbers[:2], tokens=numbers[2:])
+        cuda.sample_rows(logits, **PLAIN, limit=20, draws=numbers[:2], tokens=numbers[2:])
         return (numbers[2:],)
 
     good, bad = normal(rng, 2, 20), normal(rng, 2, 20)
@@ -187,13 +187,14 @@ def test_constants_live_as_long_as_the_tape(device, rng):
 
     def work(logits, numbers):
         mine = cuda.rms_norm(logits, np.zeros(20, np.float32), 1e-6)
-        cuda.sample_rows(mine, **PLAIN, limit=20, unused=unused, draws=np.zeros(2, np.int64), tokens=numbers)
+        zeros = np.zeros(2, np.int64)
+        cuda.sample_rows(mine, **PLAIN | {"unused": unused}, limit=20, draws=zeros, tokens=numbers)
         return (numbers,)
 
     tape, (first,) = record([x, numbers], work)
     for i in range(40):
         cuda.sample_rows(
-            tensor(normal(rng, 1, 9)), **PLAIN, limit=9, unused=np.array([i % 9]), draws=np.array([i]),
+            tensor(normal(rng, 1, 9)), **PLAIN | {"unused": np.array([i % 9])}, limit=9, draws=np.array([i]),
             tokens=np.zeros(1, np.int64),
         )  # fmt: skip
     (again,) = tape.replay([x, numbers])

@@ -1,8 +1,8 @@
 """Sampling parameters, where their defaults come from, and the sampler's bookkeeping."""
 
+import copy
 import json
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from deltaic.generate.options import (
     recommended_sampling,
     resolve_sampling,
 )
-from deltaic.generate.sampling import Sampler
+from deltaic.generate.sampling import Sampler, choosing_together
 from deltaic.ops import reference
+from deltaic.ops.layout import new_seen, row_bounds
 
 NAN, INF = math.nan, math.inf
 
@@ -105,36 +106,47 @@ def test_broken_generation_config(tmp_path, text):
 
 
 class Spy:
-    """An op set that records what `sample` was given and answers from a list."""
+    """The definition, recording what `sample_rows` was given and answering from a list."""
+
+    count_tokens = staticmethod(reference.count_tokens)
 
     def __init__(self, answers):
         self.answers = list(answers)
         self.calls = []
 
-    def sample(self, logits, **kwargs):
-        self.calls.append({k: v.copy() if isinstance(v, np.ndarray) else v for k, v in kwargs.items()})
-        return self.answers[len(self.calls) - 1]
+    def sample_rows(self, logits, *, tokens, **kwargs):
+        self.calls.append({k: copy.deepcopy(v) for k, v in kwargs.items()})
+        tokens[:] = self.answers[len(self.calls) - 1]
 
 
-def test_sampler_counts_distinct_ids():
+def test_sampler_counts_what_was_generated():
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 200, 500).tolist()
     spy = Spy(answers)
-    sampler = Sampler(spy, SamplingParams(seed=0), limit=300, prompt_ids=np.array([5, 5, 6]))
+    sampler = Sampler(spy, SamplingParams(seed=0, presence_penalty=1.0), limit=300, prompt_ids=np.array([5, 5, 6]))
     for _ in answers:
         sampler.next(np.zeros(300, np.float32))
     for n, call in enumerate(spy.calls):
-        counts = Counter(answers[:n])
-        assert dict(zip(call["output_ids"].tolist(), call["output_counts"].tolist(), strict=True)) == counts
+        (seen,) = call["seen"]
+        expected = new_seen(300, np.empty(0, np.int64))  # prompts matter to the repetition penalty only
+        reference.count_tokens(np.array([answers[:n]], np.int64), [expected])
+        np.testing.assert_array_equal(seen, expected)
         assert call["limit"] == 300
-        assert len(call["prompt_ids"]) == 0  # they matter to the repetition penalty only
 
 
-def test_prompt_ids_reach_the_repetition_penalty_once_each():
+def test_prompt_ids_reach_the_repetition_penalty():
     spy = Spy([1])
-    sampler = Sampler(spy, SamplingParams(repetition_penalty=1.1), limit=9, prompt_ids=np.array([5, 2, 5]))
+    sampler = Sampler(spy, SamplingParams(repetition_penalty=1.1), limit=9, prompt_ids=np.array([5, 2, 5, 9]))
     sampler.next(np.zeros(9, np.float32))
-    assert spy.calls[0]["prompt_ids"].tolist() == [2, 5]
+    assert spy.calls[0]["seen"][0][0].tolist() == [1 << 5 | 1 << 2]
+
+
+def test_nothing_is_remembered_without_penalties():
+    spy = Spy([1, 1])
+    sampler = Sampler(spy, SamplingParams(), limit=9, prompt_ids=np.array([5, 2, 5]))
+    for _ in range(2):
+        sampler.next(np.zeros(9, np.float32))
+    assert spy.calls[1]["seen"] == []
 
 
 def draw(seed, n=50, **kwargs):
@@ -152,46 +164,85 @@ def test_seeds_reproduce_and_differ():
 
 
 def test_random_numbers_are_those_of_the_seed_one_by_one_whatever_is_drafted():
-    spy, plain = Spy([0] * 400), np.random.default_rng(5)
+    spy, plain = Spy([0] * 500), np.random.default_rng(5)
     sampler = Sampler(spy, SamplingParams(seed=5), limit=9, prompt_ids=np.empty(0, np.int64))
     expected = [plain.random() for _ in range(150)]
     logits = np.zeros(9, np.float32)
     for i in range(100):
         sampler.next(logits)
-        assert spy.calls[-1]["uniform"] == expected[i]
+        assert spy.calls[-1]["draws"] / 2**53 == expected[i]
         if i % 7 == 0:
             for ahead in range(i % 40):
-                sampler.draft(logits, ahead)
-                assert spy.calls[-1]["uniform"] == expected[i + 1 + ahead]
+                sampler.draft(logits, [0] * ahead)
+                assert spy.calls[-1]["draws"] / 2**53 == expected[i + 1 + ahead]
 
 
 def test_tokens_chosen_together_are_those_chosen_one_by_one():
     """With the same random numbers, and numbers that are not used up are the next ones."""
     rows = np.random.default_rng(2).normal(size=(40, 50)).astype(np.float32)
-    for params in (SamplingParams(temperature=0.0), SamplingParams(temperature=1.5, top_k=30, top_p=0.9, seed=4)):
-        options = {"limit": 40, "prompt_ids": np.empty(0, np.int64), "unused": [3, 17]}
-        alone, together = Sampler(reference, params, **options), Sampler(reference, params, **options)
+    sampled = {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "seed": 4}
+    penalised = {"presence_penalty": 0.7, "frequency_penalty": 0.2, "repetition_penalty": 1.2}
+    for options in ({"temperature": 0.0}, sampled, {"temperature": 0.0} | penalised, sampled | penalised):
+        params = SamplingParams(**options)
+        given = {"limit": 40, "prompt_ids": np.arange(5), "unused": [3, 17]}
+        alone, together = Sampler(reference, params, **given), Sampler(reference, params, **given)
         expected = [alone.next(row.copy())[0] for row in rows]
         found: list[int] = []
         while len(found) < len(rows):
-            choice, draws = together.choosing(5)
+            choosing, accepted = together.choosing(5), 1 + len(found) % 4
+            said, seen = choosing.take()
+            reference.count_tokens(said, seen)
+            # the drafts that turn out right, and others
+            fed = np.array([-1, *expected[len(found) :][: accepted - 1], 7, 8, 9, 10])[:5]
             tokens = np.empty(5, np.int64)
-            choice.choose(reference, np.resize(rows[len(found) :], (5, 50)), draws, tokens)
-            for token in tokens[: 1 + len(found) % 4].tolist():
+            following = np.resize(rows[len(found) :], (5, 50))
+            choosing.choice.choose(reference, following, choosing.draws, tokens, seen, row_bounds(5), fed)
+            for token in tokens[:accepted].tolist():
                 together.took(token)
                 found.append(token)
             if len(found) < len(rows):
-                found.append(together.next(rows[len(found)].copy())[0])
+                row = rows[len(found)].copy()
+                assert together.draft(row.copy(), []) == expected[len(found)]
+                found.append(together.next(row)[0])
         assert found[: len(rows)] == expected
 
 
-@pytest.mark.parametrize("options", [{"presence_penalty": 1.0}, {"logprobs": 2}])
-def test_tokens_that_need_more_than_their_row_are_chosen_one_by_one(options):
-    logprobs = options.pop("logprobs", None)
-    sampler = Sampler(
-        reference, SamplingParams(**options), limit=40, prompt_ids=np.empty(0, np.int64), logprobs=logprobs
-    )
+def test_a_draft_after_others_is_what_comes_after_these():
+    row = np.random.default_rng(2).normal(size=50).astype(np.float32)
+    params = SamplingParams(temperature=0.0, presence_penalty=2.0)
+    sampler, plain = (Sampler(reference, params, limit=50, prompt_ids=np.empty(0, np.int64)) for _ in range(2))
+    expected = [plain.next(row.copy())[0] for _ in range(4)]
+    assert len(set(expected)) == 4
+    for n in range(4):
+        assert sampler.draft(row.copy(), expected[:n]) == expected[n]
+    assert sampler.next(row.copy())[0] == expected[0]
+
+
+def test_tokens_whose_probabilities_are_wanted_are_chosen_one_by_one():
+    sampler = Sampler(reference, SamplingParams(), limit=40, prompt_ids=np.empty(0, np.int64), logprobs=2)
     assert sampler.choosing(1) is None
+
+
+def test_sequences_that_choose_alike_choose_together():
+    def sampler(seed, logprobs=None, **options):
+        params = SamplingParams(seed=seed, **options)
+        return Sampler(reference, params, limit=40, prompt_ids=np.empty(0, np.int64), logprobs=logprobs)
+
+    a, b = sampler(1, presence_penalty=1.0), sampler(2, presence_penalty=1.0)
+    a.took(3)
+    a.took(4)
+    a.took(4)
+    b.took(5)
+    both = choosing_together([(a, 2), (b, 1)])
+    assert both.draws.tolist() == [*a.draws(2), *b.draws(1)]
+    said, seen = both.take()
+    assert said.tolist() == [[3, 4, 4, -1], [5, -1, -1, -1]]
+    assert len(seen) == 2
+    assert choosing_together([(a, 1), (b, 1)]).take()[0].tolist() == [[-1], [-1]]  # given out once
+    for other in (sampler(3), sampler(3, presence_penalty=1.5), sampler(3, presence_penalty=1.0, logprobs=0)):
+        b.took(6)
+        assert choosing_together([(a, 1), (other, 1), (b, 1)]) is None
+    assert choosing_together([(b, 1)]).take()[0].tolist() == [[6, 6, 6, -1]]  # nothing was lost
 
 
 def test_ids_without_a_token_are_never_sampled():
@@ -209,7 +260,7 @@ def test_logprobs_are_those_of_the_unmodified_distribution():
     expected = logits - np.log(np.sum(np.exp(logits.astype(np.float64))))
     best = np.argsort(-logits)[:3].tolist()
     for _ in range(2):
-        token, found = sampler.next(logits)
+        token, found = sampler.next(logits.copy())
         assert found.token_id == token
         assert found.logprob == pytest.approx(expected[token], abs=1e-5)
         assert [i for i, _ in found.top] == best

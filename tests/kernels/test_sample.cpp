@@ -1,4 +1,4 @@
-// sample, sample_rows, log_softmax_top
+// count_tokens, sample_rows, log_softmax_top
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -54,17 +54,34 @@ int64_t expected_token(const Floats& logits, const Request& r) {
     return order[kept - 1];
 }
 
-int64_t drawn(Suite& t, Floats& logits, Request& r) {
-    const auto list = [](std::vector<int64_t>& x) {
-        View v;
-        v.data = x.data(), v.dtype = Dtype::i64, v.ndim = 1, v.shape[0] = static_cast<int64_t>(x.size());
-        return v;
-    };
-    Integers token({1});
-    token[0] = -1;
+// What a text holds, see layout.py: the ids of the prompt; and those that were generated, by count_tokens.
+Integers seen_of(Suite& t, const Request& r, int64_t V) {
+    const int64_t words = (V + 63) / 64;
+    Integers seen({65, words});
+    std::fill(seen.data.begin(), seen.data.end(), 0);
+    for (const int64_t id : r.prompt) seen[id / 64] |= static_cast<int64_t>(uint64_t{1} << id % 64);
+    std::vector<int64_t> said;
+    for (size_t i = 0; i < r.outputs.size(); ++i)
+        for (int64_t n = 0; n < r.counts[i]; ++n) said.push_back(r.outputs[i]);
+    said.push_back(-1);  // none
+    Integers ids({1, static_cast<int64_t>(said.size())});
+    std::copy(said.begin(), said.end(), ids.data.begin());
+    View view = seen.view();
+    t.call([&] { t.ops.count_tokens(ids.view(), Views{&view, 1}); });
+    return seen;
+}
+
+// The token of one row; -1: none.
+int64_t drawn(Suite& t, const Floats& logits, const Request& r) {
+    const int64_t V = static_cast<int64_t>(logits.data.size());
+    Floats row({1, V});
+    row.data = logits.data;
+    Integers seen = seen_of(t, r, V), cuts = offsets({1}), fed({1}), token({1}), unused({0}), draws({1});
+    fed[0] = -1, token[0] = -2, draws[0] = static_cast<int64_t>(r.uniform * 9007199254740992.0);
+    View view = seen.view();
     t.call([&] {
-        t.ops.sample(logits.view(), r.temperature, r.top_k, r.top_p, r.min_p, r.presence, r.frequency, r.repetition,
-                     list(r.outputs), list(r.counts), list(r.prompt), r.limit, r.uniform, token.view());
+        t.ops.sample_rows(row.view(), r.temperature, r.top_k, r.top_p, r.min_p, r.presence, r.frequency, r.repetition,
+                          r.limit, unused.view(), draws.view(), Views{&view, 1}, cuts.view(), fed.view(), token.view());
     });
     return token[0];
 }
@@ -94,9 +111,7 @@ Floats draw_logits(Random& random, int64_t V) {
     return logits;
 }
 
-}  // namespace
-
-void test_sample(Suite& t) {
+void test_one_row(Suite& t) {
     Random random(12);
     int different = 0, greedy = 0;
     const int rounds = 600;
@@ -161,10 +176,16 @@ void test_sample(Suite& t) {
         t.refuses(what, [&] { drawn(t, x, r); });
     };
     const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
-    refuses("NaN", [&](Floats& x, Request&) { x[99] = nan; });
-    refuses("+inf", [&](Floats& x, Request&) { x[3] = infinity; });
-    refuses("NaN under a penalty", [&](Floats& x, Request& r) { x[7] = nan, r.repetition = 2.0, r.prompt = {7}; });
-    refuses("nothing but -inf", [&](Floats& x, Request&) {
+    const auto unusable = [&](const char* what, const auto& change) {
+        Floats x = logits;
+        Request r = plain;
+        change(x, r);
+        t.check(drawn(t, x, r) == -1, what);
+    };
+    unusable("NaN", [&](Floats& x, Request&) { x[99] = nan; });
+    unusable("+inf", [&](Floats& x, Request&) { x[3] = infinity; });
+    unusable("NaN under a penalty", [&](Floats& x, Request& r) { x[7] = nan, r.repetition = 2.0, r.prompt = {7}; });
+    unusable("nothing but -inf", [&](Floats& x, Request&) {
         for (float& v : x.data) v = -infinity;
     });
     refuses("limit 0", [](Floats&, Request& r) { r.limit = 0; });
@@ -175,44 +196,80 @@ void test_sample(Suite& t) {
     refuses("min_p below 0", [](Floats&, Request& r) { r.min_p = -0.5; });
     refuses("uniform 1", [](Floats&, Request& r) { r.uniform = 1.0; });
     refuses("repetition 0", [](Floats&, Request& r) { r.repetition = 0.0; });
-    refuses("a negative id", [](Floats&, Request& r) { r.repetition = 2.0, r.prompt = {-1}; });
+    refuses("a penalty that is not finite", [&](Floats&, Request& r) { r.presence = infinity; });
 }
 
-void test_sample_rows(Suite& t) {
+// Two texts of T and T + 1 rows, the first `skipped` without logits: a row is that of a text which ends with its
+// drafts.
+void test_two_texts(Suite& t) {
     Random random(14);
     for (const int64_t T : {0, 1, 3})
-        for (const int64_t V : {1, 16, 100, 1025, 5000}) {
-            Floats logits = normal(random, {T, V}, 2.0);
-            for (float& x : logits.data) x = std::round(x);  // so that there are ties
-            const int64_t limit = 1 + random.below(V);
-            Integers tokens({T}), draws({T}), unused({limit > 2 ? 2 : 0});
-            for (int64_t i = 0; i < T; ++i) draws[i] = (int64_t{1} << 21) * random.below(int64_t{1} << 32);
-            for (int64_t& id : unused.data) id = random.below(V);
-            for (const double temperature : {0.0, 0.8}) {
-                t.call([&] {
-                    t.ops.sample_rows(logits.view(), temperature, 20, 0.9, 0.0, limit, unused.view(), draws.view(),
-                                      tokens.view());
-                });
-                bool right = true;
-                for (int64_t i = 0; i < T; ++i) {
-                    Floats row({V});
-                    std::copy_n(logits.data.begin() + i * V, V, row.data.begin());
-                    for (const int64_t id : unused.data) row[id] = -std::numeric_limits<float>::infinity();
-                    Request r;
-                    r.temperature = temperature, r.top_k = 20, r.top_p = 0.9, r.limit = limit;
-                    r.uniform = static_cast<double>(draws[i]) / 9007199254740992.0;
-                    right = right && tokens[i] == drawn(t, row, r);
+        for (const int64_t V : {1, 16, 100, 1025, 5000})
+            for (const bool penalised : {false, true}) {
+                const int64_t skipped = T / 2, A = 2 * T + 1, rows = A - skipped, limit = 1 + random.below(V);
+                Floats logits = normal(random, {rows, V}, 2.0);
+                for (float& x : logits.data) x = std::round(x);  // so that there are ties
+                Integers tokens({rows}), draws({rows}), unused({limit > 2 ? 2 : 0}), fed({A}),
+                    cuts = offsets({T, T + 1});
+                for (int64_t& draw : draws.data) draw = (int64_t{1} << 21) * random.below(int64_t{1} << 32);
+                for (int64_t& id : unused.data) id = random.below(V);
+                for (int64_t& id : fed.data) id = random.below(std::min<int64_t>(V, 4));
+                Request texts[2];
+                for (Request& r : texts) {
+                    r.top_k = 20, r.top_p = 0.9, r.limit = limit;
+                    if (!penalised) continue;
+                    r.presence = 0.5, r.frequency = 0.7, r.repetition = 1.3;
+                    r.prompt = distinct(random, std::min<int64_t>(V, 5), V);
+                    r.outputs = distinct(random, std::min<int64_t>(V, 7), V);
+                    r.counts.assign(r.outputs.size(), 2);
                 }
-                t.check(right, "V=" + std::to_string(V) + " limit=" + std::to_string(limit));
+                Integers seen[2] = {seen_of(t, texts[0], V), seen_of(t, texts[1], V)};
+                const View views[2] = {seen[0].view(), seen[1].view()};
+                for (const double temperature : {0.0, 0.8}) {
+                    Floats given = logits;
+                    t.call([&] {
+                        t.ops.sample_rows(given.view(), temperature, 20, 0.9, 0.0, texts[0].presence,
+                                          texts[0].frequency, texts[0].repetition, limit, unused.view(), draws.view(),
+                                          Views{views, penalised ? 2 : 0}, cuts.view(), fed.view(), tokens.view());
+                    });
+                    bool right = true;
+                    for (int64_t i = 0; i < rows; ++i) {
+                        Floats row({V});
+                        std::copy_n(logits.data.begin() + i * V, V, row.data.begin());
+                        for (const int64_t id : unused.data) row[id] = -std::numeric_limits<float>::infinity();
+                        const int64_t at = skipped + i, text = at >= T;
+                        Request r = texts[text];
+                        for (int64_t j = (text ? T : 0) + 1; penalised && j <= at; ++j) {
+                            const auto place = std::find(r.outputs.begin(), r.outputs.end(), fed[j]);
+                            if (place != r.outputs.end())
+                                ++r.counts[static_cast<size_t>(place - r.outputs.begin())];
+                            else
+                                r.outputs.push_back(fed[j]), r.counts.push_back(1);
+                        }
+                        r.temperature = temperature, r.uniform = static_cast<double>(draws[i]) / 9007199254740992.0;
+                        right = right && tokens[i] == drawn(t, row, r);
+                    }
+                    t.check(right, "V=" + std::to_string(V) + " limit=" + std::to_string(limit));
+                }
             }
-        }
+}
+
+}  // namespace
+
+void test_sample_rows(Suite& t) {
+    test_one_row(t);
+    test_two_texts(t);
+    Random random(16);
     Floats logits = normal(random, {2, 10});
-    Integers tokens({2}), draws({2}), unused({0});
-    draws[0] = draws[1] = 0;
+    Integers tokens({2}), draws({2}), unused({0}), cuts = offsets({2}), fed({2}), seen({65, 1});
+    draws[0] = draws[1] = fed[0] = 0, fed[1] = 70;  // a draft outside of the vocabulary is no text
+    std::fill(seen.data.begin(), seen.data.end(), 0);
     logits[14] = std::numeric_limits<float>::quiet_NaN();
+    View view = seen.view();
     const auto rows = [&](int64_t limit) {
         t.call([&] {
-            t.ops.sample_rows(logits.view(), 0.0, 0, 1.0, 0.0, limit, unused.view(), draws.view(), tokens.view());
+            t.ops.sample_rows(logits.view(), 0.0, 0, 1.0, 0.0, 1.0, 0.0, 1.0, limit, unused.view(), draws.view(),
+                              Views{&view, 1}, cuts.view(), fed.view(), tokens.view());
         });
     };
     rows(5);
@@ -222,9 +279,45 @@ void test_sample_rows(Suite& t) {
     logits[14] = 0.0f;
     t.refuses("a draw of 1", [&] { rows(5); });
     draws[1] = 0;
+    cuts = offsets({1});
+    t.refuses("rows of no sequence", [&] { rows(5); });
+    cuts = offsets({1, 1});
+    t.refuses("a sequence without a text", [&] { rows(5); });
+    cuts = offsets({2}), cuts[0] = -3;
+    t.refuses("rows that begin before the first", [&] { rows(5); });
+    cuts = offsets({2});
     unused = Integers({1});
     unused[0] = 10;
     t.refuses("an unused id outside the vocabulary", [&] { rows(5); });
+    unused = Integers({0});
+    fed = Integers({1});
+    t.refuses("fewer ids than rows", [&] { rows(5); });
+}
+
+void test_count_tokens(Suite& t) {
+    Random random(15);
+    for (const int64_t S : {0, 1, 40})
+        for (const int64_t words : {1, 3}) {
+            Integers ids({2, S}), first({65, words}), second({65, words});
+            for (int64_t& id : ids.data) id = random.below(64 * words + 1) - 1;  // -1: none
+            const View views[2] = {first.view(), second.view()};
+            for (Integers* text : {&first, &second}) std::fill(text->data.begin(), text->data.end(), 0);
+            for (int turn = 0; turn < 2; ++turn) t.call([&] { t.ops.count_tokens(ids.view(), Views{views, 2}); });
+            bool right = true;
+            for (int64_t b = 0; b < 2; ++b) {
+                const Integers& text = b ? second : first;
+                for (int64_t id = 0; id < 64 * words; ++id) {
+                    const int64_t times = std::count(ids.data.begin() + b * S, ids.data.begin() + (b + 1) * S, id);
+                    const bool held = static_cast<uint64_t>(text.data[static_cast<size_t>(id / 64)]) >> id % 64 & 1;
+                    right = right && held == (times > 0) && text.data[static_cast<size_t>(words + id)] == 2 * times;
+                }
+            }
+            t.check(right, "S=" + std::to_string(S) + " words=" + std::to_string(words));
+        }
+    Integers ids({1, 1}), seen({65, 1});
+    ids[0] = 64;
+    const View view = seen.view();
+    t.refuses("an id without room", [&] { t.call([&] { t.ops.count_tokens(ids.view(), Views{&view, 1}); }); });
 }
 
 void test_log_softmax_top(Suite& t) {

@@ -7,8 +7,11 @@ from itertools import pairwise
 import deltaic
 import numpy as np
 import pytest
-from deltaic.model.choice import choice_of
+from cases import seen_of
+from deltaic.model.choice import Choosing, Seen, choice_of
 from deltaic.model.state import BLOCK_TOKENS
+from deltaic.ops import reference
+from deltaic.ops.layout import new_seen, row_bounds
 from safetensors.numpy import load_file
 from tiny import picture
 
@@ -155,9 +158,9 @@ def test_the_layer_is_that_of_the_specification(model, expected, rng):
         state = model.new_state()
         mtp.read(hidden[: cuts[0]], embed(ids[: cuts[0]]), positions[: cuts[0]], state, 0)
         for a, b in pairwise(cuts):
-            found, found_logits = mtp.extend(hidden[a:b], [ids[a:b].tolist()], [state], [a], head=True)
+            found = mtp.extend(hidden[a:b], [ids[a:b].tolist()], [state], [a])
             assert error(found, m[a:b]) < TOLERANCE
-            assert error(found_logits, logits[a:b]) < TOLERANCE
+            assert error(mtp.logits(found), logits[a:b]) < TOLERANCE
         assert error(entries(state)[0], keys) < TOLERANCE
         assert error(entries(state)[1], values) < TOLERANCE
 
@@ -168,7 +171,7 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
     cuts = np.cumsum([0, *lengths])
     hidden = rng.normal(size=(cuts[-1], 64)).astype(np.float32)
     ids = rng.integers(0, len(expected.embed), cuts[-1])
-    m, _ = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
+    m = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
     more = rng.integers(0, len(expected.embed), 3)
     for _ in range(2):  # drafts are overwritten by the same ones, as they would be by others
         drafted, _ = mtp.draft(m[cuts[1:] - 1], more.tolist(), states, 0)
@@ -185,19 +188,27 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
         assert (states[b].mtp_first, states[b].mtp_length) == (0, n)
 
 
+@pytest.mark.parametrize("penalties", [(0.0, 0.0, 1.0), (0.3, 0.1, 1.1)], ids=["plain", "penalties"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("chooses", [False, True])
-def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, chooses):
+def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, chooses, penalties):
     """And the step that verifies them in the same replay is the step by itself, with logits or with what follows."""
     mtp, text, limit, unused = model._runner.mtp, model._runner.text, 200, (3, 90)
-    choice = choice_of(temperature, 7, 0.9, 0.0, limit, unused)
-    options = {"temperature": temperature, "top_k": 7, "top_p": 0.9, "min_p": 0.0, "limit": limit}
-    options |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
-    options |= {name: np.empty(0, np.int64) for name in ("output_ids", "output_counts", "prompt_ids")}
+    choice = choice_of(temperature, 7, 0.9, 0.0, *penalties, limit, unused)
+    prompt, said = rng.integers(0, limit, 20), []
+    seen = Seen(new_seen(limit, prompt)) if penalties[2] != 1 else None
 
-    def chosen(logits, draw):
-        logits[list(unused)] = -np.inf
-        return text.ops.sample(logits, **options, uniform=float(draw) / 2**53)
+    def choosing(draws):
+        return Choosing(choice, draws, [seen] if seen else [])
+
+    def expected_token(logits, draw, drafts):
+        """By the definition, from all that has been said."""
+        text_now, tokens = seen_of(limit, np.array([*said, *drafts]), prompt), np.empty(1, np.int64)
+        choice.choose(
+            reference, logits[None].copy(), np.array([draw]), tokens, [text_now] if seen else [], row_bounds(1),
+            np.zeros(1, np.int64),
+        )  # fmt: skip
+        return int(tokens[0])
 
     one, other = model.new_state(), model.new_state()
     for n, depth in ((3, 1), (1, 4), (2, 3), (40, 2), (1, 4)):
@@ -209,14 +220,17 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, 
         draws = rng.integers(0, 2**53, 1 + depth)
         c = text.config
         traces = [np.zeros((c.num_delta_layers, depth + 1, c.delta_trace_width), np.float32) for _ in range(2)]
+        said += (brought := rng.integers(0, limit, 1 + n % 5).tolist())
+        if seen:
+            seen.said += brought
         drafts, found_hidden, found_logits, found_tokens = mtp.draft_at_once(
-            hidden, ids, one, first, choice, draws, depth, traces[0] if n < 40 else None, chooses=chooses
+            hidden, ids, one, first, choosing(draws), depth, traces[0] if n < 40 else None, chooses=chooses
         )
-        m, expected = mtp.extend(hidden, [ids], [other], [first])[0][-1:], []
+        m, expected = mtp.extend(hidden, [ids], [other], [first])[-1:], []
         for ahead in range(depth):
             if ahead:
                 m, _ = mtp.draft(m, expected[-1:], [other], ahead - 1)
-            expected.append(chosen(mtp.logits(m)[0], draws[ahead]))
+            expected.append(expected_token(mtp.logits(m)[0], draws[ahead], expected))
         assert drafts == expected
         assert [x is None for x in (found_hidden, found_logits, found_tokens)] == [
             n == 40,
@@ -226,9 +240,10 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, 
         if n < 40:
             plain_hidden, logits, _ = text.step([[ids[-1], *drafts]], [other], traces[1], head=True)
             if chooses:
-                rows = text.step([[ids[-1], *drafts]], [other], traces[1], choosing=(choice, draws))
+                rows = text.step([[ids[-1], *drafts]], [other], traces[1], choosing=choosing(draws))
                 np.testing.assert_array_equal(rows[0], plain_hidden)
-                assert found_tokens == rows[2] == [*map(chosen, logits.copy(), draws)]
+                follow = [expected_token(logits[r], draws[r], drafts[:r]) for r in range(1 + depth)]
+                assert found_tokens == rows[2] == follow
             pairs = [(found_hidden, plain_hidden), (traces[0], traces[1])]
             pairs += [] if chooses else [(found_logits, logits)]
             for found, plain in pairs:

@@ -271,22 +271,26 @@ def attend(a: dict[str, Any], tables: list[Any], of: Callable[[np.ndarray], np.n
 # sampling
 
 
-def check_sample(case, inputs, arguments, found):
-    a = arguments_for(reference, inputs, np.float64)
-    near = np.clip(a["uniform"] + np.array([-1e-5, 0, 1e-5]), 0, np.nextafter(1, 0))
-    allowed = {reference.sample(**a | {"uniform": float(u)}) for u in near}
-    assert type(found) is int
-    assert found in allowed
+def check_count_tokens(case, inputs, arguments, found):
+    expected = arguments_for(reference, inputs)
+    reference.count_tokens(**expected)
+    np.testing.assert_array_equal(arguments["seen"], expected["seen"])
 
 
 def check_sample_rows(case, inputs, arguments, found):
-    none, names = np.empty(0, np.int64), ("temperature", "top_k", "top_p", "min_p", "limit")
-    given = {name: inputs[name] for name in names}
-    given |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
-    given |= {"output_ids": none, "output_counts": none, "prompt_ids": none}
     inputs["logits"][:, inputs["unused"]] = -np.inf  # all that is to be written to them
-    for token, row, draw in zip(arguments["tokens"], inputs["logits"], inputs["draws"], strict=True):
-        check_sample(case, given | {"logits": row, "uniform": draw / 2**53}, {}, int(token))
+    allowed = []
+    for step in (
+        -1e-5,
+        0,
+        1e-5,
+    ):  # where a sum of probabilities passes the draw within rounding, either neighbour is right
+        given = arguments_for(reference, inputs, np.float64)
+        given["draws"] = np.clip(given["draws"] + int(step * 2**53), 0, 2**53 - 1)
+        reference.sample_rows(**given)
+        allowed.append(given["tokens"])
+    assert (arguments["tokens"] == allowed).any(0).all()
+    assert (arguments["tokens"] >= 0).all()
 
 
 def check_log_softmax_top(case, inputs, arguments, found):
@@ -311,7 +315,7 @@ CHECKS = {
     "gated_attention": check_gated_attention,
     "moe": check_moe,
     "patch_embed": check_patch_embed,
-    "sample": check_sample,
+    "count_tokens": check_count_tokens,
     "sample_rows": check_sample_rows,
     "log_softmax_top": check_log_softmax_top,
 }
@@ -350,10 +354,6 @@ def test_attention_refuses_tokens_without_room(ops):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_sampling_refuses_logits_that_are_not_numbers(ops, bad):
-    arguments = drawn(ops, "sample-37-plain")
-    arguments["logits"][29] = bad
-    with pytest.raises(ValueError, match="logits"):
-        ops.sample(**arguments)
     arguments = drawn(ops, "sample_rows-3x5003-plain")
     arguments["logits"][2, 4998] = bad
     ops.sample_rows(**arguments)
@@ -365,9 +365,10 @@ def test_sampling_refuses_logits_that_are_not_numbers(ops, bad):
 
 
 def test_sampling_ignores_logits_beyond_the_limit(ops):
-    arguments = drawn(ops, "sample-37-greedy")
-    arguments["logits"][30:] = [np.nan, np.inf, 1e30, 1e30, 1e30, 1e30, 1e30]
-    assert 0 <= ops.sample(**arguments) < 30
+    arguments = drawn(ops, "sample_rows-37-greedy-penalties")
+    arguments["logits"][0, 30:] = [np.nan, np.inf, 1e30, 1e30, 1e30, 1e30, 1e30]
+    ops.sample_rows(**arguments)
+    assert 0 <= arguments["tokens"][0] < 30
 
 
 @pytest.mark.parametrize("token", [-1, 30])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import PLAIN_CHOICE, chosen, seen_of
 from deltaic.errors import ArgumentError
 from deltaic.ops import reference as ops
 from deltaic.ops.layout import merge_order
@@ -195,17 +196,10 @@ def test_patch_embed_positions_by_hand():
     np.testing.assert_allclose(y[:, 0], 3 * row * 2 / 3 + col * 2 / 5, atol=1e-12)
 
 
-SAMPLE = {
-    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0, "output_ids": np.array([], np.int64), "output_counts": np.array([], np.int64),
-    "prompt_ids": np.array([], np.int64),
-}  # fmt: skip
-
-
-def distribution(logits, limit=None, **changes):
-    """The probabilities that `sample` realises, by sweeping the uniform variate."""
-    n, limit = 2000, limit or len(logits)
-    draws = [ops.sample(logits, **(SAMPLE | changes), limit=limit, uniform=(i + 0.5) / n) for i in range(n)]
+def distribution(logits, **changes):
+    """The probabilities that `sample_rows` realises, by sweeping the draw."""
+    n = 2000
+    draws = [chosen(ops, logits, (i + 0.5) / n, **changes) for i in range(n)]
     return np.bincount(draws, minlength=len(logits)) / n
 
 
@@ -224,25 +218,40 @@ def test_sample_filters():
 
 
 def test_sample_penalties_and_greedy():
-    logits, greedy = np.array([1.0, 3.0, 3.0, -1.0]), {"temperature": 0.0}
-    ids = {"output_ids": np.array([1]), "output_counts": np.array([3])}
+    logits, said = np.array([1.0, 3.0, 3.0, -1.0]), {"output": [1, 1, 1]}
 
     def pick(x, **changes):
-        return ops.sample(np.array(x), **(SAMPLE | greedy | changes), limit=len(x), uniform=0.5)
+        return chosen(ops, np.array(x), 0.5, temperature=0.0, **changes)
 
     assert pick(logits) == 1  # the lower id on a tie
-    assert pick(logits, **ids, presence_penalty=0.1) == 2
-    assert pick(logits, **ids, frequency_penalty=0.1) == 2
-    assert pick([1.0, 1.4], **ids, frequency_penalty=0.1) == 1
-    assert pick([1.0, 1.2], **ids, frequency_penalty=0.1) == 0
-    assert pick(logits, prompt_ids=np.array([1]), repetition_penalty=1.1) == 2
-    assert pick([-1.0, -0.9], prompt_ids=np.array([1]), repetition_penalty=1.2) == 0  # negative ones are multiplied
+    assert pick(logits, **said, presence_penalty=0.1) == 2
+    assert pick(logits, **said, frequency_penalty=0.1) == 2
+    assert pick([1.0, 1.4], **said, frequency_penalty=0.1) == 1
+    assert pick([1.0, 1.2], **said, frequency_penalty=0.1) == 0
+    assert pick(logits, prompt=[1], repetition_penalty=1.1) == 2
+    assert pick([-1.0, -0.9], prompt=[1], repetition_penalty=1.2) == 0  # negative ones are multiplied
+    assert pick(logits, prompt=[1], presence_penalty=1.0, frequency_penalty=1.0) == 1  # a prompt was not generated
+
+
+def test_drafts_are_penalised_from_their_own_row_on():
+    """Of two texts: the first fed token of each has been said, the others are drafts."""
+    logits, seen = (
+        np.tile([5.0, 4.9, 4.8, 4.7], (5, 1)),
+        [seen_of(4, np.array([0]), np.array([], np.int64)) for _ in "ab"],
+    )
+    given = PLAIN_CHOICE | {"temperature": 0.0, "limit": 4, "draws": np.zeros(5, np.int64), "seen": seen}
+    given |= {"cu_seqlens": np.array([0, 3, 5]), "fed": np.array([3, 1, 2, 3, 1]), "presence_penalty": 1.0}
+    tokens = np.zeros(5, np.int64)
+    ops.sample_rows(logits, **given, tokens=tokens)
+    assert tokens.tolist() == [1, 2, 3, 1, 2]
+    last = np.zeros(2, np.int64)  # of the same rows, with logits for two only
+    ops.sample_rows(logits[:2], **given | {"draws": np.zeros(2, np.int64)}, tokens=last)
+    assert last.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("bad", [[0.0, np.nan], [0.0, np.inf], [-np.inf, -np.inf]])
-def test_unusable_logits_are_an_error(bad):
-    with pytest.raises(ArgumentError, match="logits"):
-        ops.sample(np.array(bad), **SAMPLE, limit=2, uniform=0.0)
+def test_unusable_logits(bad):
+    assert chosen(ops, np.array(bad), 0.0) == -1
     with pytest.raises(ArgumentError, match="logits"):
         ops.log_softmax_top(np.array(bad), limit=2, k=1, token=0)
 

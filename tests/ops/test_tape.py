@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from cases import PLAIN_CHOICE
 from deltaic.errors import ArgumentError
 from deltaic.ops import cpu
 
@@ -153,7 +154,7 @@ def test_inputs_that_overlap_are_refused(rng):
 def test_outputs_that_lie_in_inputs_are_those_of_the_replay(rng):
     """Tokens are put beside the numbers that a step is given."""
     logits = rng.standard_normal((2, 100)).astype(np.float32)
-    plain = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "limit": 100, "unused": np.empty(0, np.int64)}
+    plain = PLAIN_CHOICE | {"temperature": 0.0, "limit": 100}
 
     def choose(logits, numbers):
         cpu.sample_rows(logits, **plain, draws=numbers[2:4], tokens=numbers[1:3])

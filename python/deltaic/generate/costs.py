@@ -76,7 +76,7 @@ class Costs:
 
     step    a forward pass of so many rows, with logits and commit
     draft   so many drafts of the MTP layer
-    round   both, for so many drafts of one sequence; at_once: in one replay, which is a cost of its own
+    round   both, for so many drafts of one sequence in one replay, which is a cost of its own
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Costs:
         self._plain = _Average()
         self._steps: dict[int, _Average] = {}
         self._drafts: dict[int, _Average] = {}
-        self._rounds: dict[bool, dict[int, _Average]] = {False: {}, True: {}}
+        self._rounds: dict[int, _Average] = {}
         self._since_plain = 0
         self._records = 0
         self.settled = False  # what was recorded last hardly changes
@@ -99,7 +99,7 @@ class Costs:
         self._since_plain = 0
         self._plain.add(seconds)
         if self._plain.samples == SURE_SAMPLES:  # before, the others were in seconds
-            for measured in (self._steps, self._drafts, *self._rounds.values()):
+            for measured in (self._steps, self._drafts, self._rounds):
                 for average in measured.values():
                     average.value /= self._plain.value
         self._refresh(self._plain)
@@ -108,9 +108,9 @@ class Costs:
         """`depth` drafts of the MTP layer."""
         self._record(self._drafts, depth, seconds)
 
-    def record_round(self, depth: int, seconds: float, *, at_once: bool) -> None:
+    def record_round(self, depth: int, seconds: float) -> None:
         """`depth` drafts of the MTP layer for one sequence, and the step that verified them."""
-        self._record(self._rounds[at_once], depth, seconds)
+        self._record(self._rounds, depth, seconds)
         self._since_plain += 1
 
     def _record(self, measured: dict[int, _Average], n: int, seconds: float) -> None:
@@ -157,27 +157,26 @@ class Costs:
             found = self._lists["steps"] = [0.0, *(self.step(rows) for rows in range(1, most + 1))]
         return found
 
-    def rounds(self, most: int, *, at_once: bool) -> list[float]:
+    def rounds(self, most: int) -> list[float]:
         """Seconds of a round of 0 (a plain step) to at least `most` drafts, not to be written."""
-        name = "rounds at once" if at_once else "rounds"
-        found = self._lists.get(name)
+        found = self._lists.get("rounds")
         if found is None or len(found) <= most:
-            found = self._lists[name] = [self.step(1), *(self._round(d, at_once) for d in range(1, most + 1))]
+            found = self._lists["rounds"] = [self.step(1), *(self._round(d) for d in range(1, most + 1))]
         return found
 
-    def _round(self, depth: int, at_once: bool) -> float:
-        measured, plain = self._rounds[at_once], self._plain.value
+    def _round(self, depth: int) -> float:
+        measured, plain = self._rounds, self._plain.value
         if any(average.sure for average in measured.values()):
             return plain * max(1.0, _estimate(measured, depth, ROW_GUESS + DRAFT_GUESS, None))
         guess = self.step(1 + depth) + self.draft(depth)
         return min([guess, *(plain * average.value for d, average in measured.items() if d == depth)])
 
-    def can_pay(self, most: int, *, at_once: bool) -> bool:
+    def can_pay(self, most: int) -> bool:
         """Whether rounds of up to `most` drafts, if all of these were right, would be faster than plain steps."""
-        if not self._plain.sure or not any(average.sure for average in self._rounds[at_once].values()):
+        if not self._plain.sure or not any(average.sure for average in self._rounds.values()):
             return True
         plain = WORTHWHILE / self._plain.value
-        return any((1 + d) / s > plain for d, s in enumerate(self.rounds(most, at_once=at_once)) if d)
+        return any((1 + d) / s > plain for d, s in enumerate(self.rounds(most)) if d)
 
 
 def _estimate(measured: dict[int, _Average], n: int, slope: float, plain: int | None) -> float:

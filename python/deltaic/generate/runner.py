@@ -243,20 +243,15 @@ class Runner:
         """`draft` at least one for one sequence, and `verify` the token that comes next, the last of its tokens, with
         these drafts; with logits or chosen tokens. before: a verification that has been counted and is to be written
         first."""
-        w, rows = wanted, 1 + wanted.depth
-        choice, choosing = w.choice, w.sampler.choosing(rows)
-        if choice is None:
-            if before is not None:
-                self.write(before)
-            tokens = [[w.tokens[-1], *self.draft([w])[0]]]
-            return self.verify([w.state], tokens, head=True, choosing=choosing)
         assert self.mtp is not None
+        w, rows = wanted, 1 + wanted.depth
         with self._lock:
             self._set_threads()
-            trace, draws, chooses = self._take_trace(rows), w.sampler.draws(rows), choosing is not None
+            trace, choosing, chooses = self._take_trace(rows), w.sampler.drafting(rows), w.sampler.choosing(rows)
             drafts, hidden, logits, chosen = self.mtp.draft_at_once(
-                w.hidden, w.tokens, w.state, w.first, choice, draws, w.depth, trace, _owed(before), chooses=chooses
-            )
+                w.hidden, w.tokens, w.state, w.first, choosing, w.depth, trace, _owed(before),
+                chooses=chooses is not None,
+            )  # fmt: skip
             assert hidden is not None  # there is a trace
             if before is not None:
                 self._traces[before.trace.shape[1]] = before.trace
@@ -304,34 +299,32 @@ class Runner:
         assert self.mtp is not None
         with self._lock:
             self._set_threads()
-            if len(wanted) == 1 and wanted[0].depth and (choice := wanted[0].choice) is not None:
+            if len(wanted) == 1 and wanted[0].depth:
                 w = wanted[0]
-                draws = w.sampler.draws(1 + w.depth)
-                return [self.mtp.draft_at_once(w.hidden, w.tokens, w.state, w.first, choice, draws, w.depth)[0]]
-            deepest, alone = max((w.depth for w in wanted), default=0), len(wanted) == 1
-            m, logits = self.mtp.extend(
-                wanted[0].hidden if alone else self.joined(w.hidden for w in wanted),
+                choosing = w.sampler.drafting(1 + w.depth)
+                return [self.mtp.draft_at_once(w.hidden, w.tokens, w.state, w.first, choosing, w.depth)[0]]
+            deepest = max((w.depth for w in wanted), default=0)
+            m = self.mtp.extend(
+                wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted),
                 [w.tokens for w in wanted],
                 [w.state for w in wanted],
                 [w.first for w in wanted],
-                0 if not deepest else 1 if alone else None,
-                head=alone and deepest > 0,
+                None if deepest else 0,
             )
             drafts: list[list[int]] = [[] for _ in wanted]
-            rows = [0] if alone else (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
+            rows = (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
             active = list(range(len(wanted)))
             for depth in range(deepest):
-                if not alone:
-                    kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
-                    active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
-                    rows = list(range(len(active)))
+                kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
+                active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
+                rows = list(range(len(active)))
                 if depth:
                     last = [drafts[b][-1] for b in active]
                     m, logits = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
-                elif logits is None:
+                else:
                     logits = self.mtp.logits(m)
                 for b, row in zip(active, logits, strict=True):
-                    drafts[b].append(wanted[b].sampler.draft(row, depth))
+                    drafts[b].append(wanted[b].sampler.draft(row, drafts[b]))
             return drafts
 
     def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:

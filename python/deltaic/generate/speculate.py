@@ -20,7 +20,6 @@ from .lookup import LOOKUP_DEPTH, MATCHES, Lookup
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..model.mtp import Choice
     from ..model.state import State
     from .runner import Runner
     from .sampling import Sampler
@@ -50,11 +49,6 @@ class Drafting:
     depth: int
     sampler: Sampler
 
-    @property
-    def choice(self) -> Choice | None:
-        """How drafts are chosen where all may be made at once; None where each needs the ones before."""
-        return self.sampler.choice
-
 
 class Speculator:
     """Drafts for one sequence.
@@ -75,7 +69,6 @@ class Speculator:
         before: Sequence[Acceptance | None] = runner.acceptances or [None] * (1 + len(MATCHES))
         depths = [MTP_DEPTH, *(LOOKUP_DEPTH for _ in MATCHES)]
         self._sources = [Acceptance(depth, of) for depth, of in zip(depths, before, strict=True)]
-        self._at_once = sampler is not None and sampler.choice is not None  # see Drafting.choice
         self._chosen: int | None = None  # index into _sources
         self._step = 0  # how many have been recorded
         rests = runner.rests if self.may_rest else 0
@@ -98,7 +91,7 @@ class Speculator:
     def uses_mtp(self) -> bool:
         """Whether the MTP layer's entries have to be kept up to date."""
         if self._mtp and self.may_rest and self.depth is None:
-            self._mtp = self._costs.can_pay(MTP_DEPTH, at_once=self._at_once)
+            self._mtp = self._costs.can_pay(MTP_DEPTH)
             if not self._mtp:
                 self._keeps, self._pending, self._tokens = False, [], []
         return self._mtp
@@ -165,7 +158,7 @@ class Speculator:
         self._wrote = True
         if seconds is not None:
             if self._chosen == 0:
-                self._costs.record_round(drafted, seconds, at_once=self._at_once)
+                self._costs.record_round(drafted, seconds)
             else:
                 self._costs.record_step(drafted + 1, seconds)
         self.record(drafted, accepted)
@@ -230,7 +223,7 @@ class Speculator:
             return 0, 0  # nothing can be compared with
         best, chosen = WORTHWHILE / costs.step(1) if self.may_rest else 0.0, (0, 0)
         if self._mtp:
-            seconds = costs.rounds(MTP_DEPTH, at_once=self._at_once)
+            seconds = costs.rounds(MTP_DEPTH)
             for depth, tokens in enumerate(islice(self._sources[0].expected(self._step), room), 1):
                 if tokens > best * seconds[depth]:
                     best, chosen = tokens / seconds[depth], (0, depth)

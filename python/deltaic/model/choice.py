@@ -1,8 +1,10 @@
-"""How is a token chosen from its row of logits, where that depends on nothing but the row and a random number?"""
+"""How is a token chosen by whoever computes its row of logits? By the options, a random number, and what the text holds
+so far."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+_NOTHING = np.empty((0, 0), np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,26 +23,72 @@ class Choice:
     top_k: int
     top_p: float
     min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
     limit: int
     unused: Ints
 
-    def choose(self, ops: Any, logits: Any, draws: Ints, tokens: Ints) -> None:
-        """Fill tokens [T] with what is chosen from logits [T, n] of the first n ids, with random numbers draws [T]."""
+    def choose(
+        self, ops: Any, logits: Any, draws: Ints, tokens: Ints, seen: list[Any], cu_seqlens: Ints, fed: Ints
+    ) -> None:
+        """Fill tokens [T] with what is chosen from logits [T, n] of the first n ids. draws, seen, cu_seqlens, fed: see
+        ops.reference.sample_rows."""
         n = logits.shape[1]
         ops.sample_rows(
             logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-            limit=min(self.limit, n), unused=self.unused[self.unused < n], draws=draws, tokens=tokens,
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty, limit=min(self.limit, n), unused=self.unused[self.unused < n],
+            draws=draws, seen=seen, cu_seqlens=cu_seqlens, fed=fed, tokens=tokens,
         )  # fmt: skip
-
-
-Choosing = tuple[Choice, Ints]  # how rows are to be chosen from, and the random number of each
 
 
 @lru_cache(64)
 def choice_of(
-    temperature: float, top_k: int, top_p: float, min_p: float, limit: int, unused: tuple[int, ...]
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    limit: int,
+    unused: tuple[int, ...],
 ) -> Choice:
     """The choice of these settings, the same object for the same ones; the filters do not matter to a greedy one."""
+    penalties = presence_penalty, frequency_penalty, repetition_penalty
     if temperature == 0.0 and (top_k, top_p, min_p) != (0, 1.0, 0.0):
-        return choice_of(0.0, 0, 1.0, 0.0, limit, unused)
-    return Choice(temperature, top_k, top_p, min_p, limit, np.array(unused, np.int64))
+        return choice_of(0.0, 0, 1.0, 0.0, *penalties, limit, unused)
+    return Choice(temperature, top_k, top_p, min_p, *penalties, limit, np.array(unused, np.int64))
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the text of one sequence holds, where penalties ask for that: an array of the op set (layout.new_seen), and
+    the tokens that have been chosen since it was brought up to date."""
+
+    array: Any
+    said: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Choosing:
+    """How the next rows of B sequences are to be chosen from. draws int64 [T]: the random number of each row; seen: of
+    each sequence, none without penalties."""
+
+    choice: Choice
+    draws: Ints
+    seen: Sequence[Seen] = ()
+
+    def take(self) -> tuple[Ints, list[Any]]:
+        """(said, seen): the tokens [B, S] that ops.count_tokens has to enter before anything is chosen, which are given
+        out once, and where, which `Choice.choose` then gets. S is a power of two, so that there are few tapes, and 0
+        without penalties."""
+        if not self.seen:
+            return _NOTHING, []
+        most = max(1, *(len(seen.said) for seen in self.seen))
+        said = np.full((len(self.seen), 1 << (most - 1).bit_length()), -1, np.int64)
+        for row, seen in zip(said, self.seen, strict=True):
+            row[: len(seen.said)] = seen.said
+            seen.said = []
+        return said, [seen.array for seen in self.seen]

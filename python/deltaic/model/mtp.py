@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..ops.layout import row_bounds
-from .choice import Choice
+from .choice import Choosing
 from .replay import Arrays, Replay
 from .state import State
 from .text import Array, Batch, Ints, TextModel
@@ -53,14 +53,12 @@ class MtpModel:
         states: Sequence[State],
         first: Sequence[int],
         wanted: int | None = None,
-        *,
-        head: bool = False,
-    ) -> tuple[Array, Array | None]:
+    ) -> Array:
         """The same for B sequences of text one after another, a few rows each: hidden [T, H]; tokens: per sequence the
         ids after its rows; first: per sequence which token its first row is.
 
-        Returns m [T, H]: what follows each of these ids, as a vector for `draft`; and its `logits`, None without
-        `head`. Both of the last `wanted` of all rows only, where that is given.
+        Returns m [T, H]: what follows each of these ids, as a vector for `draft` and for `logits`; of the last `wanted`
+        of all rows only, where that is given.
         """
         counts = [len(ids) for ids in tokens]
         spans = []
@@ -75,13 +73,12 @@ class MtpModel:
             hidden: Array, ids: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, tables: list[Any]
         ) -> Arrays:
             batch = Batch([], [], tables, bounds, starts, cos, sin)
-            m = self._layer(self._final_norm(hidden), self.text.embed(ids), batch, wanted)
-            return (m, self.logits(m)) if head else (m,)
+            return (self._layer(self._final_norm(hidden), self.text.embed(ids), batch, wanted),)
 
-        found = self.replay(("extend", len(ids), len(states), wanted, head), len(ids), inputs, run)
+        (m,) = self.replay(("extend", len(ids), len(states), wanted), len(ids), inputs, run)
         for state, n in zip(states, counts, strict=True):
             state.mtp_length += n
-        return found[0], found[1] if head else None
+        return m
 
     def draft(self, m: Array, tokens: Sequence[int], states: Sequence[State], ahead: int) -> tuple[Array, Array]:
         """One draft further for each of B sequences: the entries of drafts, which do not last.
@@ -112,8 +109,7 @@ class MtpModel:
         tokens: Sequence[int],
         state: State,
         first: int,
-        choice: Choice,
-        draws: Ints,
+        choosing: Choosing,
         depth: int,
         trace: Array | None = None,
         owed: tuple[Ints, Ints, Array] | None = None,
@@ -121,7 +117,7 @@ class MtpModel:
         chooses: bool = False,
     ) -> tuple[list[int], Array | None, Array | None, list[int] | None]:
         """`extend` for one sequence, and `depth` drafts: what `extend`, `logits`, the choice, `draft`, `logits`, ...
-        give one by one, in one replay where the op set can. draws: random numbers for them, and one more.
+        give one by one, in one replay where the op set can. choosing: for 1 + depth rows, which is how many a step has.
 
         trace [L_delta, 1 + depth, config.delta_trace_width]: where given, `TextModel.step` follows in the same replay,
         with this trace and with the last of `tokens`, which comes next, and the drafts. owed: then also what
@@ -140,15 +136,18 @@ class MtpModel:
         cos, sin = text.rope.text([(first + state.rope_delta, n + 1 + depth)])
         entries, end = state.mtp_length, state.mtp_length + n
         # The tokens, room for the drafts and for what is chosen after each row; where the step and each pass start.
+        choice, (said, seen) = choosing.choice, choosing.take()
         last, places = n + depth, n + 2 * depth + 1
         starts = (state.length, entries, *range(end, end + depth - 1))
         numbers = np.array([*tokens, *(0,) * (places - n), *starts], np.int64)
 
         def run(
-            hidden: Array, numbers: Ints, cos: Array, sin: Array, draws: Ints, mtp: list[Any], traces: list[Any],
-            conv: list[Any], delta: list[Any], tables: list[Any], counts: Ints | None, owed_trace: list[Any],
+            hidden: Array, numbers: Ints, cos: Array, sin: Array, draws: Ints, said: Ints, seen: list[Any],
+            mtp: list[Any], traces: list[Any], conv: list[Any], delta: list[Any], tables: list[Any],
+            counts: Ints | None, owed_trace: list[Any],
         ) -> Arrays:  # fmt: skip
             ids, starts = numbers[:last], numbers[places:]
+            fed = ids[n - 1 :]  # in the step
 
             def batch(first: int, rows: int, draft: int) -> Batch:
                 at, start = slice(first, first + rows), slice(1 + draft, 2 + draft)
@@ -157,21 +156,24 @@ class MtpModel:
             if owed_bounds is not None:
                 assert counts is not None
                 text.write_arrays(conv, delta, owed_bounds, counts, owed_trace[0])
+            if seen:
+                text.ops.count_tokens(said, seen)
             m = self._layer(self._final_norm(hidden), text.embed(ids[:n]), batch(0, n, 0), 1)
             for i in range(depth):
                 if i:
                     m = self._layer(m, text.embed(ids[n + i - 1 : n + i]), batch(n + i - 1, 1, i))
-                choice.choose(text.ops, self.logits(m), draws[i : i + 1], ids[n + i : n + i + 1])
+                rows, draft = row_bounds(1 + i), ids[n + i : n + i + 1]
+                choice.choose(text.ops, self.logits(m), draws[i : i + 1], draft, seen, rows, fed[: 1 + i])
             if not traces:
                 return (ids[n:],)
             step = Batch(conv, delta, tables, row_bounds(1 + depth), starts[:1], cos[n:], sin[n:], False, traces[0])
-            x = text.run_layers(text.embed(ids[n - 1 :]), step)
+            x = text.run_layers(text.embed(fed), step)
             if not chooses:
                 return ids[n:], x, text.logits(x)
-            choice.choose(text.ops, text.logits(x), draws, numbers[last:places])
+            choice.choose(text.ops, text.logits(x), draws, numbers[last:places], seen, row_bounds(1 + depth), fed)
             return numbers[n:places], x
 
-        inputs: list[Any] = [hidden, numbers, cos, sin, draws, [state.mtp]]
+        inputs: list[Any] = [hidden, numbers, cos, sin, choosing.draws, said, seen, [state.mtp]]
         inputs += ([], [], [], []) if trace is None else ([trace], [state.conv], [state.delta], [state.kv])
         owed_bounds, owed_rows = None, 0
         if owed is None:
@@ -179,7 +181,7 @@ class MtpModel:
         else:
             owed_bounds, owed_rows = owed[0], owed[2].shape[1]
             inputs += (owed[1], [owed[2]])
-        key = ("at once", n, depth, choice, chooses, trace is None, owed_rows)
+        key = ("at once", n, depth, choice, said.shape, chooses, trace is None, owed_rows)
         found = self.replay(key, last, inputs, run)
         made: list[int] = found[0].tolist()
         state.mtp_length = end

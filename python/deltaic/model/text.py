@@ -130,26 +130,34 @@ class TextModel:
         angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
         starts, bounds = self.reserve(states, counts), row_bounds(*counts)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
-
-        choice, draws = (None, None) if choosing is None else choosing
+        T, traces = len(ids), [] if trace is None else [trace]
+        inputs = [ids, *angles, bounds, starts, *arrays_of(states), traces]
+        key: tuple[Any, ...] = (T, len(states), trace is None, head)
+        choice = None if choosing is None else choosing.choice
+        if choosing is not None:
+            said, seen = choosing.take()
+            inputs += choosing.draws, said, seen
+            inputs[0] = np.concatenate([ids, ids])  # what is chosen comes in the place of the second
+            key += choice, said.shape
 
         def run(
-            ids: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, conv: list[Any], delta: list[Any],
-            tables: list[Any], draws: Ints | None, traces: list[Any],
+            numbers: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, conv: list[Any], delta: list[Any],
+            tables: list[Any], traces: list[Any], *of_choice: Any,
         ) -> Arrays:  # fmt: skip
             batch = Batch(conv, delta, tables, bounds, starts, cos, sin, False, traces[0] if traces else None)
-            x = self.run_layers(self.embed(ids), batch)
             if choice is None:
+                x = self.run_layers(self.embed(numbers), batch)
                 return (x, self.logits(x)) if head else (x,)
-            assert draws is not None
-            choice.choose(self.ops, self.logits(x), draws, ids)  # each in the place of the token before it
-            return x, ids
+            ids, chosen, (draws, said, seen) = numbers[:T], numbers[T:], of_choice
+            if seen:
+                self.ops.count_tokens(said, seen)
+            x = self.run_layers(self.embed(ids), batch)
+            choice.choose(self.ops, self.logits(x), draws, chosen, seen, bounds, ids)
+            return x, chosen
 
         if trace is None:
             begin_writing(states)
-        inputs = [ids, *angles, bounds, starts, *arrays_of(states), draws, [] if trace is None else [trace]]
-        key = (len(ids), len(states), trace is None, head, choice)
-        found = self.replay(key, len(ids), inputs, run)
+        found = self.replay(key, T, inputs, run)
         if trace is None:
             advance(states, counts)
         if choice is not None:

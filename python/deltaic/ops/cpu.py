@@ -23,6 +23,7 @@ __all__ = [
     "Weight",
     "bpe_merge",
     "checksum",
+    "count_tokens",
     "embed",
     "first_rows",
     "from_packed",
@@ -43,7 +44,6 @@ __all__ = [
     "probe_read",
     "rms_norm",
     "rms_norm_pair",
-    "sample",
     "sample_rows",
     "set_num_threads",
     "swiglu",
@@ -314,28 +314,8 @@ def moe(
     return y
 
 
-def sample(
-    logits: Array,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    presence_penalty: float,
-    frequency_penalty: float,
-    repetition_penalty: float,
-    output_ids: Array,
-    output_counts: Array,
-    prompt_ids: Array,
-    limit: int,
-    uniform: float,
-) -> int:
-    token = np.empty(1, np.int64)
-    _core.sample(
-        logits, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty,
-        output_ids, output_counts, prompt_ids, limit, uniform, token,
-    )  # fmt: skip
-    return int(token[0])
+def count_tokens(ids: Array, seen: Sequence[Array]) -> None:
+    _core.count_tokens(ids, seen)
 
 
 def sample_rows(
@@ -345,12 +325,21 @@ def sample_rows(
     top_k: int,
     top_p: float,
     min_p: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
     limit: int,
     unused: Array,
     draws: Array,
+    seen: Sequence[Array],
+    cu_seqlens: Array,
+    fed: Array,
     tokens: Array,
 ) -> None:
-    _core.sample_rows(logits, temperature, top_k, top_p, min_p, limit, unused, draws, tokens)
+    _core.sample_rows(
+        logits, temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, limit,
+        unused, draws, seen, cu_seqlens, fed, tokens,
+    )  # fmt: skip
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Array, Array]:

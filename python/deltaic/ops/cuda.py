@@ -40,7 +40,7 @@ from .cuda_memory import (
     vector,
     zeros,
 )  # fmt: skip
-from .cuda_sampling import log_softmax_top, sample, sample_rows
+from .cuda_sampling import count_tokens, log_softmax_top, sample_rows
 from .cuda_tape import Tape
 from .cuda_weights import (
     BlockTable,
@@ -67,6 +67,7 @@ __all__ = [
     "checksum",
     "concatenate",
     "copy",
+    "count_tokens",
     "device",
     "embed",
     "first_rows",
@@ -89,7 +90,6 @@ __all__ = [
     "require_memory",
     "rms_norm",
     "rms_norm_pair",
-    "sample",
     "sample_rows",
     "set_num_threads",
     "swiglu",

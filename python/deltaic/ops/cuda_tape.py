@@ -39,7 +39,7 @@ class Tape:
     What the function gets instead of an input, in device memory that stays:
       numpy array              a part of the buffer
       tensor                   a copy
-      list of float tensors    a list of one `Pointers` to all of them: arrays of states, traces
+      list of other tensors    a list of one `Pointers` to all of them: arrays of states, traces
       list of BlockTables      a list of one `TableBatch`
       None, empty list         the same
     It returns tensors, which the caller of the tape gets copies of, and parts of int64 arrays among the inputs that

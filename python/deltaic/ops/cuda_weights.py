@@ -194,8 +194,8 @@ class BlockTable:
 
 @dataclasses.dataclass(slots=True)
 class Pointers:
-    """Instead of a list of float32 tensors of B sequences: their addresses in device memory, int64 [B], the shape of
-    each, and how many elements behind its address it begins.
+    """Instead of a list of float32 or int64 tensors of B sequences: their addresses in device memory, int64 [B], the
+    shape of each, and how many elements behind its address it begins.
 
     A captured graph reads them when it runs, so one graph serves any sequence."""
 
@@ -208,7 +208,7 @@ class Pointers:
         return Pointers(self.addresses, self.shape[1:], self.offset + i * math.prod(self.shape[1:]))
 
 
-def pointers(op: str, name: str, states: Any, shape: Sequence[int | None]) -> Pointers:
+def pointers(op: str, name: str, states: Any, shape: Sequence[int | None], dtype: str = "float32") -> Pointers:
     """Where the tensors of a list are, or what stands for them in a list of one; each has this shape (None: any)."""
     if len(states) == 1 and isinstance(states[0], Pointers):
         (found,) = states
@@ -216,7 +216,7 @@ def pointers(op: str, name: str, states: Any, shape: Sequence[int | None]) -> Po
             raise ArgumentError(f"{op}: {name} are {found.shape}, expected {tuple(shape)}")
         return found
     for state in states:
-        check(op, name, state, shape, ["float32"])
+        check(op, name, state, shape, [dtype])
     addresses = np.array([address(state) for state in states], np.int64)
     return Pointers(small(addresses), tuple(states[0].shape) if states else ())
 

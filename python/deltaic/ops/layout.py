@@ -48,3 +48,17 @@ def merge_order(grid_h: int, grid_w: int, merge_size: int) -> tuple[Ints, Ints]:
     index = np.arange(grid_h * grid_w, dtype=np.int64).reshape(grid_h // m, m, grid_w // m, m)
     index = index.transpose(0, 2, 1, 3).ravel()
     return index // grid_w, index % grid_w
+
+
+def new_seen(vocabulary: int, prompt_ids: Ints) -> Ints:
+    """What penalties need to know of a text of which `prompt_ids` have been read: int64 [65, R], R = ceil(V / 64).
+
+    Row 0 has bit id % 64 of its word id / 64 set where an id is in prompt or output; the rows after it say, one after
+    another for 64 R ids, how often each was generated (`reference.count_tokens`)."""
+    words = -(-vocabulary // 64)
+    seen = np.zeros((65, words), np.int64)
+    if len(prompt_ids):
+        held = np.zeros(64 * words, np.bool_)
+        held[prompt_ids] = True
+        seen[0] = np.packbits(held, bitorder="little").view(np.int64)
+    return seen

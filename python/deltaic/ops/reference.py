@@ -730,7 +730,16 @@ def vision_attention(
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def sample(
+def count_tokens(ids: Ints, seen: Sequence[Ints]) -> None:
+    """Enter the generated tokens ids[b] [S] in seen[b] [65, R], see layout.new_seen. Ids below 0 stand for no token."""
+    for row, array in zip(ids, seen, strict=True):
+        words, counts = array[0].view(np.uint64), array[1:].reshape(-1)
+        for token in row[row >= 0].tolist():
+            words[token // 64] |= np.uint64(1 << token % 64)
+            counts[token] += 1
+
+
+def sample_rows(
     logits: Array,
     *,
     temperature: float,
@@ -740,30 +749,63 @@ def sample(
     presence_penalty: float,
     frequency_penalty: float,
     repetition_penalty: float,
-    output_ids: Ints,
-    output_counts: Ints,
-    prompt_ids: Ints,
     limit: int,
-    uniform: float,
-) -> int:
-    """Choose one token id from logits [V] of which only the first `limit` count. In this order:
+    unused: Ints,
+    draws: Ints,
+    seen: Sequence[Ints],
+    cu_seqlens: Ints,
+    fed: Ints,
+    tokens: Ints,
+) -> None:
+    """Fill tokens [T] with an id chosen from each row of logits [T, V], of which only the first `limit` count, and the
+    ids `unused` [u] do not. In this order:
 
     1. repetition: l = l/r if l > 0 else l*r, for ids in prompt or output; then, for ids in output,
        l -= frequency * count + presence
     2. temperature 0: the largest, lowest id on ties, and done. Otherwise l = l / temperature
     3. top_k: the k largest (0 = all). top_p: the shortest run of descending probability whose sum reaches it (1 = all).
        min_p: those with p >= min_p * (largest p) (0 = all). Equal logits: lower id first throughout
-    4. inverse of the cumulative distribution of the rest, in descending order, at `uniform` in [0, 1)
+    4. inverse of the cumulative distribution of the rest, in descending order, at draws / 2^53, draws [T] in [0, 2^53)
 
-    output_ids with output_counts, and prompt_ids, are distinct ids. NaN or +inf among the first `limit` logits, or
-    nothing but -inf, is an ArgumentError. Computes in float64.
+    The penalties of 1 take what the text of sequence b holds from seen[b] [65, R] (see layout.new_seen), and from fed
+    [A], the ids that were fed in the A rows of B sequences, sequence b in rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
+    The first of each is in `seen` by then; the others, drafts, belong to the output for the rows from theirs on. Rows
+    of logits are the last T of these. Without penalties `seen` may be empty, and nothing is read of the other two.
+
+    -1 stands for no token: NaN or +inf among a row's logits, or nothing but -inf. Computes in float64. The logits may
+    be overwritten, and `tokens` may not overlap `fed`.
     """
-    x = _valid_logits("sample", logits, limit)
-    seen = np.union1d(prompt_ids, output_ids).astype(np.int64)
-    seen = seen[seen < limit]
-    x[seen] = np.where(x[seen] > 0, x[seen] / repetition_penalty, x[seen] * repetition_penalty)
-    inside = output_ids < limit
-    x[output_ids[inside]] -= frequency_penalty * output_counts[inside] + presence_penalty
+    if not 0 < limit <= logits.shape[1]:
+        raise ArgumentError(f"sample_rows: limit is {limit}, expected 1..{logits.shape[1]}")
+    logits[:, unused] = -np.inf
+    for t, row in enumerate(logits):
+        tokens[t] = -1
+        if not _usable(row, limit):
+            continue
+        x = row[:limit].astype(np.float64)
+        if len(seen):
+            r = len(fed) - len(logits) + t
+            b = int(np.searchsorted(cu_seqlens, r, side="right")) - 1
+            held, counts = _what_was_said(seen[b], fed[cu_seqlens[b] + 1 : r + 1], limit)
+            x[held] = np.where(x[held] > 0, x[held] / repetition_penalty, x[held] * repetition_penalty)
+            x -= frequency_penalty * counts + presence_penalty * (counts > 0)
+        tokens[t] = _choose(x, temperature, top_k, top_p, min_p, float(draws[t]) / 2**53)
+
+
+def _what_was_said(seen: Ints, drafts: Ints, limit: int) -> tuple[npt.NDArray[np.bool_], Ints]:
+    """Which of the first `limit` ids are in prompt or output, drafts included, and how often they are in the output."""
+    bits = np.unpackbits(np.ascontiguousarray(seen[0]).view(np.uint8), bitorder="little")
+    held, counts = bits.astype(bool)[:limit], seen[1:].reshape(-1)[:limit].copy()
+    drafts = drafts[(drafts >= 0) & (drafts < limit)]
+    held[drafts] = True
+    np.add.at(counts, drafts, 1)
+    return held, counts
+
+
+def _choose(
+    x: npt.NDArray[np.float64], temperature: float, top_k: int, top_p: float, min_p: float, uniform: float
+) -> int:
+    """Steps 2 to 4 of `sample_rows`."""
     if temperature == 0:
         return int(np.argmax(x))
     order = np.argsort(-x, kind="stable")[: top_k or None]
@@ -774,35 +816,6 @@ def sample(
     cumulative = np.cumsum(p)
     place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     return int(order[min(place, len(p) - 1)])
-
-
-def sample_rows(
-    logits: Array,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    limit: int,
-    unused: Ints,
-    draws: Ints,
-    tokens: Ints,
-) -> None:
-    """Fill tokens [T] with what `sample` without penalties chooses from each row of logits [T, V], with the random
-    numbers uniform = draws / 2^53, draws [T] in [0, 2^53). The ids `unused` [u] are never chosen: their logits are
-    overwritten. -1 stands for no token, where the logits of a row are of no use to `sample`."""
-    if not 0 < limit <= logits.shape[1]:
-        raise ArgumentError(f"sample_rows: limit is {limit}, expected 1..{logits.shape[1]}")
-    logits[:, unused] = -np.inf
-    none = np.empty(0, np.int64)
-    for t, row in enumerate(logits):
-        tokens[t] = -1
-        if _usable(row, limit):
-            tokens[t] = sample(
-                row, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, presence_penalty=0.0,
-                frequency_penalty=0.0, repetition_penalty=1.0, output_ids=none, output_counts=none, prompt_ids=none,
-                limit=limit, uniform=float(draws[t]) / 2**53,
-            )  # fmt: skip
 
 
 def log_softmax_top(logits: Array, *, limit: int, k: int, token: int) -> tuple[float, Ints, npt.NDArray[np.float32]]:
