@@ -450,7 +450,7 @@ def measure_operators(report: Report, meter: Meter, ops: Any, size: Size, format
     row("vision_attention", f"{P} patches", "bf16", 8.0 * P * V, 4.0 * P * P * V, call)
 
     draws, tokens = ops.upload(np.full(4, 2**52)), ops.upload(np.zeros(4, np.int64))
-    seen = ops.upload(new_seen(s.vocab, np.arange(1000)))
+    seen = ops.upload(new_seen(s.vocab, np.arange(min(1000, s.vocab))))
     for T, k in ((1, 20), (4, 20), (1, 0)):
         logits = ops.upload(np.random.default_rng(0).normal(size=(T, s.vocab)).astype(np.float32))
         choice = choice_of(0.7, k, 0.8, 0.0, 1.5, 0.0, 1.0, s.vocab, ())

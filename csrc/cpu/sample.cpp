@@ -4,8 +4,8 @@
 // the maxima of 64 logits each. If k of these maxima reach a threshold, then so do at least k logits, and all logits
 // above it lie in those few groups: they are gathered and sorted, and hold the first part of the descending order.
 // Where the filters reach further, only the ranges of logits in which they and the draw end are sorted (Ranges). Logits
-// changed by a penalty (few) are kept aside, in double precision, and masked out of the passes; candidates are compared
-// and summed in double precision.
+// changed by a penalty (few) are kept aside, in double precision, and -inf in the passes; candidates are compared and
+// summed in double precision.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/simd.h"
@@ -28,21 +28,20 @@ struct Changed {
 };
 
 struct Logits {
-    const float* values;
+    float* values;  // -inf where they are in `changed`
     int64_t limit;
-    uint16_t* marks = nullptr;  // one bit per logit that is in `changed`
     Changed* changed = nullptr;
     int64_t changes = 0;
+    bool valid = true;        // of what was changed, neither NaN nor +inf
     float* maxima = nullptr;  // [strips][16], without changed logits
     int64_t groups = 0;
     double top = 0.0;  // the largest of all
 
-    DELTAIC_INLINE bool marked(int64_t id) const { return marks && (marks[id / 16] >> (id % 16) & 1); }
-    // 16 logits; -inf past the end and for changed ones.
+    // 16 logits; -inf past the end.
     DELTAIC_INLINE f32x16 lanes(int64_t i) const {
-        if (i + 16 <= limit && !(marks && marks[i / 16])) return load(values + i);
+        if (i + 16 <= limit) return load(values + i);
         float t[16];
-        for (int64_t j = 0; j < 16; ++j) t[j] = i + j < limit && !marked(i + j) ? values[i + j] : -kInfinity;
+        for (int64_t j = 0; j < 16; ++j) t[j] = i + j < limit ? values[i + j] : -kInfinity;
         return load(t);
     }
 };
@@ -85,16 +84,13 @@ bool take_maxima(Logits& l) {
         }
     });
     double top = -kInfinity;
-    bool valid = true;
+    bool valid = l.valid;
     for (int64_t g = 0; g < l.groups; ++g) {
         valid = valid && l.maxima[g] <= kLargest;
         if (l.maxima[g] > top) top = l.maxima[g];
     }
-    for (int64_t i = 0; i < l.changes; ++i) {
-        const Changed& c = l.changed[i];
-        valid = valid && l.values[c.id] <= kLargest && c.value < kInfinity;
-        if (c.value > top) top = c.value;
-    }
+    for (int64_t i = 0; i < l.changes; ++i)
+        if (l.changed[i].value > top) top = l.changed[i].value;
     l.top = top;
     return valid && top > -kInfinity;
 }
@@ -194,7 +190,7 @@ Ordered gather(const Logits& l, float least) {
         if (!(l.maxima[g] >= least)) continue;
         const int64_t first = g / 16 * kStrip + g % 16, last = min64(l.limit, (g / 16 + 1) * kStrip);
         for (int64_t id = first; id < last; id += 16)
-            if (l.values[id] >= least && !l.marked(id)) a[n++] = {key_of(l.values[id]), id};
+            if (l.values[id] >= least) a[n++] = {key_of(l.values[id]), id};
     }
     for (int64_t i = 0; i < l.changes; ++i)
         if (l.changed[i].value >= least) a[n++] = {key_of(l.changed[i].value), l.changed[i].id};
@@ -230,7 +226,7 @@ int64_t largest(const Logits& l) {
         if (static_cast<double>(l.maxima[g]) != l.top) continue;
         const int64_t last = min64(l.limit, (g / 16 + 1) * kStrip);
         for (int64_t id = g / 16 * kStrip + g % 16; id < last; id += 16)
-            if (l.values[id] == l.maxima[g] && !l.marked(id)) best = min64(best, id);
+            if (l.values[id] == l.maxima[g]) best = min64(best, id);
     }
     return best;
 }
@@ -388,7 +384,7 @@ class Ranges {
                     const uint32_t others = less_bits(index, wanted) | less_bits(wanted, index);
                     for (uint32_t bits = ~others & 0xffffu; bits; bits &= bits - 1) {
                         const int64_t id = i + __builtin_ctz(bits);
-                        if (id < l_.limit && l_.values[id] > -kInfinity && !l_.marked(id))
+                        if (id < l_.limit && l_.values[id] > -kInfinity)
                             room[n++] = {key_of(static_cast<double>(l_.values[id])), id};
                     }
                 }
@@ -447,25 +443,33 @@ void penalise(Logits& l, const Penalties& p, const View& seen, const int64_t* dr
     int64_t room = count;
     for (int64_t w = 0; w < words; ++w) room += __builtin_popcountll(static_cast<uint64_t>(held[w]));
     if (room == 0) return;
-    const size_t bytes = static_cast<size_t>(ceil_div(l.limit, 16)) * sizeof(uint16_t);
-    l.marks = static_cast<uint16_t*>(scratch(bytes));
-    memset(l.marks, 0, bytes);
     l.changed = static_cast<Changed*>(scratch(static_cast<size_t>(room) * sizeof(Changed)));
-    const auto add = [&](int64_t id, int64_t times) {
-        if (id < 0 || id >= l.limit || l.marked(id)) return;
-        for (int64_t i = 0; i < count; ++i) times += drafts[i] == id;
-        double value = static_cast<double>(l.values[id]);
-        value = value > 0.0 ? value / p.repetition : value * p.repetition;
-        if (times > 0) value -= p.frequency * static_cast<double>(times) + p.presence;
-        l.marks[id / 16] = static_cast<uint16_t>(l.marks[id / 16] | 1u << (id % 16));
-        l.changed[l.changes++] = {id, value};
-    };
+    const auto is_held = [&](int64_t id) { return (static_cast<uint64_t>(held[id / 64]) >> id % 64 & 1) != 0; };
     for (int64_t w = 0; w < words; ++w)
         for (uint64_t bits = static_cast<uint64_t>(held[w]); bits; bits &= bits - 1) {
             const int64_t id = w * 64 + __builtin_ctzll(bits);
-            add(id, generated[id]);
+            if (id < l.limit) l.changed[l.changes++].id = id;
         }
-    for (int64_t i = 0; i < count; ++i) add(drafts[i], 0);
+    for (int64_t i = 0; i < count; ++i) {
+        bool known = drafts[i] < 0 || drafts[i] >= l.limit || is_held(drafts[i]);
+        for (int64_t j = 0; j < i; ++j) known = known || drafts[j] == drafts[i];
+        if (!known) l.changed[l.changes++].id = drafts[i];
+    }
+    constexpr int64_t kAhead = 16;  // they lie far from each other
+    for (int64_t i = 0; i < l.changes; ++i) {
+        if (i + kAhead < l.changes) prefetch(l.values + l.changed[i + kAhead].id);
+        if (i + kAhead < l.changes) prefetch(generated + l.changed[i + kAhead].id);
+        const int64_t id = l.changed[i].id;
+        int64_t times = generated[id];
+        for (int64_t j = 0; j < count; ++j) times += drafts[j] == id;
+        double value = static_cast<double>(l.values[id]);
+        value = value > 0.0 ? value / p.repetition : value * p.repetition;
+        if (times > 0) value -= p.frequency * static_cast<double>(times) + p.presence;
+        l.valid = l.valid && l.values[id] <= kLargest && value < kInfinity;
+        if (is_finite(value) && value < -kLargest) value = -kLargest;
+        l.values[id] = -kInfinity;
+        l.changed[i].value = value;
+    }
 }
 
 // -1: the logits cannot be used.
@@ -475,7 +479,8 @@ int64_t choose(Logits& l, const Choice& choice) {
     if (temperature == 0.0) return largest(l);
     const Filter filter{temperature, top_p, min_p};
     if (choice.top_k > 0) {
-        Ordered c = gather(l, reached_by(l, choice.top_k));
+        const float least = reached_by(l, choice.top_k);
+        Ordered c = gather(l, least < -kLargest ? -kLargest : least);  // -inf is not among the candidates
         c.size = min64(c.size, choice.top_k);
         double mass = 0.0;
         for (int64_t i = 0; i < c.size; ++i) mass += ::exp((value_of(c.items[i].key) - l.top) / temperature);
@@ -485,7 +490,7 @@ int64_t choose(Logits& l, const Choice& choice) {
     const double mass = summed ? sum_exp(l, temperature) : 1.0;
     // At least so many candidates are needed. No logit below `lowest` passes min_p; the draw sees to float's rounding.
     const double needed = summed ? mass * (top_p < 1.0 ? top_p : uniform) : 0.0;
-    float lowest = -kInfinity;
+    float lowest = -kLargest;  // -inf is not among the candidates
     if (min_p > 0.0) {
         const double edge = l.top + temperature * ::log(min_p);
         lowest = static_cast<float>(edge - 1e-6 * (edge < 0.0 ? -edge : edge) - 1e-30);
