@@ -16,11 +16,13 @@ from deltaic.errors import DeviceError, StateError
 from deltaic.generate.options import SamplingParams
 from deltaic.generate.sampling import Sampler
 from deltaic.generate.speculate import Drafting
+from deltaic.model.choice import Choosing
 from deltaic.model.state import BLOCK_TOKENS
 from deltaic.ops import cpu, cuda, reference
 from deltaic.ops.cuda_tape import FEWEST_BLOCKS
 from deltaic.ops.layout import new_seen
 from helpers import array
+from steps import further
 
 PROMPT = "the cat sat on the mat"
 MINIATURE = Path(deltaic.__file__).parent / "miniature"
@@ -270,7 +272,7 @@ def test_a_round_is_one_replay(model_device, speculating, depth):
         drafts = []
         for ahead in range(depth):
             if ahead:
-                m, _ = mtp.draft(m, drafts[-1:], [plain], ahead - 1)
+                m = further(mtp, m, drafts[-1], plain, ahead - 1)
             drafts += chosen_rows(choosing, array(mtp.logits(m)), seen, [tokens[-1], *drafts])
         assert v.tokens == [[tokens[-1], *drafts]]
         rows = runner.verify([plain], v.tokens, head=True)
@@ -286,6 +288,43 @@ def test_a_round_is_one_replay(model_device, speculating, depth):
     runner.write(before)
     for name in ("conv", "delta"):
         np.testing.assert_array_equal(array(getattr(state, name)), array(getattr(plain, name)))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_drafts_of_several_sequences_are_one_replay(model_device, depth):
+    """Two replays with the entries before them, one reading of tokens; those that each sequence gets alone."""
+    model = deltaic.load(MINIATURE, device="cuda", dtype="bf16", cache_bytes=0)
+    runner, limit = model._runner, model._sampled_ids[0]
+    params = {"temperature": 0.8, "top_k": 20, "presence_penalty": 2.0}
+    samplers = [
+        Sampler(cuda, SamplingParams(seed=seed, **params), limit=limit, prompt_ids=np.arange(3)) for seed in (1, 2)
+    ]
+    states, hidden = [model.new_state(), model.new_state()], []
+    for state, prompt in zip(states, (PROMPT, "a dog"), strict=True):
+        ready = model.prepare(prompt)
+        hidden.append(list(runner.hidden(ready, state, [len(ready)]))[-1][-2:])
+    for turn in range(3):
+        for sampler in samplers:
+            sampler.took(7 + turn)  # what the penalties know
+        drafting = [
+            Drafting(state, state.length - 2, rows, [5, 7 + turn], depth, sampler)
+            for state, rows, sampler in zip(states, hidden, samplers, strict=True)
+        ]
+        twins = [state.fork() for state in states]
+        with counted(model_device) as facts:
+            found = runner.draft(drafting)
+        if turn and model_device.module.emulated:
+            assert (facts["replays"], facts["downloads"]) == (2, 1)
+        for ids, drafting_of_one, twin in zip(found, drafting, twins, strict=True):
+            m = runner.mtp.extend(drafting_of_one.hidden, [[5, 7 + turn]], [twin], [twin.length - 2])[1:]
+            choosing = drafting_of_one.sampler.drafting(depth)
+            seen = new_seen(limit, np.empty(0, np.int64))
+            reference.count_tokens(np.arange(7, 8 + turn)[None], [seen])
+            for ahead, draft in enumerate(ids):
+                if ahead:
+                    m = further(runner.mtp, m, ids[ahead - 1], twin, ahead - 1)
+                one = Choosing(choosing.choice, choosing.draws[ahead : ahead + 1])
+                assert [draft] == chosen_rows(one, array(runner.mtp.logits(m)), [seen], [0])
 
 
 def test_sequences_of_unlike_lengths_share_a_graph(model_device, load):

@@ -14,7 +14,7 @@ from deltaic.generate.options import (
     recommended_sampling,
     resolve_sampling,
 )
-from deltaic.generate.sampling import Sampler, choosing_together
+from deltaic.generate.sampling import Sampler, choosing_together, drafting_together
 from deltaic.ops import reference
 from deltaic.ops.layout import new_seen, row_bounds
 
@@ -164,7 +164,7 @@ def test_seeds_reproduce_and_differ():
 
 
 def test_random_numbers_are_those_of_the_seed_one_by_one_whatever_is_drafted():
-    spy, plain = Spy([0] * 500), np.random.default_rng(5)
+    spy, plain = Spy([0] * 400), np.random.default_rng(5)
     sampler = Sampler(spy, SamplingParams(seed=5), limit=9, prompt_ids=np.empty(0, np.int64))
     expected = [plain.random() for _ in range(150)]
     logits = np.zeros(9, np.float32)
@@ -172,9 +172,8 @@ def test_random_numbers_are_those_of_the_seed_one_by_one_whatever_is_drafted():
         sampler.next(logits)
         assert spy.calls[-1]["draws"] / 2**53 == expected[i]
         if i % 7 == 0:
-            for ahead in range(i % 40):
-                sampler.draft(logits, [0] * ahead)
-                assert spy.calls[-1]["draws"] / 2**53 == expected[i + 1 + ahead]
+            drafting = sampler.drafting(i % 40)
+            assert (drafting.draws / 2**53).tolist() == expected[i + 1 :][: i % 40]
 
 
 def test_tokens_chosen_together_are_those_chosen_one_by_one():
@@ -201,21 +200,8 @@ def test_tokens_chosen_together_are_those_chosen_one_by_one():
                 together.took(token)
                 found.append(token)
             if len(found) < len(rows):
-                row = rows[len(found)].copy()
-                assert together.draft(row.copy(), []) == expected[len(found)]
-                found.append(together.next(row)[0])
+                found.append(together.next(rows[len(found)].copy())[0])
         assert found[: len(rows)] == expected
-
-
-def test_a_draft_after_others_is_what_comes_after_these():
-    row = np.random.default_rng(2).normal(size=50).astype(np.float32)
-    params = SamplingParams(temperature=0.0, presence_penalty=2.0)
-    sampler, plain = (Sampler(reference, params, limit=50, prompt_ids=np.empty(0, np.int64)) for _ in range(2))
-    expected = [plain.next(row.copy())[0] for _ in range(4)]
-    assert len(set(expected)) == 4
-    for n in range(4):
-        assert sampler.draft(row.copy(), expected[:n]) == expected[n]
-    assert sampler.next(row.copy())[0] == expected[0]
 
 
 def test_tokens_whose_probabilities_are_wanted_are_chosen_one_by_one():
@@ -243,6 +229,14 @@ def test_sequences_that_choose_alike_choose_together():
         b.took(6)
         assert choosing_together([(a, 1), (other, 1), (b, 1)]) is None
     assert choosing_together([(b, 1)]).take()[0].tolist() == [[6, 6, 6, -1]]  # nothing was lost
+
+
+def test_drafts_of_several_sequences_use_the_random_numbers_of_their_tokens():
+    samplers = [
+        Sampler(reference, SamplingParams(seed=seed), limit=40, prompt_ids=np.empty(0, np.int64)) for seed in (1, 2)
+    ]
+    choosing = drafting_together(samplers, 3)
+    assert choosing.draws.reshape(3, 2).T.tolist() == [sampler.draws(3).tolist() for sampler in samplers]
 
 
 def test_ids_without_a_token_are_never_sampled():

@@ -13,6 +13,7 @@ from deltaic.model.state import BLOCK_TOKENS
 from deltaic.ops import reference
 from deltaic.ops.layout import new_seen, row_bounds
 from safetensors.numpy import load_file
+from steps import further
 from tiny import picture
 
 TOLERANCE = 1e-4  # float32, largest difference over largest value
@@ -172,19 +173,26 @@ def test_sequences_share_a_step_and_drafts_do_not_last(model, expected, rng):
     hidden = rng.normal(size=(cuts[-1], 64)).astype(np.float32)
     ids = rng.integers(0, len(expected.embed), cuts[-1])
     m = mtp.extend(hidden, [ids[a:b].tolist() for a, b in pairwise(cuts)], states, [0, 0, 0])
-    more = rng.integers(0, len(expected.embed), 3)
-    for _ in range(2):  # drafts are overwritten by the same ones, as they would be by others
-        drafted, _ = mtp.draft(m[cuts[1:] - 1], more.tolist(), states, 0)
-        further, _ = mtp.draft(drafted, more.tolist(), states, 1)
-    h, x, more = mtp._final_norm(hidden), expected.embed[ids], expected.embed[more]
+    choosing = Choosing(choice_of(0.0, 0, 1.0, 0.0, 0.0, 0.0, 1.0, 200, (3, 7)), np.zeros(9, np.int64))
+    for depth in (3, 1, 3):  # drafts are overwritten by others
+        drafts, last = mtp.draft(m[cuts[1:] - 1], states, choosing, depth)
+    h, x = mtp._final_norm(hidden), expected.embed[ids]
     for b, n in enumerate(lengths):
-        rows = slice(cuts[b], cuts[b + 1])
-        whole = expected(
-            np.concatenate([h[rows], m[cuts[b + 1] - 1 : cuts[b + 1]], drafted[b : b + 1]]),
-            np.concatenate([x[rows], more[b : b + 1], more[b : b + 1]]),
-            np.repeat(np.arange(n + 2)[:, None], 3, axis=1),
-        )[0]
-        assert error(np.concatenate([m[rows], drafted[b : b + 1], further[b : b + 1]]), whole) < TOLERANCE
+        rows, guessed = slice(cuts[b], cuts[b + 1]), []
+        found = m[cuts[b + 1] - 1 : cuts[b + 1]]
+        for depth in range(3):
+            logits = mtp.logits(found[-1:])[0, :200]
+            logits[[3, 7]] = -np.inf
+            guessed.append(int(logits.argmax()))
+            whole = expected(
+                np.concatenate([h[rows], found]),
+                np.concatenate([x[rows], expected.embed[guessed]]),
+                np.repeat(np.arange(n + depth + 1)[:, None], 3, axis=1),
+            )[0]
+            found = np.concatenate([found, whole[-1:].astype(np.float32)])
+        assert drafts[b] == guessed
+        assert error(last[b : b + 1], found[2:3]) < TOLERANCE
+        assert error(m[rows], whole[:n]) < TOLERANCE
         assert (states[b].mtp_first, states[b].mtp_length) == (0, n)
 
 
@@ -229,7 +237,7 @@ def test_drafts_made_at_once_are_those_made_one_by_one(model, rng, temperature, 
         m, expected = mtp.extend(hidden, [ids], [other], [first])[-1:], []
         for ahead in range(depth):
             if ahead:
-                m, _ = mtp.draft(m, expected[-1:], [other], ahead - 1)
+                m = further(mtp, m, expected[-1], other, ahead - 1)
             expected.append(expected_token(mtp.logits(m)[0], draws[ahead], expected))
         assert drafts == expected
         assert [x is None for x in (found_hidden, found_logits, found_tokens)] == [

@@ -15,11 +15,12 @@ from .cache import FeatureCache
 from .costs import Costs
 from .prefill import PromptReader
 from .prefix import image_places
+from .sampling import drafting_together
 
 if TYPE_CHECKING:
     from ..chat.image import ImageInput
     from ..chat.prompt import Prompt
-    from ..model.choice import Choosing
+    from ..model.choice import Choice, Choosing
     from ..model.mtp import MtpModel
     from ..model.state import State
     from ..model.text import Mark, TextModel
@@ -303,28 +304,25 @@ class Runner:
                 w = wanted[0]
                 choosing = w.sampler.drafting(1 + w.depth)
                 return [self.mtp.draft_at_once(w.hidden, w.tokens, w.state, w.first, choosing, w.depth)[0]]
-            deepest = max((w.depth for w in wanted), default=0)
             m = self.mtp.extend(
                 wanted[0].hidden if len(wanted) == 1 else self.joined(w.hidden for w in wanted),
                 [w.tokens for w in wanted],
                 [w.state for w in wanted],
                 [w.first for w in wanted],
-                None if deepest else 0,
+                None if any(w.depth for w in wanted) else 0,
             )
+            ends = row_bounds(*(len(w.tokens) for w in wanted))[1:]
             drafts: list[list[int]] = [[] for _ in wanted]
-            rows = (row_bounds(*(len(w.tokens) for w in wanted))[1:] - 1).tolist()
-            active = list(range(len(wanted)))
-            for depth in range(deepest):
-                kept = [i for i, b in enumerate(active) if wanted[b].depth > depth]
-                active, m = [active[i] for i in kept], m[[rows[i] for i in kept]]
-                rows = list(range(len(active)))
-                if depth:
-                    last = [drafts[b][-1] for b in active]
-                    m, logits = self.mtp.draft(m, last, [wanted[b].state for b in active], depth - 1)
-                else:
-                    logits = self.mtp.logits(m)
-                for b, row in zip(active, logits, strict=True):
-                    drafts[b].append(wanted[b].sampler.draft(row, drafts[b]))
+            alike: dict[Choice, list[int]] = {}  # sequences that choose alike are drafted for together
+            for b, w in enumerate(wanted):
+                if w.depth:
+                    alike.setdefault(w.sampler.choice, []).append(b)
+            for group in alike.values():
+                depth = max(wanted[b].depth for b in group)
+                choosing = drafting_together([wanted[b].sampler for b in group], depth)
+                made, _ = self.mtp.draft(m[ends[group] - 1], [wanted[b].state for b in group], choosing, depth)
+                for b, ids in zip(group, made, strict=True):
+                    drafts[b] = ids[: wanted[b].depth]
             return drafts
 
     def joined(self, rows: Iterable[np.ndarray]) -> np.ndarray:

@@ -28,6 +28,13 @@ def choosing_together(rows: Iterable[tuple[Sampler, int]]) -> Choosing | None:
     return Choosing(known[0].choice, draws, [seen for choosing in known for seen in choosing.seen])
 
 
+def drafting_together(samplers: Sequence[Sampler], depth: int) -> Choosing:
+    """`Sampler.drafting` of several sequences that choose alike, so many drafts of each, the first of all first."""
+    found = [sampler.drafting(depth) for sampler in samplers]
+    draws = np.stack([choosing.draws for choosing in found], axis=1).ravel()
+    return Choosing(found[0].choice, draws, [seen for choosing in found for seen in choosing.seen])
+
+
 class Sampler:
     """Chooses the tokens of one sequence. Remembers what its text holds where penalties ask for that (constant time per
     token), and draws from a generator of its own, so that sequences do not disturb each other.
@@ -49,7 +56,7 @@ class Sampler:
         self._ops = ops
         self._limit = limit
         self._logprobs = logprobs
-        self._choice = choice_of(
+        self.choice = choice_of(
             p.temperature, p.top_k, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty,
             limit, tuple(unused),
         )  # fmt: skip
@@ -75,8 +82,13 @@ class Sampler:
         kept = None
         if self._logprobs is not None:  # choosing may change the logits
             kept = logits.copy() if isinstance(logits, np.ndarray) else logits.clone()
-            kept[self._choice.unused] = -np.inf
-        token = self._choose(logits, [])
+            kept[self.choice.unused] = -np.inf
+        choosing, chosen = self.drafting(1), np.empty(1, np.int64)
+        said, seen = choosing.take()
+        if seen:
+            self._ops.count_tokens(said, seen)
+        self.choice.choose(self._ops, logits[None], choosing.draws, chosen, seen, row_bounds(1), row_bounds(1)[:1])
+        token = int(chosen[0])
         self.took(token)
         if kept is None:
             return token, None
@@ -85,21 +97,15 @@ class Sampler:
         )
         return token, TokenLogprobs(token, float(logprob), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
-    def draft(self, logits: np.ndarray, drafts: Sequence[int]) -> int:
-        """What `next` would choose from `logits` (float32, of the first ids, which may be overwritten) after the tokens
-        `drafts`. The random number is the one that `next` will use, so that like distributions give like tokens;
-        nothing is counted and nothing is used up."""
-        return self._choose(logits, drafts)
-
     def choosing(self, rows: int) -> Choosing | None:
         """How the next `rows` tokens may be chosen by whoever computes their logits, instead of by `next`; `took` is
         then called for each that counts. None where the log-probabilities are wanted, too."""
         return None if self._logprobs is not None else self.drafting(rows)
 
     def drafting(self, rows: int) -> Choosing:
-        """How drafts of the next `rows` tokens may be chosen by whoever computes their logits, instead of by
-        `draft`."""
-        return Choosing(self._choice, self.draws(rows), self._seen)
+        """The same for drafts of the next `rows` tokens. The random numbers are those that these tokens will use, so
+        that like distributions give like tokens; nothing is used up."""
+        return Choosing(self.choice, self.draws(rows), self._seen)
 
     def took(self, token: int) -> None:
         """The next token has been chosen as `choosing` says. ArgumentError if its logits let none be chosen."""
@@ -118,14 +124,3 @@ class Sampler:
             self._draws = np.concatenate([self._draws[self._at :], more])
             self._at, end = 0, count
         return self._draws[self._at : end]
-
-    def _choose(self, logits: np.ndarray, drafts: Sequence[int]) -> int:
-        """What is chosen now, after `drafts`; -1 if the logits let none be chosen."""
-        rows, ops = 1 + len(drafts), self._ops
-        choosing, token = self.drafting(rows), np.empty(1, np.int64)
-        said, seen = choosing.take()
-        if seen:
-            ops.count_tokens(said, seen)
-        fed = np.array([-1, *drafts], np.int64)
-        self._choice.choose(ops, logits[None], choosing.draws[-1:], token, seen, row_bounds(rows), fed)
-        return int(token[0])

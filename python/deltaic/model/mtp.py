@@ -80,28 +80,41 @@ class MtpModel:
             state.mtp_length += n
         return m
 
-    def draft(self, m: Array, tokens: Sequence[int], states: Sequence[State], ahead: int) -> tuple[Array, Array]:
-        """One draft further for each of B sequences: the entries of drafts, which do not last.
+    def draft(self, m: Array, states: Sequence[State], choosing: Choosing, depth: int) -> tuple[list[list[int]], Array]:
+        """`depth` drafts for each of B sequences, in one replay where the op set can; their entries do not last.
 
-        m [B, H]: what the last entry of each became; tokens: what was drafted from it; ahead: how many entries of
-        drafts lie before.
-        Returns m [B, H] of these entries, and their `logits`.
+        m [B, H]: what the last entry of each became. choosing: for depth * B rows, those of the first drafts first.
+        What a draft means to the penalties of those after it does not count here.
+        Returns the drafts of each, and m of the last entries. Raises StateError if memory runs out.
         """
-        spans = []
-        for state in states:
-            token = state.mtp_first + state.mtp_length
-            state.reserve_mtp(token, ahead + 1)
-            spans.append((token + ahead + state.rope_delta, 1))
-        ids, bounds = np.array(tokens, np.int64), row_bounds(*(1,) * len(states))
-        starts = np.array([state.mtp_length + ahead for state in states], np.int64)
-        inputs = [m, ids, *self.text.rope.text(spans), bounds, starts, [s.mtp for s in states]]
+        text, B = self.text, len(states)
+        firsts = [state.mtp_first + state.mtp_length for state in states]
+        for state, first in zip(states, firsts, strict=True):
+            state.reserve_mtp(first, depth - 1)
+        passes = range(depth - 1)
+        spans = [(first + i + s.rope_delta, 1) for i in passes for s, first in zip(states, firsts, strict=True)]
+        cos, sin = text.rope.text(spans or [(0, 0)])
+        choice, (said, seen) = choosing.choice, choosing.take()
+        last, bounds = depth * B, row_bounds(*(1,) * B)
+        # room for the drafts; where each pass starts
+        numbers = np.array([*(0,) * last, *(s.mtp_length + i for i in passes for s in states)], np.int64)
 
-        def run(m: Array, ids: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, tables: list[Any]) -> Arrays:
-            further = self._layer(m, self.text.embed(ids), Batch([], [], tables, bounds, starts, cos, sin))
-            return further, self.logits(further)
+        def run(
+            m: Array, numbers: Ints, cos: Array, sin: Array, draws: Ints, said: Ints, seen: list[Any], mtp: list[Any]
+        ) -> Arrays:
+            if seen:
+                text.ops.count_tokens(said, seen)
+            for i in range(depth):
+                row, before = slice(i * B, i * B + B), slice(i * B - B, i * B)
+                if i:
+                    batch = Batch([], [], mtp, bounds, numbers[last:][before], cos[before], sin[before])
+                    m = self._layer(m, text.embed(numbers[before]), batch)
+                choice.choose(text.ops, self.logits(m), draws[row], numbers[row], seen, bounds, bounds[:B])
+            return numbers[:last], m
 
-        further, logits = self.replay(("draft", len(ids)), len(ids), inputs, run)
-        return further, logits
+        inputs = [m, numbers, cos, sin, choosing.draws, said, seen, [state.mtp for state in states]]
+        ids, m = self.replay(("draft", B, depth, choice, said.shape), B, inputs, run)
+        return ids.reshape(depth, B).T.tolist(), m
 
     def draft_at_once(
         self,
@@ -116,8 +129,8 @@ class MtpModel:
         *,
         chooses: bool = False,
     ) -> tuple[list[int], Array | None, Array | None, list[int] | None]:
-        """`extend` for one sequence, and `depth` drafts: what `extend`, `logits`, the choice, `draft`, `logits`, ...
-        give one by one, in one replay where the op set can. choosing: for 1 + depth rows, which is how many a step has.
+        """`extend` for one sequence, and then `draft`, in one replay where the op set can; here a draft counts for the
+        penalties of those after it. choosing: for 1 + depth rows, which is how many a step has.
 
         trace [L_delta, 1 + depth, config.delta_trace_width]: where given, `TextModel.step` follows in the same replay,
         with this trace and with the last of `tokens`, which comes next, and the drafts. owed: then also what
