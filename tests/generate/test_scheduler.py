@@ -585,12 +585,12 @@ def test_the_errors_of_a_batch_come_after_the_others(model, monkeypatch):
 
 
 @pytest.mark.parametrize("speculate", ["off", "lookup"])
-def test_tokens_of_sequences_that_choose_alike_come_from_the_step(model, monkeypatch, speculate):
-    """Nobody computes logits for them while no prompt is read; with other options beside them, everybody's are."""
-    prompts, options = (
-        [[i, 5, 6, 5, 6] for i in range(3)],
-        {"max_new_tokens": 12, "temperature": 1.0, "presence_penalty": 0.0},
-    )
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_tokens_of_sequences_that_choose_alike_come_from_the_step(model, monkeypatch, speculate, penalty):
+    """Nobody computes logits for them while no prompt is read; while one is, all tokens are chosen at once; with other
+    options beside them, each chooses for itself."""
+    prompts = [[i, 5, 6, 5, 6] for i in range(3)]
+    options = {"max_new_tokens": 16, "temperature": 1.0, "presence_penalty": penalty}
     alone = [model.generate(ids, seed=i, **options).token_ids for i, ids in enumerate(prompts)]
     calls, logits = [], model._runner.logits
     monkeypatch.setattr(model._runner, "logits", lambda hidden: calls.append(len(hidden)) or logits(hidden))
@@ -603,10 +603,21 @@ def test_tokens_of_sequences_that_choose_alike_come_from_the_step(model, monkeyp
     scheduler.step()
     scheduler.step()
     assert not calls
+    like = scheduler.submit([8, 9], seed=7, speculate="off", **{**options, "max_new_tokens": 2})
+    choose, choices = model._runner.choose, []
+    monkeypatch.setattr(model._runner, "choose", lambda rows, *given: choices.append(len(rows)) or choose(rows, *given))
+    scheduler.step()  # its prompt is read
+    scheduler.step()
+    assert choices == calls
+    assert len(choices) == 1
+    assert choices[0] >= 4
+    calls.clear()
     other = scheduler.submit([9], max_new_tokens=4, speculate="off", **GREEDY)
     scheduler.step()  # its prompt is read
     scheduler.step()
     assert [n >= 4 for n in calls] == [True, True]
+    assert len(choices) == 1
+    assert like.finish().token_ids == model.generate([8, 9], seed=7, **{**options, "max_new_tokens": 2}).token_ids
     assert other.finish().token_ids == model.generate([9], max_new_tokens=4, **GREEDY).token_ids
     assert [request.finish().token_ids for request in mine] == alone
     model._runner.fixed_depth = None

@@ -121,15 +121,19 @@ class RunningBatch:
         ready = [sequence for sequence in (*decoded.sequences, *read) if not sequence.ended]
         if not ready:
             return
-        began, chosen = perf_counter(), decoded.chosen
+        began, chosen, sequences = perf_counter(), decoded.chosen, decoded.sequences
         logits = None
         if chosen is None:
+            sequences = ready
             logits = self._runner.logits(self._runner.joined(sequence.hidden for sequence in ready))
-            if any(sequence.job.speculator is not None for sequence in ready):
+            choosing = choosing_together((sequence.job.sampler, 1 + len(sequence.drafts)) for sequence in ready)
+            if choosing is not None:
+                chosen = self._runner.choose(logits, choosing, [[-1, *sequence.drafts] for sequence in ready])
+            elif any(sequence.job.speculator is not None for sequence in ready):
                 self._runner.wait()
         seconds = perf_counter() - began
         row = 0
-        for sequence in ready if chosen is None else decoded.sequences:
+        for sequence in sequences:
             end = row + len(sequence.drafts) + 1
             if not sequence.cancelled and not sequence.ended:
                 with self.blaming([sequence]):

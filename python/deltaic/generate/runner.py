@@ -205,6 +205,12 @@ class Runner:
             self._set_threads()
             return self.text.logits(hidden)
 
+    def choose(self, logits: np.ndarray, choosing: Choosing, fed: Sequence[Sequence[int]]) -> list[int]:
+        """The token after each row of logits: see `Choosing.choose`."""
+        with self._lock:
+            self._set_threads()
+            return choosing.choose(self.ops, logits, fed)
+
     @property
     def recordings(self) -> int:
         """How many tapes have been made: the time of a step that made one tells nothing of the next."""

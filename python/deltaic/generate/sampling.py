@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import unusable_logits
 from ..model.choice import Choosing, Seen, choice_of
-from ..ops.layout import new_seen, row_bounds
+from ..ops.layout import new_seen
 from .options import SamplingParams
 from .result import TokenLogprobs
 
@@ -83,12 +83,7 @@ class Sampler:
         if self._logprobs is not None:  # choosing may change the logits
             kept = logits.copy() if isinstance(logits, np.ndarray) else logits.clone()
             kept[self.choice.unused] = -np.inf
-        choosing, chosen = self.drafting(1), np.empty(1, np.int64)
-        said, seen = choosing.take()
-        if seen:
-            self._ops.count_tokens(said, seen)
-        self.choice.choose(self._ops, logits[None], choosing.draws, chosen, seen, row_bounds(1), row_bounds(1)[:1])
-        token = int(chosen[0])
+        (token,) = self.drafting(1).choose(self._ops, logits[None], [[-1]])
         self.took(token)
         if kept is None:
             return token, None

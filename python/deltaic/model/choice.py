@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..ops.layout import row_bounds
+
 Ints = npt.NDArray[np.int64]
 _NOTHING = np.empty((0, 0), np.int64)
 
@@ -92,3 +94,13 @@ class Choosing:
             row[: len(seen.said)] = seen.said
             seen.said = []
         return said, [seen.array for seen in self.seen]
+
+    def choose(self, ops: Any, logits: Any, fed: Sequence[Sequence[int]]) -> list[int]:
+        """The tokens after rows whose logits [T, n] are there, -1 for those of no use. fed: per sequence the ids that
+        its rows belong to, of which the first is not a draft and does not matter."""
+        said, seen = self.take()
+        if seen:
+            ops.count_tokens(said, seen)
+        ids, tokens = np.array([token for rows in fed for token in rows], np.int64), np.empty(len(logits), np.int64)
+        self.choice.choose(ops, logits, self.draws, tokens, seen, row_bounds(*map(len, fed)), ids)
+        return tokens.tolist()
