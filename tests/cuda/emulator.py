@@ -295,6 +295,7 @@ class EmulatedDevice:
         self.module, self.memory, self.used = _Recording(self, module), memory, 0
         self.capturing: list[tuple[Any, tuple[Any, ...]]] | None = None
         self._pool: _Pool | None = None  # of the graph that is being captured
+        self._sent: list[tuple[torch.Tensor, torch.Tensor]] = []  # what may still be read, and what it was
         self.uploads = self.downloads = self.launches = self.replays = 0  # counted
 
     def capture(self, run, pool):
@@ -320,8 +321,10 @@ class EmulatedDevice:
 
     def send(self, target, host) -> None:
         self.fill(target, host)
+        self._sent.append((host, host.clone()))
 
     def receive(self, host, source) -> None:
+        self.wait()
         host.copy_(source)
         self.downloads += 1
 
@@ -329,7 +332,10 @@ class EmulatedDevice:
         return self.memory - self.used
 
     def wait(self) -> None:
-        pass
+        for host, sent in self._sent:
+            if not torch.equal(host, sent):
+                raise AssertionError("the host's memory has changed before the device had read it")
+        self._sent.clear()
 
     def empty(self, shape, dtype) -> torch.Tensor:
         count = int(np.prod(tuple(shape), dtype=np.int64))

@@ -220,3 +220,21 @@ def test_the_emulator_captures_launches_and_nothing_else(emulated):
             device.capture(lambda: cuda.rms_norm(x, w, 0.0), None)
     finally:
         cuda.use_device(None)
+
+
+def test_the_emulator_sees_what_changes_before_it_is_read(emulated):
+    """A GPU reads the host's memory at any time until it has been waited for."""
+    import emulator
+
+    device = emulator.EmulatedDevice(emulated)
+    host, target = device.host_bytes(8).fill_(1), device.empty([8], real_torch.uint8)
+    device.send(target, host)
+    device.wait()
+    host.fill_(2)
+    device.send(target[:4], host[:4])
+    host[4:] = 3
+    device.receive(host, target)
+    device.send(target, host)
+    host[7] = 4
+    with pytest.raises(AssertionError, match="changed before the device had read it"):
+        device.wait()

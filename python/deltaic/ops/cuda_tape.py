@@ -68,8 +68,8 @@ class Tape:
         self._send()
         with keeping(self._constants):
             outputs = self._fetch_and(run)
-            self._find(outputs)
             self._settle()
+            self._find(outputs)
             results = self._targets()
             self._send(slice(self._jobs.nbytes))  # the rest holds tokens by now
             self._deliver()
@@ -82,6 +82,7 @@ class Tape:
 
             pool = next((tape._graph.pool() for tape in _made if tape._device is self._device), None)
             self._graph, outputs = self._device.capture(whole, pool)
+        self._settle()
         self._find(outputs)  # which are not kept: other graphs may have their memory in between
         _made.add(self)
         return found
