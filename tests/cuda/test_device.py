@@ -162,6 +162,33 @@ def test_another_stream_waits_for_the_last_one(fake):
     assert books.waits == [(other.cuda_stream, 0), (0, other.cuda_stream)]
 
 
+def test_what_torch_is_given_waits_too(fake, monkeypatch):
+    """Not only kernels: whatever makes, reads or waits for a tensor knows of the stream that was used before."""
+    books, device = fake
+    monkeypatch.setattr(device, "empty", lambda shape, dtype: real_torch.empty(tuple(shape), dtype=dtype))
+    device.torch_device = "cpu"
+    x = real_torch.ones(2, 8)
+    weight = SimpleNamespace(parts=[SimpleNamespace(q=x, columns=8, rows=2)])
+    calls = {
+        "zeros": lambda: cuda.zeros([2], np.float32),
+        "copy": lambda: cuda.copy(x),
+        "to_numpy": lambda: cuda.to_numpy(x),
+        "to_host": lambda: cuda.to_host(x),
+        "concatenate": lambda: cuda.concatenate([x, x]),
+        "product": lambda: cuda._product(x, weight),
+        "log_softmax_top": lambda: cuda.log_softmax_top(x[0], limit=8, k=2, token=1),
+        "wait": cuda.wait,
+    }
+    cuda.use_device(device)
+    try:
+        for name, call in calls.items():
+            before, books.current = books.current, books.Stream(None)
+            call()
+            assert books.waits[-1:] == [(books.current.cuda_stream, before.cuda_stream)], name
+    finally:
+        cuda.use_device(None)
+
+
 def test_a_capture_has_its_own_stream_and_leaves_the_current_one(fake):
     books, device = fake
     calls = []

@@ -233,6 +233,7 @@ def _product(h: Tensor, w: Weight) -> Tensor:
     import torch
 
     dev = device()
+    dev.stream()
     y = new([h.shape[0], sum(part.rows for part in w.parts)], h.dtype)
     first = 0
     for i, part in enumerate(w.parts):
@@ -572,4 +573,5 @@ def concatenate(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
 
     shape = list(parts[0].shape)
     shape[axis] = sum(part.shape[axis] for part in parts)
+    device().stream()
     return torch.cat(list(parts), dim=axis, out=new(shape, parts[0].dtype))

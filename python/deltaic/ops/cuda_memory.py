@@ -30,7 +30,7 @@ class Device(Protocol):
     module: Any
     torch_device: Any
 
-    def stream(self) -> int: ...
+    def stream(self) -> int: ...  # that work goes to; called before torch or a kernel is given any
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
     def fill(self, target: Tensor, host: Tensor) -> None: ...  # host may change as soon as it returns
     def host_bytes(self, n: int) -> Tensor: ...  # of the host, that `send` and `receive` are fast with
@@ -64,13 +64,16 @@ class _Cuda:
         self._capture_stream: Any = None
 
     def stream(self) -> int:
+        return int(self._current().cuda_stream)
+
+    def _current(self) -> Any:
         import torch
 
         stream = torch.cuda.current_stream(self.torch_device)
         if stream != self._stream and not torch.cuda.is_current_stream_capturing():
             stream.wait_stream(self._stream)
             self._stream = stream
-        return int(stream.cuda_stream)
+        return stream
 
     def capture(self, run: Callable[[], Result], pool: Any) -> tuple[Graph, Result]:
         import torch
@@ -108,15 +111,16 @@ class _Cuda:
     def host_bytes(self, n: int) -> Tensor:
         import torch
 
-        return torch.empty(n, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(n, dtype=torch.uint8, device="cpu", pin_memory=True)  # whatever torch's default device is
 
     def send(self, target: Tensor, host: Tensor) -> None:
         self.stream()
         target.copy_(host, non_blocking=True)
 
     def receive(self, host: Tensor, source: Tensor) -> None:
+        stream = self._current()
         host.copy_(source, non_blocking=True)
-        self.wait()
+        stream.synchronize()
 
     def free_bytes(self) -> int:
         import torch
@@ -126,9 +130,7 @@ class _Cuda:
         return int(free + reserved)
 
     def wait(self) -> None:
-        import torch
-
-        torch.cuda.current_stream(self.torch_device).synchronize()
+        self._current().synchronize()
 
 
 _device: Device | None = None
@@ -178,11 +180,13 @@ def zeros(shape: Sequence[int], dtype: Any) -> Tensor:
     """A zeroed tensor on the device; dtype np.float32, or np.uint16 for bfloat16. MemoryError if the card is full."""
     import torch
 
+    device().stream()
     return new(shape, torch.float32 if np.dtype(dtype) == np.float32 else torch.bfloat16).zero_()
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
     """A float32 copy in the host's memory; waits for the device."""
+    device().stream()
     return x.float().cpu().numpy()
 
 
@@ -190,6 +194,7 @@ def to_host(x: Tensor) -> np.ndarray:
     """A copy of an array of a state in the host's memory: bfloat16 as uint16 bits, other types as they are."""
     import torch
 
+    device().stream()
     host = x.to("cpu", copy=True)
     bits: np.ndarray = host.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else host.numpy()
     return bits
@@ -218,6 +223,7 @@ def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous copy on the device, in another dtype where that is given."""
+    device().stream()
     return new(x.shape, dtype or x.dtype).copy_(x)
 
 

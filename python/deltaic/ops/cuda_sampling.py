@@ -93,6 +93,7 @@ def log_softmax_top(logits: Tensor, *, limit: int, k: int, token: int) -> tuple[
         raise ArgumentError(
             f"log_softmax_top: limit is {limit}, token {token}; expected 1..{logits.shape[0]}, 0..{limit - 1}"
         )
+    device().stream()
     x = torch.log_softmax(logits[:limit].double(), 0)
     if torch.isnan(x).any():
         raise unusable_logits("log_softmax_top")
