@@ -41,6 +41,14 @@ void set_device(int index) {
     const cudaError_t error = cudaSetDevice(index);
     if (error != cudaSuccess) throw_cuda_error("cudaSetDevice", error);
 }
+
+// The compute capability that the code which the current card runs was written for, such as 90; 0 if there is none.
+int code_version() {
+    cudaFuncAttributes attributes;
+    const bool found = cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess;
+    cudaGetLastError();
+    return found ? attributes.ptxVersion : 0;
+}
 }  // namespace
 
 void use_device(int index) {
@@ -50,7 +58,8 @@ void use_device(int index) {
     if (error != cudaSuccess) throw_cuda_error("cudaDeviceGetAttribute", error);
     use_tensor_cores(major >= 8);
     const char* overlap = std::getenv("DELTAIC_PDL");  // not the default before it has been measured on a card
-    overlap_kernels = major >= 9 && overlap && std::string(overlap) == "1";
+    const DeviceGuard guard;
+    overlap_kernels = overlap && std::string(overlap) == "1" && code_version() >= 90;  // older code waits for nothing
 }
 
 DeviceGuard::DeviceGuard() {
@@ -65,12 +74,7 @@ DeviceGuard::~DeviceGuard() {
     if (before_ >= 0) cudaSetDevice(before_);
 }
 
-bool has_kernels() {
-    cudaFuncAttributes attributes;
-    const bool found = cudaFuncGetAttributes(&attributes, probe_kernel) == cudaSuccess;
-    cudaGetLastError();
-    return found;
-}
+bool has_kernels() { return code_version() > 0; }
 
 }  // namespace cuda
 }  // namespace deltaic
