@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
 DRAFTS = 3  # of a round
 STEPS = ("build", "tests", "operators", "models", "overlap", "sanitizer")
@@ -142,22 +142,29 @@ def build(report: Report) -> bool:
 
     major, minor = torch.cuda.get_device_capability()
     folder = "build/gpu"
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    beside = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])  # as pip puts it there
+    cmake = shutil.which("cmake", path=beside) or "cmake"
+    ninja = shutil.which("ninja", path=beside)
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     configure = [
-        "cmake", "-S", ".", "-B", folder, *generator, "-DDELTAIC_CUDA=ON", f"-DDELTAIC_CUDA_ARCHS={major}{minor}",
+        cmake, "-S", ".", "-B", folder, *generator, "-DDELTAIC_CUDA=ON", f"-DDELTAIC_CUDA_ARCHS={major}{minor}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python' / 'deltaic'}",
     ]  # fmt: skip
     return report.command("configure", configure, 120) and report.command(
-        "build", ["cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1)], 400
+        "build", [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)], 400
     )
 
 
+def search_path() -> str:
+    """For Python: this tree, and then what it was told to search, as that may hold what the tests import."""
+    return os.pathsep.join([str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def run_tests(report: Report, **environment: str) -> bool:
-    path = str(ROOT / "python")
     command = [sys.executable, "-m", "pytest", "-q", "tests/cuda", "-k", ON_CARD, "-p", "no:cacheprovider"]
     title = " ".join(["kernel and model tests on the card", *(f"{k}={v}" for k, v in environment.items())])
-    return report.command(title, command, 150, PYTHONPATH=path, **environment)
+    return report.command(title, command, 150, PYTHONPATH=search_path(), **environment)
 
 
 def run_overlapped(report: Report) -> bool:
@@ -179,7 +186,7 @@ def run_sanitizer(report: Report) -> None:
     checks = ("memcheck", "racecheck", "initcheck", "synccheck")
     for i, check in enumerate(checks):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, *tests]
-        environment = {"PYTHONPATH": str(ROOT / "python"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        environment = {"PYTHONPATH": search_path(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         report.command(f"compute-sanitizer {check}", command, report.left / (len(checks) - i), **environment)
 
 
@@ -602,7 +609,10 @@ def main() -> int:
     if "build" in wanted:
         report.step("build", partial(build, report))
     importlib.invalidate_caches()
-    if not args.rehearse and importlib.util.find_spec("deltaic._cuda") is None:
+    extension = importlib.util.find_spec("deltaic._cuda")
+    if extension is not None:
+        report.add(f"- extension: {extension.origin}")  # an installed package may come before this tree
+    elif not args.rehearse:
         report.add("- the rest: FAILED, as there are no kernels to run")
         wanted = []
     if "tests" in wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def test_the_steps_on_a_card_are_these_commands(gpu, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/tools/{name}")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("PYTHONPATH", "/wheels")
     report = gpu.Report(60)
     gpu.build(report)
     gpu.run_tests(report)
@@ -60,7 +62,8 @@ def test_the_steps_on_a_card_are_these_commands(gpu, tmp_path, monkeypatch):
     gpu.run_sanitizer(report)
     configure, tests, again, model, *sanitizer = said
     assert "-DDELTAIC_CUDA_ARCHS=90" in configure[0]
-    assert tests[1]["PYTHONPATH"] == str(gpu.ROOT / "python")
+    assert {env["PYTHONPATH"] for _, env in (tests, *sanitizer)} == {f"{gpu.ROOT / 'python'}{os.pathsep}/wheels"}
+    assert configure[0][0] == "/tools/cmake"
     assert [command[2] for command, _ in sanitizer] == ["memcheck", "racecheck", "initcheck", "synccheck"]
     assert again == (tests[0], tests[1] | {"DELTAIC_PDL": "1"})
     assert set(gpu.STEPS) - set(model[0]) == {"models"}
