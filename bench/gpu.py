@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "cuda")]
 DRAFTS = 3  # of a round
 STEPS = ("build", "tests", "operators", "models", "overlap", "sanitizer")
+EXTENSION = "- extension:"  # what comes before it in a report says where it was made
 ON_CARD = "[gpu or -gpu"  # of the tests that run in several places, those on the card
 # Of the kernels alone: what captures graphs needs the caching allocator, which would hide errors from the sanitizer.
 KERNEL_TESTS = [f"tests/cuda/test_{name}.py" for name in ("dense", "mixers", "verify", "experts_vision_sampling")]
@@ -167,12 +168,26 @@ def run_tests(report: Report, **environment: str) -> bool:
     return report.command(title, command, 150, PYTHONPATH=search_path(), **environment)
 
 
+def run_measured(report: Report, step: str, sizes: Sequence[str], limit: float, **environment: str) -> bool:
+    """A step of measuring in a process of its own, as a kernel that faults or hangs takes the rest of its process with
+    it. What it has written by then goes into the report."""
+    file = ROOT / "build" / f"gpu-{step}.md"
+    file.unlink(missing_ok=True)
+    seconds = min(limit, report.left) - 5  # it says itself what it has left out
+    command = [sys.executable, "bench/gpu.py", "--report", str(file), "--seconds", f"{seconds:.0f}", "--sizes", *sizes]
+    skipped = [other for other in STEPS if other != step]
+    title = " ".join([step, *(f"{k}={v}" for k, v in environment.items())])
+    done = report.command(title, [*command, "--skip", *skipped], limit, **environment)
+    lines = file.read_text().splitlines() if file.exists() else []
+    begin = next((i + 1 for i, line in enumerate(lines) if line.startswith(EXTENSION)), 0)
+    for line in lines[begin:]:
+        report.add(line)
+    return done
+
+
 def run_overlapped(report: Report) -> bool:
-    file = ROOT / "build" / "gpu-overlap.md"
-    skipped = [step for step in STEPS if step != "models"]
-    command = [sys.executable, "bench/gpu.py", "--report", str(file), "--sizes", "0.8B", "--seconds", "90", "--skip"]
     passed = run_tests(report, DELTAIC_PDL="1")
-    return report.command("0.8B, DELTAIC_PDL=1", [*command, *skipped], 100, lines=8, DELTAIC_PDL="1") and passed
+    return run_measured(report, "models", ["0.8B"], 100, DELTAIC_PDL="1") and passed
 
 
 def run_sanitizer(report: Report) -> None:
@@ -611,18 +626,23 @@ def main() -> int:
     importlib.invalidate_caches()
     extension = importlib.util.find_spec("deltaic._cuda")
     if extension is not None:
-        report.add(f"- extension: {extension.origin}")  # an installed package may come before this tree
+        report.add(f"{EXTENSION} {extension.origin}")  # an installed package may come before this tree
     elif not args.rehearse:
         report.add("- the rest: FAILED, as there are no kernels to run")
         wanted = []
     if "tests" in wanted:
         report.step("tests", partial(run_tests, report))
+    alone = args.rehearse or len(wanted) == 1
     meter = Meter(args.rehearse)
     formats = ("bf16", "int4") if args.rehearse else ("bf16", "int8", "int4")
-    if "operators" in wanted:
+    if "operators" in wanted and not alone:
+        report.step("operators", partial(run_measured, report, "operators", args.sizes, 150))
+    elif "operators" in wanted:
         size = TINY if args.rehearse else SIZES["4B"]
         report.step("operators", lambda: measure_operators(report, meter, op_set(), size, formats))
-    if "models" in wanted:
+    if "models" in wanted and not alone:
+        report.step("models", partial(run_measured, report, "models", args.sizes, 250))
+    elif "models" in wanted:
         sizes = {"tiny": TINY} if args.rehearse else {name: SIZES[name] for name in args.sizes}
         report.step("models", lambda: measure_models(report, meter, op_set(), sizes, formats))
     if "overlap" in wanted and torch.cuda.get_device_capability() >= (9, 0):

@@ -76,6 +76,28 @@ def test_the_steps_on_a_card_are_these_commands(gpu, tmp_path, monkeypatch):
     assert not any(captured & set(command) for command, _ in sanitizer)
 
 
+def test_what_a_process_has_measured_is_in_the_report(gpu, tmp_path, monkeypatch):
+    """Whether it came through or a kernel ended it, without what the report says itself; of an older one, nothing."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    written = ["# deltaic on Some Card", "", f"{gpu.EXTENSION} here", "", "| operator | µs |", "| linear | 7 |"]
+
+    def command(self, title, command, limit, **environment):
+        file = Path(command[command.index("--report") + 1])
+        assert not file.exists()
+        assert float(command[command.index("--seconds") + 1]) < limit
+        if title == "operators":
+            gpu.Report(60, file).add("\n".join(written))
+        return False
+
+    monkeypatch.setattr(gpu.Report, "command", command)
+    report = gpu.Report(60)
+    assert not gpu.run_measured(report, "operators", ["0.8B"], 50)
+    assert report.lines == written[3:]
+    (tmp_path / "build" / "gpu-models.md").write_text("of yesterday")
+    assert not gpu.run_measured(report, "models", ["0.8B"], 50)
+    assert report.lines == written[3:]
+
+
 def test_the_measuring_steps_run_on_the_emulator(gpu, tmp_path, emulated, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--report", str(tmp_path / "report.md")])
     assert gpu.main() == 0
