@@ -327,6 +327,19 @@ def test_drafts_of_several_sequences_are_one_replay(model_device, depth):
                 assert [draft] == chosen_rows(one, array(runner.mtp.logits(m)), [seen], [0])
 
 
+def test_a_prompt_is_sent_once_for_all_layers(model_device, load):
+    """Numbers and addresses that its layers share: an upload costs as much of the host's time as an operator."""
+    model = load(dtype="bf16")
+    state, rows = model.new_state(), 2 * cuda.FEW
+    for start in (0, rows):
+        x, bounds = model._runner.text.embed(np.arange(rows) + start), np.array([0, rows])
+        places = np.repeat(np.arange(start, start + rows)[:, None], 3, axis=1)
+        with counted(model_device) as facts:
+            model._runner.text.forward(x, places, [state], bounds, prefill=True)
+        if model_device.module.emulated:  # lengths, starts, angles (2), arrays (2), blocks
+            assert facts["uploads"] <= 7
+
+
 def test_sequences_of_unlike_lengths_share_a_graph(model_device, load):
     model = load(dtype="bf16")
     runner = model._runner

@@ -281,13 +281,13 @@ def gated_delta_net(
     ):  # fmt: skip
         check(op, name, value, shape, ["float32"])
     T, B, longest = _lengths(op, cu_seqlens, proj.shape[0])
-    conv = pointers(op, "conv_states", conv_states, [3, C])
-    state = pointers(op, "states", states, [Hv, Dk, Dv])
+    conv = pointers(op, "conv_states", conv_states, [3, C], shared=True)
+    state = pointers(op, "states", states, [Hv, Dk, Dv], shared=True)
     dev = device()
     c, o = new([T, C], torch.float32), new([T, Hv * Dv], torch.float32)
     chunks, traced = None, None
     if trace is not None:
-        traced = pointers(op, "trace", [trace], [T, C + Hk * Dk + Hv * Dv + Hv])
+        traced = pointers(op, "trace", [trace], [T, C + Hk * Dk + Hv * Dv + Hv], shared=True)
         if longest > MAX_TRACED:
             raise ArgumentError(f"{op}: with a trace, a sequence may have at most {MAX_TRACED} rows")
     elif longest > DELTA_FEW:

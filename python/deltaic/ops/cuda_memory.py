@@ -246,7 +246,7 @@ def upload(array: np.ndarray) -> Tensor:
 
 
 _vectors: dict[int, tuple[weakref.ref[np.ndarray], Tensor]] = {}
-_recent: list[tuple[int, np.ndarray, Tensor]] = []  # the stream that fills it, the numbers, where they are
+_recent: list[tuple[int, np.ndarray, Tensor]] = []  # latest first: the stream that fills it, numbers, where they are
 _constants: Constants | None = None  # of the graph that is being made
 
 Constants = dict[tuple[str, tuple[int, ...], bytes], Tensor]  # numbers of the host by dtype, shape and contents
@@ -278,8 +278,10 @@ def small(value: Any, dtype: Any = np.int64) -> Tensor:
             _constants[key] = upload(value)
         return _constants[key]
     stream = device().stream()
-    for filled_by, known, tensor in _recent:
+    for i, entry in enumerate(_recent):
+        filled_by, known, tensor = entry
         if (filled_by, known.dtype, known.shape) == (stream, value.dtype, value.shape) and np.array_equal(known, value):
+            _recent[: i + 1] = [entry, *_recent[:i]]
             return tensor
     tensor = upload(value)
     _recent.insert(0, (stream, value.copy(), tensor))

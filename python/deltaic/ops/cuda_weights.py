@@ -208,8 +208,12 @@ class Pointers:
         return Pointers(self.addresses, self.shape[1:], self.offset + i * math.prod(self.shape[1:]))
 
 
-def pointers(op: str, name: str, states: Any, shape: Sequence[int | None], dtype: str = "float32") -> Pointers:
-    """Where the tensors of a list are, or what stands for them in a list of one; each has this shape (None: any)."""
+def pointers(
+    op: str, name: str, states: Any, shape: Sequence[int | None], dtype: str = "float32", *, shared: bool = False
+) -> Pointers:
+    """Where the tensors of a list are, or what stands for them in a list of one; each has this shape (None: any).
+
+    shared: the offset need not be 0, so that the layers of the same arrays share one upload."""
     if len(states) == 1 and isinstance(states[0], Pointers):
         (found,) = states
         if len(found.shape) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=False)):
@@ -218,7 +222,10 @@ def pointers(op: str, name: str, states: Any, shape: Sequence[int | None], dtype
     for state in states:
         check(op, name, state, shape, [dtype])
     addresses = np.array([address(state) for state in states], np.int64)
-    return Pointers(small(addresses), tuple(states[0].shape) if states else ())
+    if not states:
+        return Pointers(small(addresses), ())
+    offset = states[0].storage_offset() if shared else 0
+    return Pointers(small(addresses - offset * states[0].element_size()), tuple(states[0].shape), offset)
 
 
 @dataclasses.dataclass(slots=True)
