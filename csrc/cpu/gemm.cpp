@@ -24,8 +24,6 @@ DELTAIC_INLINE void store_sums(const f32x16 (&acc)[NB][NT], float* sums) {
 
 // --- words of int8 or of bfloat16 pairs
 
-constexpr int kPanelBlocks = kParts == 1 ? kGroupBlocks : 1;  // blocks of it: 24 of 32 registers are sums
-
 // Bytes that a stream of weights is asked for ahead of its use; 0: not at all. A block whose lines are loaded in order
 // is fetched by the processor's own prefetching, at the speed of memory; where much is computed per line, the distance
 // must cover the time of an access to memory (measured: bench/results/dense-zen4-2vcpu.md).
@@ -101,69 +99,86 @@ DELTAIC_INLINE void with_tokens(int64_t T, const F& f) {
     }
 }
 
-// One run of NB blocks with NT tokens. A function of its own, for all registers. `lines` is the run as it lies in
-// memory
-// (`stored`) or its form.
-template <int NB, int NT>
-__attribute__((noinline)) void run_tile(Format format, const uint8_t* lines, const uint8_t* stored,
-                                        const uint8_t* scales, const uint8_t* halves, int64_t line_stride,
-                                        int64_t stride, int64_t run, const Activations& a, float* sums) {
-    if (kBf16Dot && format == Format::bf16) {
-        f32x16 acc[NB][NT];
+// Some runs of a few blocks as register tiles take them: the lines as they lie in memory or their form, block after
+// block `line_stride` bytes apart and run after run `run_bytes`; and how they lie in memory, blocks `stride` bytes
+// apart.
+struct Runs {
+    const uint8_t* lines;
+    int64_t line_stride, run_bytes;
+    const uint8_t *stored, *scales, *halves;
+    int64_t stride;
+    int64_t first, count;
+};
+
+// These runs of NB blocks with NT tokens. A function of its own, for all registers.
+template <bool kHalves, int NB, int NT>
+__attribute__((noinline)) void run_tile(Format format, const Runs& w, const Activations& a, float* sums) {
+    constexpr bool kKept = kHalves || kTileRuns > 1;  // sums in registers, else in memory, where registers are few
+    f32x16 acc[NB][NT];
+    if (kKept)
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] =
             load(sums + t * kSumStride + b * 16);
-        const int64_t count = bf16_lines(a.K, run);
-        if constexpr (has_form(Format::bf16)) {
-            form_bf16<NB, NT>(lines, line_stride, count / 2 * 2, halves_of(a, run), acc);
-            if (count % 2)
-                chunk_bf16<false, NB, NT>(stored + (count - 1) * 64, stride, 0, 1, halves_of(a, run) + (count - 1) * 2,
-                                          acc);
+    for (int64_t i = 0; i < (kTileRuns > 1 ? w.count : 1); ++i) {
+        const int64_t run = w.first + i, token = run * a.stride;
+        const uint8_t* const lines = w.lines + i * w.run_bytes;
+        if constexpr (kHalves) {
+            const int64_t count = bf16_lines(a.K, run);
+            if constexpr (has_form(Format::bf16)) {
+                form_bf16<NB, NT>(lines, w.line_stride, count / 2 * 2, halves_of(a, run), acc);
+                if (count % 2)
+                    chunk_bf16<false, NB, NT>(w.stored + (count - 1) * 64, w.stride, 0, 1,
+                                              halves_of(a, run) + (count - 1) * 2, acc);
+            } else {
+                chunk_bf16<false, NB, NT>(lines, w.line_stride, 0, count, halves_of(a, run), acc);
+            }
         } else {
-            chunk_bf16<false, NB, NT>(lines, stride, 0, count, halves_of(a, run), acc);
+            i32x16 sum[NB][NT];
+            if constexpr (has_form(Format::int8)) {
+                form_int8<NB, NT>(lines, w.line_stride, a.quads(run), sum);
+            } else if (has_form(Format::int4) || format == Format::int8) {
+                run_int8<false, NB, NT>(lines, w.line_stride, 0, a.quads(run), a.run_sum + token, sum);
+            } else {
+                run_int4<false, NB, NT>(lines, w.scales, w.stride, nullptr, a.quads(run), a.group_bias + token * 8,
+                                        sum);
+            }
+            f32x16 d[NB];
+            load_halves<NB>(w.halves + i * 32, w.stride, d);
+            DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
+                float* const total = sums + t * kSumStride + b * 16;
+                acc[b][t] = add_run(kKept ? acc[b][t] : load(total), sum[b][t], a.scale[token + t], d[b]);
+                if (!kKept) store(total, acc[b][t]);
+            }
         }
-        return store_sums<NB, NT>(acc, sums);
     }
-    i32x16 sum[NB][NT];
-    const int64_t token = run * a.stride;
-    if constexpr (has_form(Format::int8)) {
-        form_int8<NB, NT>(lines, line_stride, a.quads(run), sum);
-    } else if (has_form(Format::int4) || format == Format::int8) {
-        run_int8<false, NB, NT>(lines, line_stride, 0, a.quads(run), a.run_sum + token, sum);
-    } else {
-        run_int4<false, NB, NT>(lines, scales, stride, nullptr, a.quads(run), a.group_bias + token * 8, sum);
-    }
-    f32x16 d[NB];
-    load_halves<NB>(halves, stride, d);
-    DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) {
-        float* const total = sums + t * kSumStride + b * 16;
-        store(total, add_run(load(total), sum[b][t], a.scale[token + t], d[b]));
-    }
+    if (kKept) store_sums<NB, NT>(acc, sums);
 }
 
-// All tokens, one run after another: the weights of a run stay in the first-level cache, the tokens pass by in order.
-template <int NB>
+// All tokens, some runs after others: the weights of these stay in the first-level cache, the tokens pass by in order.
+template <bool kHalves, int NB>
 void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activations& a, float* sums, uint8_t* form,
                  Destination target) {
     const BlockLayout at(format, a.K);
-    const bool plain = format == Format::bf16;  // lines only; a run is half as many columns
-    const int64_t runs = plain ? ceil_div(a.K, 64) : at.runs;
+    const int64_t scale_bytes = kHalves ? 0 : at.lines;  // bf16 has lines only; a run is half as many columns
+    const int64_t runs = kHalves ? ceil_div(a.K, 64) : at.runs;
     for (int64_t t = 0; t < a.T; ++t)
         for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
-    for (int64_t run = 0; run < runs; ++run) {
-        const uint8_t* const stored = w + (plain ? 0 : at.lines) + run * at.line_bytes;
-        const uint8_t *const scales = w + at.scales + run * 64, *const halves = w + run * 32, *lines = stored;
-        int64_t line_stride = stride;
-        const bool last = run + 1 == runs;  // then comes the first run of the blocks that follow, after their scales
-        const uint8_t* const next = last ? w + NB * stride : stored + at.line_bytes;
-        const int64_t next_bytes = at.line_bytes + (last && !plain ? at.lines : 0);
+    for (int64_t run = 0; run < runs; run += kTileRuns) {
+        const int64_t count = min64(kTileRuns, runs - run);
+        const uint8_t* const stored = w + scale_bytes + run * at.line_bytes;
+        Runs these{stored, stride, at.line_bytes, stored, w + at.scales + run * 64, w + run * 32, stride, run, count};
+        const bool last =
+            run + count == runs;  // then come the first runs of the blocks that follow, after their scales
+        const uint8_t* const next = last ? w + NB * stride : stored + count * at.line_bytes;
+        const int64_t next_bytes =
+            min64(kTileRuns, last ? runs : runs - run - count) * at.line_bytes + (last ? scale_bytes : 0);
         for (int b = 0; b < NB; ++b)
             for (int64_t i = 0; i < next_bytes; i += 64) prefetch_far(next + b * stride + i);
         if (has_form(format)) {
-            const int64_t count = format == Format::bf16 ? bf16_lines(a.K, run) : 32;
-            line_stride = kFormBytes;
+            these.lines = form, these.line_stride = kTileRuns * kFormBytes, these.run_bytes = kFormBytes;
             for (int b = 0; b < NB; ++b)
-                form_run(format, stored + b * stride, scales + b * stride, count, form + b * kFormBytes);
-            lines = form;
+                for (int64_t i = 0; i < count; ++i)
+                    form_run(format, stored + b * stride + i * at.line_bytes, these.scales + b * stride + i * 64,
+                             kHalves ? bf16_lines(a.K, run + i) : 32, form + (b * kTileRuns + i) * kFormBytes);
         }
         int64_t t = 0;
         const auto tile = [&](auto tokens) {
@@ -172,8 +187,7 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
                 for (int i = 0; i < NT; ++i)
                     for (int64_t byte = 0; byte < NB * target.pair_bytes / 2; byte += 64)
                         prefetch_write(target.data + (t + i) * target.row_bytes + byte);
-            run_tile<NB, NT>(format, lines, stored, scales, halves, line_stride, stride, run, a.rows(t, NT),
-                             sums + t * kSumStride);
+            run_tile<kHalves, NB, NT>(format, these, a.rows(t, NT), sums + t * kSumStride);
             t += NT;
         };
         while (a.T - t >= kPanelTokens) tile(Count<kPanelTokens>{});
@@ -199,6 +213,19 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
     }
 }
 
+// The same for as many neighbouring blocks as a register tile has room for; their number.
+template <bool kHalves>
+int64_t a_few_blocks(Format format, int64_t left, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
+                     uint8_t* form, Destination target) {
+    constexpr int kBlocks = tile_blocks(kHalves ? Format::bf16 : Format::int8);
+    if (left >= kBlocks) {
+        many_tokens<kHalves, kBlocks>(format, w, stride, a, sums, form, target);
+        return kBlocks;
+    }
+    many_tokens<kHalves, 1>(format, w, stride, a, sums, form, target);
+    return 1;
+}
+
 void multiply_words(Format format, int64_t blocks, const uint8_t* w, int64_t stride, const Activations& a, float* sums,
                     uint8_t* form, Destination target) {
     for (int64_t b = 0; b < blocks;) {
@@ -206,11 +233,9 @@ void multiply_words(Format format, int64_t blocks, const uint8_t* w, int64_t str
         const uint8_t* block = w + b * stride;
         float* out = sums + b * 16;
         if (a.T > few_tokens(format)) {
-            if (left >= kPanelBlocks) {
-                many_tokens<kPanelBlocks>(format, block, stride, a, out, form, target.at(0, b / 2)), b += kPanelBlocks;
-            } else {
-                many_tokens<1>(format, block, stride, a, out, form, target.at(0, b / 2)), b += 1;
-            }
+            const Destination to = target.at(0, b / 2);
+            b += format == Format::bf16 ? a_few_blocks<true>(format, left, block, stride, a, out, form, to)
+                                        : a_few_blocks<false>(format, left, block, stride, a, out, form, to);
         } else if (format != Format::bf16) {
             constexpr int64_t most = max64(few_tokens(Format::int8), few_tokens(Format::int4));
             with_tokens<most>(a.T, [&](auto T) { stream_block<decltype(T)::value>(format, block, a, out); });

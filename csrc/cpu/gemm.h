@@ -56,6 +56,12 @@ DELTAIC_INLINE void tile_bf16(const uint8_t* w, int64_t block_stride, const floa
 // Blocks that multiply_blocks takes at a time: their runs fit the first-level cache together.
 constexpr int64_t kGroupBlocks = 4;
 
+// Register tiles of many tokens: their blocks, and the runs that they go through before their sums are put down. With
+// 32 wide registers there is room for the sums of two blocks as floats beside those of a run as integers, or for those
+// of four blocks of bf16; the weights take no more than half of the first-level cache.
+DELTAIC_INLINE constexpr int tile_blocks(Format format) { return kParts > 1 ? 1 : format == Format::bf16 ? 4 : 2; }
+constexpr int64_t kTileRuns = kParts == 1 ? 4 : 1;
+
 // How a segment is multiplied with T tokens. The choice does not change a bit of the result.
 struct Product {
     Format format;  // of the blocks: as they lie in memory, or f32 if they are expanded into scratch memory first
@@ -94,7 +100,7 @@ DELTAIC_INLINE int64_t work_bytes(const Weight& w, int64_t T) {
         int64_t form = 0;
         if (product.format != w.segment[s].format) form = 2 * block_bytes(product.format, w.columns);
         if (product.words && has_form(product.format) && T > few_tokens(product.format))
-            form = kGroupBlocks * kFormBytes;
+            form = tile_blocks(product.format) * kTileRuns * kFormBytes;
         bytes = max64(bytes, sums + form);
     }
     return round_up(bytes, 64);
