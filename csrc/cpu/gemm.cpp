@@ -110,12 +110,16 @@ struct Runs {
     int64_t first, count;
 };
 
+// Whether the sums of a register tile are in registers meanwhile; else, where these are few, in memory.
+DELTAIC_INLINE constexpr bool keeps_sums(bool halves) { return halves || kTileRuns > 1; }
+
 // These runs of NB blocks with NT tokens. A function of its own, for all registers.
 template <bool kHalves, int NB, int NT>
 __attribute__((noinline)) void run_tile(Format format, const Runs& w, const Activations& a, float* sums) {
-    constexpr bool kKept = kHalves || kTileRuns > 1;  // sums in registers, else in memory, where registers are few
+    constexpr bool kKept = keeps_sums(kHalves);
     f32x16 acc[NB][NT];
-    if (kKept)
+    if (kKept && w.first == 0) clear<NB, NT>(acc);
+    if (kKept && w.first > 0)
         DELTAIC_UNROLL for (int t = 0; t < NT; ++t) DELTAIC_UNROLL for (int b = 0; b < NB; ++b) acc[b][t] =
             load(sums + t * kSumStride + b * 16);
     for (int64_t i = 0; i < (kTileRuns > 1 ? w.count : 1); ++i) {
@@ -160,19 +164,20 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
     const BlockLayout at(format, a.K);
     const int64_t scale_bytes = kHalves ? 0 : at.lines;  // bf16 has lines only; a run is half as many columns
     const int64_t runs = kHalves ? ceil_div(a.K, 64) : at.runs;
-    for (int64_t t = 0; t < a.T; ++t)
+    for (int64_t t = 0; !keeps_sums(kHalves) && t < a.T; ++t)
         for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
     for (int64_t run = 0; run < runs; run += kTileRuns) {
         const int64_t count = min64(kTileRuns, runs - run);
         const uint8_t* const stored = w + scale_bytes + run * at.line_bytes;
         Runs these{stored, stride, at.line_bytes, stored, w + at.scales + run * 64, w + run * 32, stride, run, count};
-        const bool last =
-            run + count == runs;  // then come the first runs of the blocks that follow, after their scales
+        // Then come the runs after these, or the first ones of the blocks that follow, after their scales: asked for
+        // tile by tile, so that the requests find room.
+        const bool last = run + count == runs;
         const uint8_t* const next = last ? w + NB * stride : stored + count * at.line_bytes;
         const int64_t next_bytes =
             min64(kTileRuns, last ? runs : runs - run - count) * at.line_bytes + (last ? scale_bytes : 0);
-        for (int b = 0; b < NB; ++b)
-            for (int64_t i = 0; i < next_bytes; i += 64) prefetch_far(next + b * stride + i);
+        const int64_t each = round_up(ceil_div(next_bytes, ceil_div(a.T, kPanelTokens)), 64);
+        int64_t ahead = 0;
         if (has_form(format)) {
             these.lines = form, these.line_stride = kTileRuns * kFormBytes, these.run_bytes = kFormBytes;
             for (int b = 0; b < NB; ++b)
@@ -183,6 +188,8 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
         int64_t t = 0;
         const auto tile = [&](auto tokens) {
             constexpr int NT = decltype(tokens)::value;
+            for (const int64_t end = min64(ahead + each, next_bytes); ahead < end; ahead += 64)
+                for (int b = 0; b < NB; ++b) prefetch_far(next + b * stride + ahead);
             if (last && target.data)
                 for (int i = 0; i < NT; ++i)
                     for (int64_t byte = 0; byte < NB * target.pair_bytes / 2; byte += 64)
