@@ -108,6 +108,7 @@ def test_broken_generation_config(tmp_path, text):
 class Spy:
     """The definition, recording what `sample_rows` was given and answering from a list."""
 
+    __name__ = "spy"
     count_tokens = staticmethod(reference.count_tokens)
 
     def __init__(self, answers):

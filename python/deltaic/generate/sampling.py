@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import unusable_logits
 from ..model.choice import Choosing, Seen, choice_of
+from ..ops.devices import ops_lock
 from ..ops.layout import new_seen
 from .options import SamplingParams
 from .result import TokenLogprobs
@@ -79,17 +80,18 @@ class Sampler:
     def next(self, logits: np.ndarray) -> tuple[int, TokenLogprobs | None]:
         """The next token for `logits` [vocab] (float32), which may be overwritten, and its log-probabilities where
         asked for. The token is counted."""
-        kept = None
-        if self._logprobs is not None:  # choosing may change the logits
-            kept = logits.copy() if isinstance(logits, np.ndarray) else logits.clone()
-            kept[self.choice.unused] = -np.inf
-        (token,) = self.drafting(1).choose(self._ops, logits[None], [[-1]])
-        self.took(token)
-        if kept is None:
-            return token, None
-        logprob, ids, values = self._ops.log_softmax_top(
-            kept, limit=self._limit, k=min(self._logprobs or 0, self._limit), token=token
-        )
+        with ops_lock(self._ops):
+            kept = None
+            if self._logprobs is not None:  # choosing may change the logits
+                kept = logits.copy() if isinstance(logits, np.ndarray) else logits.clone()
+                kept[self.choice.unused] = -np.inf
+            (token,) = self.drafting(1).choose(self._ops, logits[None], [[-1]])
+            self.took(token)
+            if kept is None:
+                return token, None
+            logprob, ids, values = self._ops.log_softmax_top(
+                kept, limit=self._limit, k=min(self._logprobs or 0, self._limit), token=token
+            )
         return token, TokenLogprobs(token, float(logprob), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def choosing(self, rows: int) -> Choosing | None:
