@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -44,30 +45,19 @@ class Row:
     least_cycles: float = 0  # for them, on one core
 
 
-def best_time(call: Call, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of the fastest call: other work on the machine only ever adds time."""
-    call()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while True:
-        start = clock()
+def best_times(calls: Sequence[Call], seconds: float, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Seconds of the fastest run of each call: other work on the machine only ever adds time. They are called in turn,
+    as the clock of a processor changes with time and work."""
+    for call in calls:
         call()
-        best = min(best, clock() - start)
+    best, end = [float("inf")] * len(calls), time.perf_counter() + seconds
+    while True:
+        for i, call in enumerate(calls):
+            start = clock()
+            call()
+            best[i] = min(best[i], clock() - start)
         if time.perf_counter() > end:
             return best
-
-
-def in_turn(call: Call, kind: str, seconds: float, clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of the fastest call, and the highest rate out of registers: measured in turn, as the clock of a processor
-    changes with time and work."""
-    call()
-    best, rate, end = float("inf"), 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = clock()
-        call()
-        best = min(best, clock() - start)
-        start = time.perf_counter()
-        rate = max(rate, ops.probe_peak(kind, 1 << 15) / (time.perf_counter() - start))
-    return best, rate
 
 
 def peaks(seconds: float) -> tuple[float, dict[str, float]]:
@@ -75,12 +65,12 @@ def peaks(seconds: float) -> tuple[float, dict[str, float]]:
     # Short calls: the best of many finds a moment when nothing else runs. Each part was last read a whole buffer ago.
     parts = np.ones((32, 8 << 20), np.uint8)
     turns = cycle(parts)
-    read = parts[0].nbytes / best_time(lambda: ops.probe_read(next(turns)), seconds)
+    read = parts[0].nbytes / best_times([lambda: ops.probe_read(next(turns))], seconds)[0]
     rates = {}
     for kind in ("f32", "int8"):
         done: list[int] = []
         try:
-            duration = best_time(lambda kind=kind, done=done: done.append(ops.probe_peak(kind, 1 << 14)), seconds)
+            (duration,) = best_times([lambda kind=kind, done=done: done.append(ops.probe_peak(kind, 1 << 14))], seconds)
         except ValueError:  # this instruction set has none
             continue
         rates[kind] = done[0] / duration
@@ -315,7 +305,10 @@ def main() -> None:
             continue
         kind = "int8" if row.shape.startswith("int") and "int8" in rates else "f32"
         clock = _core.kernel_seconds if row.lines else time.perf_counter
-        t, peak = in_turn(row.make(), kind, arguments.seconds, clock)
+        operations = ops.probe_peak(kind, 1 << 15)
+        probe = partial(ops.probe_peak, kind, 1 << 15)
+        t, probed = best_times([row.make(), probe], arguments.seconds, clock)
+        peak = operations / probed
         rate, work = row.bytes / t, row.flops / t
         columns = f"{t * 1e6:10.1f} {rate / 1e9:7.2f} {rate / read:6.2f} {work / 1e9:8.1f} {work / peak:6.2f}"
         if row.lines and "int8" in rates and ops.isa().startswith("avx512"):

@@ -165,10 +165,8 @@ def small() -> Iterator[Case]:
     yield Case("embed int4 T=4", lambda: cuda.embed(ids, table))
     a, b, norm = rows_of(4, H), rows_of(4, H), vector(H)
     yield Case("pair of norms T=4", lambda: cuda.rms_norm_pair(a, norm, b, norm, 1e-6))
-    choice, seen = (
-        choice_of(0.7, 20, 0.8, 0.0, 1.5, 0.0, 1.0, 248320, ()),
-        on_device(torch.from_numpy(new_seen(248320, np.arange(1000)))),
-    )
+    choice = choice_of(0.7, 20, 0.8, 0.0, 1.5, 0.0, 1.0, 248320, ())
+    seen = on_device(torch.from_numpy(new_seen(248320, np.arange(1000))))
     logits, draws, tokens = on_device(torch.randn(1, 248320)), np.array([1 << 52]), np.zeros(1, np.int64)
     yield Case(
         "sample top_k=20",

@@ -483,7 +483,17 @@ for _V, _limit in [(20, 1), (37, 30), (5000, 4999), (100_000, 99_000)]:
     for _name, _changes in _SETTINGS.items():
         add("sample_rows", f"{_V}-{_name}", sample_rows, lengths=(1,), V=_V, limit=_limit, **_changes)
 for _lengths, _V, _limit in [((0,), 5, 5), ((1,), 1, 1), ((1,), 704, 688), ((3,), 5003, 4999), ((2, 1, 3), 704, 688)]:
-    for _name in ("greedy", "plain", "first", "family", "greedy-penalties", "everything", "frequency"):
+    for _name in (
+        "greedy",
+        "plain",
+        "first",
+        "family",
+        "last-top_p",
+        "last-min_p",
+        "greedy-penalties",
+        "everything",
+        "frequency",
+    ):
         for _ties in (False, True):
             _full = f"{'-'.join(map(str, _lengths))}x{_V}-{_name}" + "-ties" * _ties
             add("sample_rows", _full, sample_rows, lengths=_lengths, V=_V, limit=_limit, ties=_ties,

@@ -164,8 +164,9 @@ void many_tokens(Format format, const uint8_t* w, int64_t stride, const Activati
     const BlockLayout at(format, a.K);
     const int64_t scale_bytes = kHalves ? 0 : at.lines;  // bf16 has lines only; a run is half as many columns
     const int64_t runs = kHalves ? ceil_div(a.K, 64) : at.runs;
-    for (int64_t t = 0; !keeps_sums(kHalves) && t < a.T; ++t)
-        for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
+    if (!keeps_sums(kHalves))
+        for (int64_t t = 0; t < a.T; ++t)
+            for (int b = 0; b < NB; ++b) store(sums + t * kSumStride + b * 16, zero());
     for (int64_t run = 0; run < runs; run += kTileRuns) {
         const int64_t count = min64(kTileRuns, runs - run);
         const uint8_t* const stored = w + scale_bytes + run * at.line_bytes;

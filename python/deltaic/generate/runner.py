@@ -254,10 +254,10 @@ class Runner:
         w, rows = wanted, 1 + wanted.depth
         with self._lock:
             self._set_threads()
-            trace, choosing, chooses = self._take_trace(rows), w.sampler.drafting(rows), w.sampler.choosing(rows)
+            trace, choosing = self._take_trace(rows), w.sampler.drafting(rows)
             drafts, hidden, logits, chosen = self.mtp.draft_at_once(
                 w.hidden, w.tokens, w.state, w.first, choosing, w.depth, trace, _owed(before),
-                chooses=chooses is not None,
+                chooses=w.sampler.logprobs is None,
             )  # fmt: skip
             assert hidden is not None  # there is a trace
             if before is not None:

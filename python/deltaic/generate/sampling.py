@@ -25,15 +25,17 @@ def choosing_together(rows: Iterable[tuple[Sampler, int]]) -> Choosing | None:
     known = [choosing for choosing in found if choosing is not None]
     if len(known) < len(found) or len({choosing.choice for choosing in known}) != 1:
         return None
-    draws = np.concatenate([choosing.draws for choosing in known])
-    return Choosing(known[0].choice, draws, [seen for choosing in known for seen in choosing.seen])
+    return _joined(known, np.concatenate([choosing.draws for choosing in known]))
 
 
 def drafting_together(samplers: Sequence[Sampler], depth: int) -> Choosing:
     """`Sampler.drafting` of several sequences that choose alike, so many drafts of each, the first of all first."""
     found = [sampler.drafting(depth) for sampler in samplers]
-    draws = np.stack([choosing.draws for choosing in found], axis=1).ravel()
-    return Choosing(found[0].choice, draws, [seen for choosing in found for seen in choosing.seen])
+    return _joined(found, np.stack([choosing.draws for choosing in found], axis=1).ravel())
+
+
+def _joined(alike: Sequence[Choosing], draws: np.ndarray) -> Choosing:
+    return Choosing(alike[0].choice, draws, [seen for choosing in alike for seen in choosing.seen])
 
 
 class Sampler:
@@ -56,7 +58,8 @@ class Sampler:
         p = self.params = params
         self._ops = ops
         self._limit = limit
-        self._logprobs = logprobs
+        self._copy = getattr(ops, "copy", np.copy)
+        self.logprobs = logprobs
         self.choice = choice_of(
             p.temperature, p.top_k, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty,
             limit, tuple(unused),
@@ -81,23 +84,25 @@ class Sampler:
         """The next token for `logits` [vocab] (float32), which may be overwritten, and its log-probabilities where
         asked for. The token is counted."""
         with ops_lock(self._ops):
-            kept = None
-            if self._logprobs is not None:  # choosing may change the logits
-                kept = logits.copy() if isinstance(logits, np.ndarray) else logits.clone()
-                kept[self.choice.unused] = -np.inf
-            (token,) = self.drafting(1).choose(self._ops, logits[None], [[-1]])
-            self.took(token)
-            if kept is None:
-                return token, None
+            if self.logprobs is None:
+                return self._next(logits), None
+            kept = self._copy(logits)  # choosing may change the logits
+            kept[self.choice.unused] = -np.inf
+            token = self._next(logits)
             logprob, ids, values = self._ops.log_softmax_top(
-                kept, limit=self._limit, k=min(self._logprobs or 0, self._limit), token=token
+                kept, limit=self._limit, k=min(self.logprobs, self._limit), token=token
             )
         return token, TokenLogprobs(token, float(logprob), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def _next(self, logits: np.ndarray) -> int:
+        (token,) = self.drafting(1).choose(self._ops, logits[None], [[-1]])
+        self.took(token)
+        return token
 
     def choosing(self, rows: int) -> Choosing | None:
         """How the next `rows` tokens may be chosen by whoever computes their logits, instead of by `next`; `took` is
         then called for each that counts. None where the log-probabilities are wanted, too."""
-        return None if self._logprobs is not None else self.drafting(rows)
+        return None if self.logprobs is not None else self.drafting(rows)
 
     def drafting(self, rows: int) -> Choosing:
         """The same for drafts of the next `rows` tokens. The random numbers are those that these tokens will use, so

@@ -130,15 +130,13 @@ class TextModel:
         angles = self.rope.text([(s.length + s.rope_delta, n) for s, n in zip(states, counts, strict=True)])
         starts, bounds = self.reserve(states, counts), row_bounds(*counts)
         ids = np.array([token for sequence in tokens for token in sequence], np.int64)
-        T, traces = len(ids), [] if trace is None else [trace]
-        inputs = [ids, *angles, bounds, starts, *arrays_of(states), traces]
-        key: tuple[Any, ...] = (T, len(states), trace is None, head)
-        choice = None if choosing is None else choosing.choice
+        T, numbers, choice = len(ids), ids, None
+        of_choice: tuple[Any, ...] = ()
         if choosing is not None:
-            said, seen = choosing.take()
-            inputs += choosing.draws, said, seen
-            inputs[0] = np.concatenate([ids, ids])  # what is chosen comes in the place of the second
-            key += choice, said.shape
+            choice, of_choice = choosing.choice, (choosing.draws, *choosing.take())
+            numbers = np.concatenate([ids, ids])  # what is chosen comes in the place of the second
+        inputs = [numbers, *angles, bounds, starts, *arrays_of(states), [] if trace is None else [trace], *of_choice]
+        key = (T, len(states), trace is None, head, choice, of_choice[1].shape if of_choice else None)
 
         def run(
             numbers: Ints, cos: Array, sin: Array, bounds: Ints, starts: Ints, conv: list[Any], delta: list[Any],
