@@ -1,116 +1,153 @@
-"""What could a screened output head win? Computed, not built: how many bytes a head read without the lowest bits of
-each weight would save, once the rows that the sampler might choose are read in full.
+"""The output head read as a sketch first (csrc/cpu/screen.cpp): what it saves, and whether it chooses the same tokens.
 
-    python bench/bench_screen.py PACKED_FOLDER [--tokens 4] [--peaked]
+    python bench/bench_screen.py MODEL [--repeat 25] [--steps 40] [--draws 10000]
 
-A row's screened logit takes the middle of what its low bits may be in their place. Three ways to bound what it misses:
-  proven   Cauchy-Schwarz: the norm of what the row lost times the norm of the hidden row. Holds for every row.
-  dither   if weights were quantised for the screen with a random offset per column, which the low bits undo:
-           Hoeffding's inequality, exceeded by a row with probability 2e-11 (7 standard deviations), whatever the
-           weights are. Needs cells wider than the low bits, (levels - 1) / (cells - 1); no layout of the same size
-           has room for it.
-  6 sigma  six standard deviations of what is lost; holds if low bits and hidden rows have nothing to do with each
-           other.
-All rows whose upper bound reaches the k-th largest logit must be read in full. Low bits lie with 16 rows in a block, so
-one such row costs a block; "by row" is what a layout with the low bits of each row side by side would read.
-
---peaked adds rows of the head to the hidden rows, so that some logits stand out as in a trained model. The penalty of
-1.5 is taken from the 20 largest logits. Bytes alone are counted: an upper bound of what is won."""
+MODEL: a checkpoint, or a folder packed as bf16 or int8; an int4 head has no sketch. Hidden rows are of random text.
+head   the product with the whole head and the screened one in turn, medians; and the share of the head's blocks of 16
+       rows that was read in full. "penalised": a presence penalty of 1.5 on the 200 ids that are most likely
+step   a decoded token of one model with the screen and of one without, in turn
+draws  tokens sampled from rows of both: how many are equal. They are drawn at temperature 1 from the 20 largest logits,
+       of which each is compared, too; every second row is penalised. 0: none"""
 
 from __future__ import annotations
 
 import argparse
-from statistics import mean
+from statistics import median
+from time import perf_counter
+from typing import Any
 
 import deltaic
 import numpy as np
-from common import random_ids
-from deltaic.benchmark import traffic_per_token
+from common import endless, medians, random_ids, timed
+from deltaic.ops.layout import new_seen, row_bounds
 
-RUN, GROUP = 128, 16
-CHUNK_BLOCKS = 512
-CASES = (("greedy", 1, 0.0), ("top_k 20", 20, 0.0), ("top_k 20, penalty 1.5", 20, 1.5))
-
-
-def levels(data: np.ndarray, runs: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks uint8 [B, bytes] -> integer weights [B, 16, K] and the float scale of each group of 16 columns
-    [B, 16, K/16] (layout: csrc/core/view.h)."""
-    B = len(data)
-    d = np.ascontiguousarray(data[:, : runs * 32]).view(np.float16).reshape(B, runs, 16).astype(np.float32)
-    if dtype == "int8":
-        q = data[:, runs * 32 :].reshape(B, runs, 32, 16, 4).transpose(0, 3, 1, 2, 4).reshape(B, 16, -1)
-        return q.astype(np.int32) - 128, np.repeat(d.transpose(0, 2, 1), RUN // GROUP, axis=2)
-    s = data[:, runs * 32 : runs * 96].reshape(B, runs, 4, 16)
-    s = np.stack([s & 15, s >> 4], axis=3).astype(np.float32) + 1  # [B, runs, 4, 2, rows]
-    lines = data[:, runs * 96 :].reshape(B, runs, 8, 2, 16, 4)
-    q = np.stack([lines & 15, lines >> 4], axis=4)  # [B, runs, groups, lines, nibble, rows, 4]
-    q = q.transpose(0, 5, 1, 2, 3, 4, 6).reshape(B, 16, -1).astype(np.int32) - 8
-    scales = s.reshape(B, runs, 8, 16) * d[:, :, None]
-    return q, scales.transpose(0, 3, 1, 2).reshape(B, 16, -1)
+PLAIN = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
+PENALISED = {**PLAIN, "presence_penalty": 1.5}
+CASES = (("greedy", 1, PLAIN), ("top_k 20", 20, PLAIN), ("top_k 20, penalised", 20, PENALISED))
+CHUNK = 512
 
 
-def screen(x: np.ndarray, data: np.ndarray, dtype: str, splits: list[int]) -> tuple[np.ndarray, dict]:
-    """x [n, K], blocks -> logits [n, rows] and, for each number of low bits, what the screen misses and the largest
-    that it can miss [2, n, rows]."""
-    runs, norms = x.shape[1] // RUN, np.linalg.norm(x, axis=1)[:, None]
-    logits: list[np.ndarray] = []
-    missed: dict[int, list[np.ndarray]] = {bits: [] for bits in splits}
-    for first in range(0, len(data), CHUNK_BLOCKS):
-        q, scales = levels(data[first : first + CHUNK_BLOCKS], runs, dtype)
-        q = q.reshape(-1, x.shape[1])
-        wide = np.repeat(scales.reshape(len(q), -1), GROUP, axis=1)
-        logits.append(x @ (q * wide).T)
-        for bits in splits:
-            lost = ((q & (1 << bits) - 1) - ((1 << bits) - 1) / 2).astype(np.float32) * wide
-            missed[bits].append(np.stack([x @ lost.T, norms * np.linalg.norm(lost, axis=1)]))
-    return np.concatenate(logits, axis=1), {bits: np.concatenate(p, axis=2) for bits, p in missed.items()}
+class Head:
+    """The head of a model, whole and screened."""
+
+    def __init__(self, model: deltaic.Model) -> None:
+        text = model._runner.text
+        self.ops: Any = model._ops
+        self.weight, self.screen = text.weights.head, text.screen
+        self.norm = {"norm": text.weights.norm, "eps": text.config.rms_norm_eps}
+        self.rows = self.weight.shape[0]
+
+    def whole(self, x: np.ndarray) -> np.ndarray:
+        return self.ops.linear(x, self.weight, **self.norm)
+
+    def text(self, x: np.ndarray, penalties: dict[str, float], said: np.ndarray | None) -> dict[str, Any]:
+        """Arguments that sample_rows and linear_top share."""
+        seen = []
+        if said is not None:
+            seen = [new_seen(self.rows, said)]
+            self.ops.count_tokens(said[None], seen)
+        fed = np.full(len(x), -1, np.int64)
+        none = np.empty(0, np.int64)
+        return dict(**penalties, limit=self.rows, unused=none, seen=seen, cu_seqlens=row_bounds(len(x)), fed=fed)
+
+    def screened(self, x: np.ndarray, k: int, text: dict[str, Any]) -> np.ndarray:
+        return self.ops.linear_top(x, self.screen, k=k, **self.norm, **text)
+
+
+def hidden_rows(model: deltaic.Model, rng: np.random.Generator, count: int) -> np.ndarray:
+    """Rows [count, H] before the final norm."""
+    found = []
+    for first in range(0, count, CHUNK):
+        n = min(CHUNK, count - first)
+        (rows,) = model._runner.hidden(model.prepare(random_ids(model, rng, n)), model.new_state(), [n])
+        found.append(rows)
+    return np.concatenate(found)
+
+
+def print_head(head: Head, rows: np.ndarray, repeat: int) -> None:
+    print("head                        rows   whole ms   screened ms   ratio   blocks read")
+    for name, k, penalties in CASES:
+        for n in (1, 2, 4):
+            x = rows[:n]
+            said = np.argsort(-head.whole(x)[0])[:200] if penalties is PENALISED else None
+            text = head.text(x, penalties, said)
+            head.screen.history[:] = 0
+            found = head.screened(x, k, text)
+            read = (found.reshape(n, -1, 16)[0] > -np.inf).any(axis=1).mean() if head.rows % 16 == 0 else np.nan
+
+            def screened(x: np.ndarray = x, k: int = k, text: dict[str, Any] = text) -> None:
+                head.screen.history[:] = 0
+                head.screened(x, k, text)
+
+            works = {"whole": lambda x=x: head.whole(x), "screened": screened}
+            taken = medians(works, repeat)
+            before, after = 1e3 * taken["whole"], 1e3 * taken["screened"]
+            print(f"{name:26} {n:5} {before:10.2f} {after:13.2f} {after / before:7.2f} {read:12.2%}")
+
+
+def step_seconds(model: deltaic.Model, ids: list[int], steps: int) -> float:
+    """Of a token, the median of so many."""
+    with endless(model):
+        marks = [perf_counter() for _ in model.stream(ids, max_new_tokens=steps + 2, temperature=0.0)]
+    return median(np.diff(marks).tolist())
+
+
+def print_step(models: dict[str, deltaic.Model], steps: int) -> None:
+    ids = random_ids(models["whole"], np.random.default_rng(1), 64)
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(5):
+        for name, model in models.items():
+            taken[name].append(step_seconds(model, ids, steps))
+    ratio = median(b / a for a, b in zip(taken["whole"], taken["screened"], strict=True))
+    times = ", ".join(f"{name} {1e3 * median(found):.2f} ms" for name, found in taken.items())
+    print(f"step, greedy: {times}; {ratio:.3f}")
+
+
+def print_draws(head: Head, rows: np.ndarray, rng: np.random.Generator) -> None:
+    same = top = rests = 0
+    for i, row in enumerate(rows):
+        x = row[None]
+        every = head.whole(x)
+        largest = np.argpartition(-every[0], 200)[:200]
+        text = head.text(x, *((PENALISED, largest) if i % 2 else (PLAIN, None)))
+        rests += bool(head.screen.history[0])
+        some = head.screened(x, 20, text)
+        order = largest[np.argsort(-every[0][largest])][:20]
+        top += i % 2 or bool((every[0][order] == some[0][order]).all())
+        chosen = []
+        draws = rng.integers(0, 2**53, 1)
+        for logits in (every, some):
+            token = np.empty(1, np.int64)
+            options = {"temperature": 1.0, "top_k": 20, "top_p": 1.0, "min_p": 0.0}
+            head.ops.sample_rows(logits, draws=draws, tokens=token, **options, **text)
+            chosen.append(int(token[0]))
+        same += chosen[0] == chosen[1]
+    print(f"draws: {same} of {len(rows)} equal, the 20 largest logits in {top}; {rests} without the sketch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="a folder packed as int4 or int8")
-    parser.add_argument("--tokens", type=int, default=4)
-    parser.add_argument("--peaked", action="store_true")
+    parser.add_argument("model")
+    parser.add_argument("--repeat", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--draws", type=int, default=10000)
     args = parser.parse_args()
-    model = deltaic.load(args.model, cache_bytes=0)
-    runner, text = model._runner, model._runner.text
-    head = text.weights.head
-    ((dtype, rows, packed),) = head.parts
-    rng = np.random.default_rng(0)
-    (hidden,) = runner.hidden(model.prepare(random_ids(model, rng, 64)), model.new_state(), [64])
-    x = model._ops.rms_norm(hidden[-args.tokens :], text.weights.norm, text.config.rms_norm_eps)
-    if args.peaked:
-        for row in x:
-            some = model._ops.embed(rng.integers(0, rows, 200), head)
-            row += 0.6 * np.sqrt(np.mean(row**2) / np.mean(some**2)) * (rng.random(200, np.float32) ** 2 @ some)
-    data = np.asarray(packed).reshape(-(-rows // 16), -1)
-    bits = {"int4": 4, "int8": 8}[dtype]
-    logits, missed = screen(x, data, dtype, [1, 2] if bits == 4 else [2, 3, 4])
-    logits = logits[:, :rows]
-    spread, total = logits.std(), traffic_per_token(model, 256)["bytes_read_per_token"]
-    plane = head.nbytes / (bits + (0.375 if bits == 4 else 0.125))  # bytes of one bit of every weight
-    print(f"{dtype} head {rows} x {head.shape[1]}: {head.nbytes / 1e6:.0f} MB of {total / 1e6:.0f} MB per token")
-    print(f"logits: standard deviation {spread:.3f}; all bounds below are in these")
-    print("                             low bits  bound            rows    blocks   saved by block    by row")
-    for name, k, penalty in CASES:
-        sampled = logits.copy()
-        for row in sampled:
-            row[np.argsort(-row)[:20]] -= penalty
-        least = np.sort(sampled, axis=1)[:, -k, None]
-        for low, both in missed.items():
-            error, proven = both[0][:, :rows], both[1][:, :rows]
-            step, cells = 1 << low, 1 << bits - low
-            wider = ((1 << bits) - 1) / (cells - 1) / np.sqrt(step**2 - 1)
-            bounds = {"proven": proven, "dither": 7 * wider * error.std(), "6 sigma": 6 * error.std()}
-            for kind, bound in bounds.items():
-                chosen = logits - error + bound >= least
-                share = float(chosen.mean())
-                touched = mean(float(np.unique(np.flatnonzero(row) // 16).size) / len(data) for row in chosen)
-                saved = [100 * low * plane * (1 - part) / total for part in (touched, share)]
-                print(
-                    f"{name:28} {low:8}  {kind:8} {np.mean(bound) / spread:6.2f} {100 * share:9.3f} %"
-                    f" {100 * touched:7.2f} % {saved[0]:12.1f} % {saved[1]:8.1f} %"
-                )
+    models = {
+        name: deltaic.load(args.model, cache_bytes=0, screen=False, speculate="off") for name in ("whole", "screened")
+    }
+    model = models["screened"]
+    seconds = timed(model._runner.text.screen_head)
+    head, rng = Head(model), np.random.default_rng(0)
+    if head.screen is None:
+        parser.error(f"{args.model}: its head is int4, which has no sketch")
+    print(
+        f"{head.weight.dtype} head {head.rows} x {head.weight.shape[1]}: {head.weight.nbytes / 1e6:.0f} MB, its sketch "
+        f"{head.screen.nbytes / 1e6:.0f} MB, made in {seconds:.2f} s"
+    )
+    print_head(head, hidden_rows(model, rng, 4), args.repeat)
+    print_step(models, args.steps)
+    if args.draws:
+        print_draws(head, hidden_rows(model, rng, args.draws), rng)
 
 
 if __name__ == "__main__":

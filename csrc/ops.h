@@ -58,6 +58,15 @@
       (View x, const Weight& router, const Weight& gate_up, const Weight& down, const Weight& shared_gate_up,          \
        const Weight& shared_down, const Weight& shared_gate, View norm, float eps, int64_t top_k, View residual,       \
        View y))                                                                                                        \
+    X(pack_screen, "head weight[N,K]; dither f32[K]; sketch u8![_]; bounds f32![_,2]",                                 \
+      (const Weight& head, View dither, View sketch, View bounds))                                                     \
+    X(linear_top,                                                                                                      \
+      "x f32[T,K]; head weight[N,K]; sketch weight[N,K]; dither f32[K]; bounds f32[_,2]; history i64![2]; "            \
+      "norm f32?[K]; eps float; k int; presence_penalty double; frequency_penalty double; repetition_penalty double; " \
+      "limit int; unused i64[u]; seen i64*B[65,R]; cu_seqlens i64[_]; fed i64[_]; y f32![T,N]",                        \
+      (View x, const Weight& head, const Weight& sketch, View dither, View bounds, View history, View norm, float eps, \
+       int64_t k, double presence_penalty, double frequency_penalty, double repetition_penalty, int64_t limit,         \
+       View unused, Views seen, View cu_seqlens, View fed, View y))                                                    \
     X(count_tokens, "ids i64[B,S]; seen i64!*B[65,R]", (View ids, Views seen))                                         \
     X(sample_rows,                                                                                                     \
       "logits f32![T,V]; temperature double; top_k int; top_p double; min_p double; presence_penalty double; "         \

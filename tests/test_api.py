@@ -177,6 +177,18 @@ def test_keys_and_values_follow_the_dtype(tiny_folder, device):
         assert model.new_state().kv_dtype == expected
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+def test_a_sketch_of_the_head_is_made_where_it_pays(tiny_folder, dtype, monkeypatch):
+    """That it chooses the same tokens is tested on larger heads, in ops/test_screen.py and model/test_text.py."""
+    options = {"dtype": dtype, "cache_bytes": 0}
+    assert deltaic.load(tiny_folder, **options).info()["screen_bytes"] == 0  # such a head stays in the caches
+    monkeypatch.setattr("deltaic.loading.SCREENED_BYTES", 0)
+    assert deltaic.load(tiny_folder, screen=False, **options).info()["screen_bytes"] == 0
+    model = deltaic.load(tiny_folder, **options)
+    assert (model.info()["screen_bytes"] > 0) == (dtype != "int4")
+    assert model.generate("the cat", max_new_tokens=9, temperature=0.0).token_ids
+
+
 def test_info_tells_what_was_loaded(tiny_model, device):
     info = tiny_model.info()
     assert info["device"] == device
@@ -552,6 +564,7 @@ def test_a_prompt_made_by_hand_is_checked(tiny_model):
         ({"vision_dtype": "int5"}, ArgumentError),
         ({"activations": "bf16"}, ArgumentError),
         ({"memory": "huge"}, ArgumentError),
+        ({"screen": "yes"}, ArgumentError),
         ({"kv_dtype": "fp8"}, ArgumentError),
         ({"device": "tpu"}, ArgumentError),
         ({"device": "cuda"}, DeviceError),

@@ -18,7 +18,7 @@ RUNS = {
     "bench_memory.py": ["PACKED --context 200 --new 4"],
     "bench_ops.py": ["--seconds 0.01 rms_norm sample"],
     "bench_quality.py": ["--per-kind 1 --texts 2 --markdown OUT/quality.md"],
-    "bench_screen.py": ["PACKED --tokens 2"],
+    "bench_screen.py": ["MODEL --repeat 1 --steps 3 --draws 30"],
     "bench_speculate.py": [
         "MODEL costs losing copying gain --repeat 1 --new 16",
         "equal --tokens 32",

@@ -325,9 +325,14 @@ void expand_block(Format stored, const uint8_t* w, int64_t K, float* out) {
         return;
     }
     const BlockLayout at(stored, K);
-    for (int64_t k = 0; k < K; ++k)
-        for (int64_t lane = 0; lane < 16; ++lane)
-            out[k * 16 + lane] = stored == Format::int8 ? element_int8(w, at, k, lane) : element_int4(w, at, k, lane);
+    for (int64_t k = 0; k < K; ++k) {
+        if (stored == Format::int8) {
+            const f32x16 d = load_f16(reinterpret_cast<const uint16_t*>(w) + k / kRun * 16);
+            store(out + k * 16, mul(d, load_int8(w + at.lines + k / 4 * 64, k % 4)));
+            continue;
+        }
+        for (int64_t lane = 0; lane < 16; ++lane) out[k * 16 + lane] = element_int4(w, at, k, lane);
+    }
 }
 
 }  // namespace DELTAIC_ISA

@@ -228,5 +228,8 @@ DELTAIC_INLINE void rms_norm_row(const float* x, const float* weight, int64_t D,
 // itself).
 Activations prepare(const float* x, int64_t T, int64_t K, View norm, float eps, Forms forms);
 
+// The operator (linear.cpp).
+void linear(View x, const Weight& w, View norm, float eps, View bias, int64_t activation, View residual, View y);
+
 }  // namespace DELTAIC_ISA
 }  // namespace deltaic

@@ -488,6 +488,19 @@ DELTAIC_INLINE void load_halves(const uint8_t* halves, int64_t stride, f32x16 (&
     DELTAIC_UNROLL for (int b = 0; b < NB; ++b) d[b] = load_f16(reinterpret_cast<const uint16_t*>(halves + b * stride));
 }
 
+// Column `j` of the four in a line of an int8 block, of all rows, without d.
+DELTAIC_INLINE f32x16 load_int8(const uint8_t* line, int64_t j) {
+    f32x16 r;
+    for (int i = 0; i < kParts; ++i) {
+        const ivec four = i_load(line + i * kWidth * 4);
+        const ivec top = j == 0 ? i_shl<24>(four) : j == 1 ? i_shl<16>(four) : j == 2 ? i_shl<8>(four) : four;
+        // value + 128 in the top byte: with the top bit turned it is the value, signed
+        const ivec sign = i_set1(static_cast<int32_t>(0x80000000u)), byte = i_set1(static_cast<int32_t>(0xff000000u));
+        r.part[i] = v_mul(i_to_float(i_and(i_add(top, sign), byte)), v_set1(0x1p-24f));
+    }
+    return r;
+}
+
 // Column k of row `lane` of an int8 or int4 block, as a number.
 DELTAIC_INLINE float element_int8(const uint8_t* w, const BlockLayout& at, int64_t k, int64_t lane) {
     const uint16_t* d = reinterpret_cast<const uint16_t*>(w);

@@ -8,7 +8,9 @@
 // summed in double precision.
 #include "core/error.h"
 #include "core/pool.h"
+#include "cpu/penalty.h"
 #include "cpu/simd.h"
+#include "cpu/threshold.h"
 
 namespace deltaic {
 namespace DELTAIC_ISA {
@@ -99,36 +101,14 @@ bool take_maxima(Logits& l) {
     fail(op, "logits hold NaN or +inf, or nothing but -inf; the model's output cannot be used");
 }
 
-// A value that at least k of the n numbers reach, and at most about 2 k unless they are equal; -inf if n < k.
-float threshold(const float* x, int64_t n, int64_t k) {
-    if (k > n) return -kInfinity;
-    // Bisects over the bit patterns, which are ordered like the numbers once negative ones are turned round.
-    const auto number = [](uint32_t key) { return bits_to_float(key >> 31 ? key ^ 0x80000000u : ~key); };
-    uint32_t low = ~float_to_bits(-kInfinity),
-             high = float_to_bits(kInfinity) | 0x80000000u;  // low is reached by k, high not
-    while (high - low > 1) {
-        const uint32_t middle = low + (high - low) / 2;
-        const float value = number(middle);
-        int32_t count = 0;
-        for (int64_t i = 0; i < n; ++i) count += x[i] >= value;
-        if (count < k) {
-            high = middle;
-        } else {
-            low = middle;
-            if (count <= 2 * k) break;
-        }
-    }
-    return number(low);
-}
-
 // A value that at least k logits reach (or all, if there are fewer), and not many more: seen from the maxima, or from
 // the logits themselves where there are not so many maxima.
 float reached_by(const Logits& l, int64_t k) {
-    if (k <= l.groups) return threshold(l.maxima, l.groups, k);
+    if (k <= l.groups) return threshold(l.maxima, l.groups, k, 2 * k);
     const int64_t n = round_up(l.limit, 16);
     float* values = scratch_f32(n);
     for (int64_t i = 0; i < n; i += 16) store(values + i, l.lanes(i));
-    return threshold(values, n, k);
+    return threshold(values, n, k, 2 * k);
 }
 
 // One step of a stable radix sort; false if all digits are equal and nothing was moved.
@@ -427,44 +407,29 @@ void check(const char* op, const Choice& c, int64_t limit, int64_t logits) {
     if (!(c.uniform >= 0.0 && c.uniform < 1.0)) fail(op, "uniform must be at least 0 and below 1");
 }
 
-struct Penalties {
-    double presence, frequency, repetition;
-};
-
-void check(const char* op, const Penalties& p) {
-    if (!(p.repetition > 0.0) || !is_finite(p.repetition)) fail(op, "repetition_penalty must be a finite number > 0");
-    if (!is_finite(p.presence) || !is_finite(p.frequency)) fail(op, "penalties must be finite");
-}
-
-// Keeps aside what the logits become of the ids in a text: those of `seen` (see layout.py), and `count` drafts.
-void penalise(Logits& l, const Penalties& p, const View& seen, const int64_t* drafts, int64_t count) {
-    const int64_t words = ceil_div(l.limit, 64);
-    const int64_t *held = seen.i64(), *generated = held + seen.shape[1];
+// Keeps aside what the logits become of the ids in a text.
+void penalise(Logits& l, const Penalties& p, const TextIds& text) {
+    const int64_t words = ceil_div(l.limit, 64), count = text.count, *const drafts = text.drafts;
     int64_t room = count;
-    for (int64_t w = 0; w < words; ++w) room += __builtin_popcountll(static_cast<uint64_t>(held[w]));
+    for (int64_t w = 0; w < words; ++w) room += __builtin_popcountll(static_cast<uint64_t>(text.held[w]));
     if (room == 0) return;
     l.changed = static_cast<Changed*>(scratch(static_cast<size_t>(room) * sizeof(Changed)));
-    const auto is_held = [&](int64_t id) { return (static_cast<uint64_t>(held[id / 64]) >> id % 64 & 1) != 0; };
     for (int64_t w = 0; w < words; ++w)
-        for (uint64_t bits = static_cast<uint64_t>(held[w]); bits; bits &= bits - 1) {
+        for (uint64_t bits = static_cast<uint64_t>(text.held[w]); bits; bits &= bits - 1) {
             const int64_t id = w * 64 + __builtin_ctzll(bits);
             if (id < l.limit) l.changed[l.changes++].id = id;
         }
     for (int64_t i = 0; i < count; ++i) {
-        bool known = drafts[i] < 0 || drafts[i] >= l.limit || is_held(drafts[i]);
+        bool known = drafts[i] < 0 || drafts[i] >= l.limit || text.is_held(drafts[i]);
         for (int64_t j = 0; j < i; ++j) known = known || drafts[j] == drafts[i];
         if (!known) l.changed[l.changes++].id = drafts[i];
     }
     constexpr int64_t kAhead = 16;  // they lie far from each other
     for (int64_t i = 0; i < l.changes; ++i) {
         if (i + kAhead < l.changes) prefetch(l.values + l.changed[i + kAhead].id);
-        if (i + kAhead < l.changes) prefetch(generated + l.changed[i + kAhead].id);
+        if (i + kAhead < l.changes) prefetch(text.generated + l.changed[i + kAhead].id);
         const int64_t id = l.changed[i].id;
-        int64_t times = generated[id];
-        for (int64_t j = 0; j < count; ++j) times += drafts[j] == id;
-        double value = static_cast<double>(l.values[id]);
-        value = value > 0.0 ? value / p.repetition : value * p.repetition;
-        if (times > 0) value -= p.frequency * static_cast<double>(times) + p.presence;
+        double value = p.apply(static_cast<double>(l.values[id]), text.generated[id] + text.drafted(id));
         l.valid = l.valid && l.values[id] <= kLargest && value < kInfinity;
         if (is_finite(value) && value < -kLargest) value = -kLargest;
         l.values[id] = -kInfinity;
@@ -524,20 +489,12 @@ void sample_rows(View logits, double temperature, int64_t top_k, double top_p, d
                  double frequency_penalty, double repetition_penalty, int64_t limit, View unused, View draws,
                  Views seen, View cu_seqlens, View fed, View tokens) {
     const char* const op = "sample_rows";
-    const int64_t rows = logits.shape[0], vocabulary = logits.shape[1], skipped = fed.shape[0] - rows;
+    const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
     const Penalties penalties{presence_penalty, frequency_penalty, repetition_penalty};
-    check(op, penalties);
+    penalties.check(op);
     for (int64_t i = 0; i < unused.shape[0]; ++i)
         if (unused.i64()[i] < 0 || unused.i64()[i] >= vocabulary) fail(op, "unused must hold ids of the vocabulary");
-    const int64_t* const cu = cu_seqlens.i64();
-    if (seen.size > 0) {
-        if (skipped < 0) fail(op, "fed must have at least as many ids as logits have rows");
-        if (seen[0].shape[1] * 64 < limit) fail(op, "seen must have room for `limit` ids");
-        bool rising = cu_seqlens.shape[0] == seen.size + 1 && cu[0] == 0 && cu[seen.size] == fed.shape[0];
-        for (int64_t b = 0; rising && b < seen.size; ++b) rising = cu[b] <= cu[b + 1];
-        if (!rising) fail(op, "cu_seqlens must rise from 0 to the size of fed, with one sequence for each of seen");
-    }
-    int64_t b = 0;
+    const Texts texts(op, seen, cu_seqlens, fed, rows, limit);
     for (int64_t t = 0; t < rows; ++t) {
         float* const row = logits.f32() + t * vocabulary;
         for (int64_t i = 0; i < unused.shape[0]; ++i) row[unused.i64()[i]] = -kInfinity;
@@ -545,10 +502,7 @@ void sample_rows(View logits, double temperature, int64_t top_k, double top_p, d
         const Choice choice{temperature, top_k, top_p, min_p, uniform};
         check(op, choice, limit, vocabulary);
         Logits l{row, limit};
-        if (seen.size > 0) {
-            while (cu[b + 1] <= skipped + t) ++b;
-            penalise(l, penalties, seen[b], fed.i64() + cu[b] + 1, skipped + t - cu[b]);
-        }
+        if (texts.any()) penalise(l, penalties, texts.before(t));
         tokens.i64()[t] = choose(l, choice);
     }
 }

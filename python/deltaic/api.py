@@ -492,6 +492,7 @@ class Model:
             "weight_bytes": sum(
                 weight_bytes(part.weights) for part in (self._runner.text, vision, self._runner.mtp) if part is not None
             ),
+            "screen_bytes": 0 if self._runner.text.screen is None else self._runner.text.screen.nbytes,
             "state_bytes": self._blank_state.nbytes,
             "cache_bytes": self.cache.budget + self._runner.features.budget,
             "fingerprint": self._blank_state.fingerprint,

@@ -198,7 +198,8 @@ def traffic_per_token(model: Model, context: int) -> dict[str, int]:
     state.reserve(1)
     block = state.kv.blocks[0]
     per_token = block.nbytes // block.shape[3] if config.num_attention_layers else 0
-    weight_bytes = read(weights.layers) + weights.norm.nbytes + weights.head.nbytes
+    screen = model._runner.text.screen  # some rows of the head besides, which are not counted
+    weight_bytes = read(weights.layers) + weights.norm.nbytes + (weights.head if screen is None else screen).nbytes
     weight_bytes += weights.embed.nbytes / weights.embed.shape[0]
     return {
         "weight_bytes_per_token": round(weight_bytes),

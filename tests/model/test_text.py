@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -14,6 +16,7 @@ from deltaic.model.rope import TextRope
 from deltaic.model.state import State
 from deltaic.model.text import Mark, TextModel
 from deltaic.ops import reference
+from deltaic.ops.layout import new_seen
 from oracle import TEXT_MODELS, build_text, feed, max_error, text_positions
 
 TOLERANCE = 1e-4  # float32, largest difference over largest value
@@ -235,6 +238,45 @@ def test_replayed_steps_are_the_calls_themselves(rng, name):
     for a, b in zip(states[model], states[plain], strict=True):
         assert_same_state(a, b, 1e-30)
     assert len(model.replay._tapes) >= 3
+
+
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("settings", [(0.0, 0, 0.0), (1.0, 5, 0.0), (1.0, 5, 0.7), (1.0, 0, 0.0)])
+def test_a_screened_head_chooses_the_same_tokens(rng, format, settings):
+    """Plain steps and steps of drafts, on tapes, against the whole head; and most of the head is not read."""
+    from deltaic.model.choice import Choosing, Seen, choice_of
+    from deltaic.ops import cpu
+
+    temperature, top_k, presence = settings
+    V = 5000
+    plain = model_of("dense", cpu)
+    head = cpu.pack([rng.standard_normal((V, plain.config.hidden_size)).astype(np.float32)], format)
+    weights = dataclasses.replace(plain.weights, head=head)
+    whole, screened, by_hand = (TextModel(plain.config, weights, cpu) for _ in range(3))
+    screened.screen_head()
+    by_hand.screen_head()
+    by_hand.replay, left_out = lambda key, rows, inputs, run: run(*inputs), []
+    by_hand.ops = SimpleNamespace(**vars(cpu))
+    by_hand.ops.linear_top = lambda *args, **kwargs: left_out.append(cpu.linear_top(*args, **kwargs)) or left_out[-1]
+    choice = choice_of(temperature, top_k, 1.0, 0.0, presence, 0.0, 1.0, V - 9, (3, 7))
+    models = whole, screened, by_hand
+    states = [State(plain.config, cpu) for _ in models]
+    texts = [[Seen(new_seen(V, np.arange(0)))] if presence else [] for _ in models]
+    for rows in (1, 1, 1, 3, 1, 2):
+        ids, draws = random_ids(rng, rows).tolist(), rng.integers(0, 2**53, rows)
+        trace = np.zeros((plain.config.num_delta_layers, rows, plain.config.delta_trace_width), np.float32)
+        chosen = []
+        for model, state, seen in zip(models, states, texts, strict=True):
+            if model.screen is not None:
+                model.screen.history[:] = 0
+            choosing = Choosing(choice, draws, seen)
+            found = model.step([ids], [state], trace if rows > 1 else None, choosing=choosing)
+            chosen.append(found[2])
+            for text in seen:
+                text.said.append(found[2][0])
+        assert chosen[0] == chosen[1] == chosen[2]
+    assert (len(left_out) == 6) if top_k or not temperature else not left_out
+    assert not left_out or np.isinf(left_out[-2]).any()
 
 
 def test_angles_of_one_text_token_are_those_of_many():

@@ -32,6 +32,7 @@ def load_model(path_or_id: str, args: argparse.Namespace) -> Model:
         cache_bytes=size_in_bytes("--cache-bytes", args.cache_bytes),
         cache_folder=args.cache_folder,
         speculate=args.speculate,
+        screen=not args.no_screen,
     )
 
 

@@ -31,6 +31,22 @@ class Choice:
     limit: int
     unused: Ints
 
+    @property
+    def reach(self) -> int:
+        """How many of the largest logits, penalties taken off, decide; 0: all may."""
+        return 1 if self.temperature == 0.0 else self.top_k
+
+    def top_logits(
+        self, ops: Any, x: Any, screen: Any, norm: Any, eps: float, seen: list[Any], cu_seqlens: Ints, fed: Ints
+    ) -> Any:
+        """Logits [T, V] of hidden rows x [T, H] as far as they decide: see ops.reference.linear_top."""
+        V = screen.head.shape[0]
+        return ops.linear_top(
+            x, screen, norm=norm, eps=eps, k=self.reach, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, repetition_penalty=self.repetition_penalty,
+            limit=min(self.limit, V), unused=self.unused[self.unused < V], seen=seen, cu_seqlens=cu_seqlens, fed=fed,
+        )  # fmt: skip
+
     def choose(
         self, ops: Any, logits: Any, draws: Ints, tokens: Ints, seen: list[Any], cu_seqlens: Ints, fed: Ints
     ) -> None:

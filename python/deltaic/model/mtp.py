@@ -183,7 +183,7 @@ class MtpModel:
             x = text.run_layers(text.embed(fed), step)
             if not chooses:
                 return ids[n:], x, text.logits(x)
-            choice.choose(text.ops, text.logits(x), draws, numbers[last:places], seen, row_bounds(1 + depth), fed)
+            text.choose(x, choice, draws, numbers[last:places], seen, row_bounds(1 + depth), fed)
             return numbers[n:places], x
 
         inputs: list[Any] = [hidden, numbers, cos, sin, choosing.draws, said, seen, [state.mtp]]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, StateError
 from ..ops.layout import row_bounds
-from .choice import Choosing
+from .choice import Choice, Choosing
 from .config import TextConfig
 from .replay import Arrays, Replay
 from .rope import TextRope
@@ -58,6 +58,11 @@ class TextModel:
         self.config, self.weights, self.ops = config, weights, ops
         self.rope = TextRope(config.rope)
         self.replay = Replay(ops)
+        self.screen: Any = None
+
+    def screen_head(self) -> None:
+        """From now on `choose` reads only those rows of the head that may matter, where the op set can tell."""
+        self.screen = self.ops.screen(self.weights.head)
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
@@ -150,7 +155,7 @@ class TextModel:
             if seen:
                 self.ops.count_tokens(said, seen)
             x = self.run_layers(self.embed(ids), batch)
-            choice.choose(self.ops, self.logits(x), draws, chosen, seen, bounds, ids)
+            self.choose(x, choice, draws, chosen, seen, bounds, ids)
             return x, chosen
 
         if trace is None:
@@ -204,6 +209,17 @@ class TextModel:
         """[n, H] as returned by `forward` -> logits [n, vocab]."""
         w = self.weights
         return self.ops.linear(hidden, w.head, norm=w.norm, eps=self.config.rms_norm_eps)
+
+    def choose(
+        self, hidden: Array, choice: Choice, draws: Ints, tokens: Ints, seen: list[Any], cu_seqlens: Ints, fed: Ints
+    ) -> None:
+        """Fill tokens [n] with what is chosen from the `logits` of hidden rows; the rest: see `Choice.choose`."""
+        if self.screen is None or not choice.reach:
+            logits = self.logits(hidden)
+        else:
+            norm, eps = self.weights.norm, self.config.rms_norm_eps
+            logits = choice.top_logits(self.ops, hidden, self.screen, norm, eps, seen, cu_seqlens, fed)
+        choice.choose(self.ops, logits, draws, tokens, seen, cu_seqlens, fed)
 
     def _delta(self, x: Array, m: DeltaMixer, norm: Array, i: int, batch: Batch) -> Array:
         ops, c = self.ops, self.config

@@ -8,6 +8,7 @@ Activations are C-contiguous float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,6 +34,7 @@ __all__ = [
     "isa",
     "layer_norm",
     "linear",
+    "linear_top",
     "log_softmax_top",
     "moe",
     "num_threads",
@@ -45,6 +47,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_pair",
     "sample_rows",
+    "screen",
     "set_num_threads",
     "swiglu",
     "vision_attention",
@@ -140,6 +143,42 @@ def first_rows(weight: Weight, rows: int) -> Weight:
     return part
 
 
+@dataclass(slots=True)
+class Screen:
+    """A head, and beside it what tells which of its rows may have the largest logits: csrc/cpu/screen.cpp.
+
+    sketch   int4, of four bits per weight
+    dither   float32 [K], random numbers in (-1/2, 1/2) that were added to the columns before they were rounded
+    bounds   float32 [ceil(N / 16), 2], of 16 rows each, for what the sketch may miss
+    history  int64 [2], written by `linear_top`: in how many calls the sketch is not tried, and in how many it was not
+             after it had last been of no use
+    """
+
+    head: Weight
+    sketch: Weight
+    dither: Array
+    bounds: Array
+    history: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is there beside the head."""
+        return self.sketch.nbytes + self.dither.nbytes + self.bounds.nbytes
+
+
+def screen(head: Weight) -> Screen | None:
+    """For `linear_top`; None where it would not save anything: a head that is int4 itself."""
+    ((format, rows, _),) = head.parts
+    if format == "int4":
+        return None
+    columns, blocks = head.shape[1], -(-rows // BLOCK_ROWS)
+    dither = np.random.default_rng(0x5C4EE7).uniform(-0.5, 0.5, columns).astype(np.float32)
+    sketch = np.empty(blocks * _core.block_bytes("int4", columns), np.uint8)
+    bounds = np.empty((blocks, 2), np.float32)
+    _core.pack_screen(head, dither, sketch, bounds)
+    return Screen(head, Weight([("int4", rows, sketch)], 1, columns, False), dither, bounds, np.zeros(2, np.int64))
+
+
 def checksum(data: Array, first: int = 0) -> int:
     """The 64-bit checksum of bytes [n], n a multiple of 64, at the speed of memory (definition: ops/quantise.py)."""
     result = np.empty(1, np.int64)
@@ -199,6 +238,30 @@ def linear(
 ) -> Array:
     y = _core.empty((x.shape[0], w.shape[0]))
     _core.linear(x, w, norm, eps, bias, ACTIVATIONS.index(activation), residual, y)
+    return y
+
+
+def linear_top(
+    x: Array,
+    screen: Screen,
+    *,
+    norm: Array | None = None,
+    eps: float = 1e-6,
+    k: int,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    limit: int,
+    unused: Array,
+    seen: Sequence[Array],
+    cu_seqlens: Array,
+    fed: Array,
+) -> Array:
+    y = _core.empty((x.shape[0], screen.head.shape[0]))
+    _core.linear_top(
+        x, screen.head, screen.sketch, screen.dither, screen.bounds, screen.history, norm, eps, k, presence_penalty,
+        frequency_penalty, repetition_penalty, limit, unused, seen, cu_seqlens, fed, y,
+    )  # fmt: skip
     return y
 
 

@@ -739,6 +739,51 @@ def count_tokens(ids: Ints, seen: Sequence[Ints]) -> None:
             counts[token] += 1
 
 
+@dataclass(frozen=True)
+class Screen:
+    """A head, and what helps to find its largest logits: here nothing."""
+
+    head: Weight
+    nbytes: int = 0
+
+
+def screen(head: Weight) -> Screen | None:
+    """What `linear_top` needs beside a head [V, K]; None where an op set would save nothing by it."""
+    return Screen(head)
+
+
+def linear_top(
+    x: Array,
+    screen: Screen,
+    *,
+    norm: Array | None = None,
+    eps: float = 1e-6,
+    k: int,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+    limit: int,
+    unused: Ints,
+    seen: Sequence[Ints],
+    cu_seqlens: Ints,
+    fed: Ints,
+) -> Array:
+    """`linear` with a head, as far as `sample_rows` with this top_k (1 where its temperature is 0) and with the same of
+    its other arguments may need it: logits [T, V], of which those that are below the k-th largest of their row, all
+    penalties taken off, may be -inf. All others are those of `linear`, bit for bit.
+
+    Here all that may be are -inf. Another op set may miss one of the k largest with a probability that it states."""
+    logits = linear(x, screen.head, norm=norm, eps=eps)
+    for t, row in enumerate(logits):
+        value = row[:limit].astype(np.float64)
+        if len(seen):
+            text = _what_was_said(seen, cu_seqlens, fed, len(logits), t, limit)
+            value = _penalised(value, *text, presence_penalty, frequency_penalty, repetition_penalty)
+        value[unused[unused < limit]] = -np.inf
+        row[row < np.sort(value)[-min(k, limit)]] = -np.inf
+    return logits
+
+
 def sample_rows(
     logits: Array,
     *,
@@ -784,18 +829,36 @@ def sample_rows(
             continue
         x = row[:limit].astype(np.float64)
         if len(seen):
-            r = len(fed) - len(logits) + t
-            b = int(np.searchsorted(cu_seqlens, r, side="right")) - 1
-            held, counts = _what_was_said(seen[b], fed[cu_seqlens[b] + 1 : r + 1], limit)
-            x[held] = np.where(x[held] > 0, x[held] / repetition_penalty, x[held] * repetition_penalty)
-            x -= frequency_penalty * counts + presence_penalty * (counts > 0)
+            text = _what_was_said(seen, cu_seqlens, fed, len(logits), t, limit)
+            x = _penalised(x, *text, presence_penalty, frequency_penalty, repetition_penalty)
         tokens[t] = _choose(x, temperature, top_k, top_p, min_p, float(draws[t]) / 2**53)
 
 
-def _what_was_said(seen: Ints, drafts: Ints, limit: int) -> tuple[npt.NDArray[np.bool_], Ints]:
-    """Which of the first `limit` ids are in prompt or output, drafts included, and how often they are in the output."""
-    bits = np.unpackbits(np.ascontiguousarray(seen[0]).view(np.uint8), bitorder="little")
-    held, counts = bits.astype(bool)[:limit], seen[1:].reshape(-1)[:limit].copy()
+def _penalised(
+    x: npt.NDArray[np.float64],
+    held: npt.NDArray[np.bool_],
+    counts: Ints,
+    presence_penalty: float,
+    frequency_penalty: float,
+    repetition_penalty: float,
+) -> npt.NDArray[np.float64]:
+    """Step 1 of `sample_rows`."""
+    y = x.copy()
+    y[held] = np.where(x[held] > 0, x[held] / repetition_penalty, x[held] * repetition_penalty)
+    y -= frequency_penalty * counts + presence_penalty * (counts > 0)
+    return y
+
+
+def _what_was_said(
+    seen: Sequence[Ints], cu_seqlens: Ints, fed: Ints, rows: int, t: int, limit: int
+) -> tuple[npt.NDArray[np.bool_], Ints]:
+    """Which of the first `limit` ids are in prompt or output before row t of so many, drafts included, and how often
+    they are in the output."""
+    r = len(fed) - rows + t
+    b = int(np.searchsorted(cu_seqlens, r, side="right")) - 1
+    drafts = fed[cu_seqlens[b] + 1 : r + 1]
+    bits = np.unpackbits(np.ascontiguousarray(seen[b][0]).view(np.uint8), bitorder="little")
+    held, counts = bits.astype(bool)[:limit], seen[b][1:].reshape(-1)[:limit].copy()
     drafts = drafts[(drafts >= 0) & (drafts < limit)]
     held[drafts] = True
     np.add.at(counts, drafts, 1)
