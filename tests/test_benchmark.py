@@ -72,7 +72,7 @@ def test_only_the_chosen_experts_count():
 
         class _runner:
             class text:
-                weights = None
+                weights = screen = None
 
         def new_state(self):
             class State:

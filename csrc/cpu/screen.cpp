@@ -23,7 +23,6 @@ namespace DELTAIC_ISA {
 namespace {
 
 constexpr double kDeviations = 7.0;
-constexpr int64_t kSpare = 16;         // blocks looked at first besides k: some ids may not be chosen, or are penalised
 constexpr int64_t kMostRows = 8;       // with more, the sketch costs as much as the head
 constexpr int64_t kLongestRest = 256;  // calls that do without the sketch after it was of no use
 constexpr float kInfinity = __builtin_inff();
@@ -122,7 +121,7 @@ void pack_block(const float* wide, int64_t K, const float* dither, uint8_t* out,
 // What a row of activations makes of the bounds of rows of weights: |difference| <= of_steps * (sum step^4)^(1/4) +
 // of_norm * (sum w^2)^(1/2), but for the probability above.
 struct Margin {
-    double of_steps, of_norm;
+    float of_steps, of_norm;
 };
 
 // Fills `bias` [runs][stride][8] for row t: what the integers q - u of a group begin with, rounded.
@@ -158,7 +157,8 @@ Margin measure(const Weight& head, const Activations& a, int64_t t, const float*
     const double of_steps = kDeviations * ::sqrt(::sqrt(energies) / 12.0) + 0.51 * ::pow(rounding, 0.75);
     // The sums of both products are rounded K times at most, each by 2^-24 of what is summed.
     const double rounded = static_cast<double>(2 * a.K + 16) * 0x1p-24 * (::sqrt(squares) + ::sqrt(difference));
-    return {of_steps * (1.0 + 1e-6), ::sqrt(difference) + 2.0 * rounded};
+    return {static_cast<float>(of_steps * (1.0 + 1e-5)),  // what comes is rounded, too
+            static_cast<float>(::sqrt(difference) * (1.0 + 1e-5) + 2.0 * rounded)};
 }
 
 // Multiplies the listed blocks of the head exactly.
@@ -184,43 +184,76 @@ void multiply_listed(const Weight& head, const Activations& a, const int32_t* li
     });
 }
 
-// The largest of the first `rows` lanes.
-float largest_of(f32x16 sums, int64_t rows) {
-    float lanes[16];
-    store(lanes, sums);
-    float largest = lanes[0];
-    for (int64_t r = 1; r < rows; ++r) largest = lanes[r] > largest ? lanes[r] : largest;
+// What may be chosen in one row of logits, and what it is worth there.
+struct Choice {
+    int64_t limit;
+    View unused;
+    Penalties penalties;
+    TextIds text;
+    const uint64_t* special;  // a bit for each id: its logit is not what counts
+
+    DELTAIC_INLINE uint32_t special_of(int64_t block) const {
+        const int64_t n = block * kBlockRows;
+        return static_cast<uint32_t>(special[n / 64] >> n % 64 & 0xffffu);
+    }
+    // Of a special id: never above what counts for a larger logit.
+    float worth(int64_t id, float logit) const {
+        if (id >= limit) return -kInfinity;
+        for (int64_t i = 0; i < unused.shape[0]; ++i)
+            if (unused.i64()[i] == id) return -kInfinity;
+        if (!text.held) return logit;
+        const int64_t drafted = text.drafted(id);
+        if (drafted == 0 && !text.is_held(id)) return logit;
+        return static_cast<float>(penalties.apply(static_cast<double>(logit), text.generated[id] + drafted));
+    }
+};
+
+// For row t of the logits of N ids.
+Choice choice_of(int64_t N, int64_t limit, const View& unused, const Penalties& penalties, const Texts& texts,
+                 int64_t t) {
+    const int64_t words = ceil_div(N, 64);
+    uint64_t* const special = static_cast<uint64_t*>(scratch(static_cast<size_t>(words) * 8));
+    Choice choice{limit, unused, penalties, texts.any() ? texts.before(t) : TextIds{}, special};
+    const auto mark = [&](int64_t id) {
+        if (id >= 0 && id < N) special[id / 64] |= uint64_t{1} << id % 64;
+    };
+    for (int64_t w = 0; w < words; ++w)
+        special[w] = choice.text.held && w * 64 < limit ? static_cast<uint64_t>(choice.text.held[w]) : 0;
+    for (int64_t i = 0; i < choice.text.count; ++i) mark(choice.text.drafts[i]);
+    for (int64_t i = 0; i < unused.shape[0]; ++i) mark(unused.i64()[i]);
+    for (int64_t id = limit; id < N; ++id) mark(id);
+    return choice;
+}
+
+// The largest that any of the 16 rows of a block may be worth, their logits being at most `upper`.
+float most_worth(f32x16 upper, int64_t block, int64_t N, const Choice& choice) {
+    const int64_t first = block * kBlockRows, rows = min64(kBlockRows, N - first);
+    const uint32_t special = choice.special_of(block);
+    if (special == 0 && rows == kBlockRows) return reduce_max(upper);
+    float lanes[16], largest = -kInfinity;
+    store(lanes, upper);
+    for (int64_t r = 0; r < rows; ++r) {
+        const float value = special >> r & 1 ? choice.worth(first + r, lanes[r]) : lanes[r];
+        if (!(value <= largest)) largest = value;  // NaN is taken
+    }
     return largest;
 }
 
-// The k-th largest of the exact logits of a row once the penalties are off, of ids that may be chosen; -inf if these
-// are fewer.
-float kth_largest(const float* logits, const uint8_t* is_exact, int64_t blocks, int64_t k, int64_t limit,
-                  const View& unused, const Penalties& penalties, const Texts& texts, int64_t t, float* values) {
-    const TextIds text = texts.any() ? texts.before(t) : TextIds{};
-    int64_t count = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-        if (!is_exact[b]) continue;
-        for (int64_t id = b * kBlockRows; id < min64(limit, (b + 1) * kBlockRows); ++id) {
-            bool usable = true;
-            for (int64_t i = 0; i < unused.shape[0]; ++i) usable = usable && unused.i64()[i] != id;
-            if (!usable) continue;
-            float value = logits[id];
-            if (texts.any()) {
-                const int64_t drafted = text.drafted(id);
-                if (drafted > 0 || text.is_held(id)) {
-                    const double lowered = penalties.apply(static_cast<double>(value), text.generated[id] + drafted);
-                    value = static_cast<float>(lowered - 1e-6 * ::fabs(lowered));  // not above it when rounded
-                }
-            }
-            values[count++] = value;
-        }
+// The k-th largest of what is known exactly; -inf if that is less than k.
+float kth_largest(const float* logits, const int32_t* list, int64_t count, int64_t N, int64_t k, const Choice& choice) {
+    float* const values = scratch_f32(count * kBlockRows);
+    int64_t n = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t first = list[i] * kBlockRows;
+        const uint32_t special = choice.special_of(list[i]);
+        for (int64_t r = 0; r < min64(kBlockRows, N - first); ++r)
+            values[n++] = special >> r & 1 ? choice.worth(first + r, logits[first + r]) : logits[first + r];
     }
-    const float least = threshold(values, count, k, k);
+    const float least = threshold(values, n, k, k);
     float found = kInfinity;
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < n; ++i)
         if (values[i] >= least && values[i] < found) found = values[i];
-    return count < k ? -kInfinity : found;
+    return n < k ? -kInfinity : found;
 }
 
 }  // namespace
@@ -280,43 +313,39 @@ void linear_top(View x, const Weight& head, const Weight& sketch, View dither, V
     int16_t* const bias = static_cast<int16_t*>(scratch(static_cast<size_t>(a.stride * a.runs) * 16 + 2));
     dithered.group_bias = bias;
     Margin margins[kMostRows];
-    for (int64_t t = 0; t < T; ++t) margins[t] = measure(head, a, t, dither.f32(), bias);
+    Choice choices[kMostRows];
+    for (int64_t t = 0; t < T; ++t) {
+        margins[t] = measure(head, a, t, dither.f32(), bias);
+        choices[t] = choice_of(N, limit, unused, penalties, texts, t);
+    }
 
-    float* const best = scratch_f32(T * blocks);  // the largest sum of each block
+    float* const most = scratch_f32(T * blocks);  // that any row of a block may be worth
     multiply_all(sketch, dithered, {}, [&](int, int64_t pair, int64_t t, f32x16 even, f32x16 odd) {
-        float* const largest = best + t * blocks + pair * 2;
-        const int64_t rows = N - pair * 2 * kBlockRows;
-        largest[0] = rows >= 16 ? reduce_max(even) : largest_of(even, rows);
-        if (rows > 16) largest[1] = rows >= 32 ? reduce_max(odd) : largest_of(odd, rows - 16);
+        for (int64_t b = pair * 2; b < min64(blocks, pair * 2 + 2); ++b) {
+            const float* const of = bounds.f32() + b * 2;
+            const float margin = margins[t].of_steps * of[0] + margins[t].of_norm * of[1];
+            most[t * blocks + b] = most_worth(add(b % 2 ? odd : even, set1(margin)), b, N, choices[t]);
+        }
     });
 
     uint8_t* const is_exact = static_cast<uint8_t*>(scratch(static_cast<size_t>(blocks)));
     int32_t* const list = static_cast<int32_t*>(scratch(static_cast<size_t>(blocks) * 4));
     memset(is_exact, 0, static_cast<size_t>(blocks));
     int64_t listed = 0;
-    const auto add = [&](int64_t b) {
-        if (!is_exact[b]) list[listed++] = static_cast<int32_t>(b), is_exact[b] = 1;
+    const auto take = [&](int64_t t, float least) {
+        for (int64_t b = 0; b < blocks; ++b)
+            if (!is_exact[b] && !(most[t * blocks + b] < least))
+                list[listed++] = static_cast<int32_t>(b), is_exact[b] = 1;
     };
     const int64_t of_head = block_bytes(head.segment[0].format, K);
     const auto pays = [&] { return blocks * block_bytes(Format::int4, K) + listed * of_head < blocks * of_head; };
-    for (int64_t t = 0; t < T; ++t) {
-        const float least = threshold(best + t * blocks, blocks, k + kSpare, 2 * (k + kSpare));
-        for (int64_t b = 0; b < blocks; ++b)
-            if (best[t * blocks + b] >= least) add(b);
-    }
+    for (int64_t t = 0; t < T; ++t) take(t, threshold(most + t * blocks, blocks, k, 2 * k));
     if (pays()) {
         multiply_listed(head, a, list, listed, y);
-        float* const values = scratch_f32(listed * kBlockRows);
         float least[kMostRows];
-        for (int64_t t = 0; t < T; ++t)
-            least[t] = kth_largest(y.f32() + t * N, is_exact, blocks, k, limit, unused, penalties, texts, t, values);
+        for (int64_t t = 0; t < T; ++t) least[t] = kth_largest(y.f32() + t * N, list, listed, N, k, choices[t]);
         const int64_t before = listed;
-        for (int64_t t = 0; t < T; ++t)
-            for (int64_t b = 0; b < blocks; ++b) {
-                const double margin = margins[t].of_steps * static_cast<double>(bounds.f32()[b * 2]) +
-                                      margins[t].of_norm * static_cast<double>(bounds.f32()[b * 2 + 1]);
-                if (!(static_cast<double>(best[t * blocks + b]) + margin < static_cast<double>(least[t]))) add(b);
-            }
+        for (int64_t t = 0; t < T; ++t) take(t, least[t]);
         if (pays()) {
             multiply_listed(head, a, list + before, listed - before, y);
             parallel_for(T * blocks, 1024, [&](int64_t begin, int64_t end, int) {

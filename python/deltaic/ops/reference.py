@@ -769,8 +769,8 @@ def linear_top(
     fed: Ints,
 ) -> Array:
     """`linear` with a head, as far as `sample_rows` with this top_k (1 where its temperature is 0) and with the same of
-    its other arguments may need it: logits [T, V], of which those that are below the k-th largest of their row, all
-    penalties taken off, may be -inf. All others are those of `linear`, bit for bit.
+    its other arguments may need it: logits [T, V], of which those that are not among the k largest of their row, once
+    penalties are taken off, may be -inf. All others are those of `linear`, bit for bit.
 
     Here all that may be are -inf. Another op set may miss one of the k largest with a probability that it states."""
     logits = linear(x, screen.head, norm=norm, eps=eps)
@@ -780,7 +780,8 @@ def linear_top(
             text = _what_was_said(seen, cu_seqlens, fed, len(logits), t, limit)
             value = _penalised(value, *text, presence_penalty, frequency_penalty, repetition_penalty)
         value[unused[unused < limit]] = -np.inf
-        row[row < np.sort(value)[-min(k, limit)]] = -np.inf
+        row[:limit][value < np.sort(value)[-min(k, limit)]] = -np.inf
+        row[limit:] = -np.inf
     return logits
 
 
