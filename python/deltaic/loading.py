@@ -80,9 +80,10 @@ def load(
                   drafts of the checkpoint's MTP layer; "lookup": what followed the last tokens when they were there
                   before; "auto": whichever promises more by what is measured while it runs, or none; "off"
     screen        beside a head in bf16, f32 or int8, keep a sketch of it in 4.4 bits per number, which tells which few
-                  rows a token may be chosen from: only these are then read in full, and a token takes up to a third
-                  less time. With top_k or at temperature 0; the tokens are the same, but with a probability below
-                  1e-9 for each (proof: csrc/cpu/screen.cpp). CPU only, and not with an int4 head, which is as short
+                  rows a token may be chosen from: only these are then read in full, and a token takes up to a quarter
+                  less time. With top_k or at temperature 0; the tokens are the same, but for a probability below
+                  1e-9 for each (proof: csrc/cpu/screen.cpp). CPU only, not with an int4 head, which is as
+                  short; made before the second token is computed
     progress      True or False shows or hides progress bars on stderr; None: shown on a terminal
 
     Raises ArgumentError, DeviceError, ConfigError or CheckpointError.
@@ -134,7 +135,7 @@ def load(
         parts = _pack(folder, config, ops, wanted, progress, blank_state)
     text, vision, mtp, precision, blank = parts
     if screen and hasattr(ops, "screen") and text.weights.head.nbytes >= SCREENED_BYTES:
-        text.screen_head()
+        text.screen_wanted = True
     cache_bytes = default_cache_bytes(ops, blank, context) if cache_bytes is None else cache_bytes
     spill = None
     if cache_folder is not None:

@@ -21,12 +21,13 @@ def leaning_head(rng, x, rows):
     return weights.astype(np.float32)
 
 
-@pytest.mark.parametrize("format", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8", "bf16, exact", "int8, exact"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("k", "penalties"), [(1, PLAIN), (20, PLAIN), (5, PENALTIES)])
 def test_what_may_be_chosen_is_exact(ops, format, rows, k, penalties, rng):
     V, K = 6000, 144
-    head = ops.pack([rng.standard_normal((V, K)).astype(np.float32) / 12], format)
+    head = ops.pack([rng.standard_normal((V, K)).astype(np.float32) / 12], format.removesuffix(", exact"))
+    head.float_activations = format.endswith("exact")
     norm, x = rng.normal(0, 0.2, K).astype(np.float32), rng.standard_normal((rows, K)).astype(np.float32)
     every = ops.linear(x, head, norm=norm)
     likely = np.argsort(-every[0])

@@ -140,6 +140,8 @@ class MtpModel:
         """
         text, n = self.text, len(tokens)
         state.reserve_mtp(first, n + depth - 1)
+        if chooses and text.screen_wanted:
+            text.screen_head()
         if trace is not None:
             if owed is None:
                 state.check_intact("forward")

@@ -59,10 +59,11 @@ class TextModel:
         self.rope = TextRope(config.rope)
         self.replay = Replay(ops)
         self.screen: Any = None
+        self.screen_wanted = False  # it is made when a step first chooses: the first token does not wait for it
 
     def screen_head(self) -> None:
         """From now on `choose` reads only those rows of the head that may matter, where the op set can tell."""
-        self.screen = self.ops.screen(self.weights.head)
+        self.screen, self.screen_wanted = self.ops.screen(self.weights.head), False
 
     def embed(self, ids: Ints) -> Array:
         """Token ids int64 [T] -> vectors [T, H]; an id outside the vocabulary is an ArgumentError of the op set."""
@@ -138,6 +139,8 @@ class TextModel:
         T, numbers, choice = len(ids), ids, None
         of_choice: tuple[Any, ...] = ()
         if choosing is not None:
+            if self.screen_wanted:
+                self.screen_head()
             choice, of_choice = choosing.choice, (choosing.draws, *choosing.take())
             numbers = np.concatenate([ids, ids])  # what is chosen comes in the place of the second
         inputs = [numbers, *angles, bounds, starts, *arrays_of(states), [] if trace is None else [trace], *of_choice]
