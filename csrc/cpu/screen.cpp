@@ -1,16 +1,17 @@
 // linear_top and pack_screen: the largest logits exactly, for a quarter to a half of the bytes of the head.
 //
-// A sketch of the head has four bits per weight: q = round(w / step + u), where u is a random number in (-1/2, 1/2) of
-// the column, and step one of the 16 columns of a row around it, wide enough that no q is cut off. Then step * (q - u)
-// misses w by step * e, e uniform in (-1/2, 1/2), whatever w is, and independent of the other columns (subtractive
-// dither). For an x that does not depend on the u, the sum over columns of x * step * e has the variance
-// V = sum (x * step)^2 / 12, and exceeds z sqrt(V) with a probability below exp(-z^2 / 2), as uniform numbers are
-// sub-Gaussian with their own variance: 2.3e-11 for z = 7. All other differences between a product with the sketch and
-// one with the head are bounded outright.
+// A sketch of the head has four bits per weight: q = round(w / step + u). u is a random number in (-1/2, 1/2) of the
+// column; step belongs to 16 columns of a row and is wide enough that no q is cut off. Then step * (q - u) misses w by
+// step * e, e uniform in (-1/2, 1/2), whatever w is, and independent of the other columns (subtractive dither). For an
+// x that does not depend on the u, the sum over columns of x * step * e has the variance V = sum (x * step)^2 / 12, and
+// exceeds z sqrt(V) with a probability below exp(-z^2 / 2), as uniform numbers are sub-Gaussian with their own
+// variance: 2.3e-11 for z = 7. All other differences between a product with the sketch and one with the head are
+// bounded outright.
 //
-// First the blocks with the largest sums are multiplied exactly, and give a number that k logits reach. Then come those
-// in which the bound lets a logit reach it. One of the k largest is missed only if the sketch misses that very row by
-// more than the bound. Where the bound does not tell enough rows apart, everything is multiplied exactly.
+// So each logit has a number that it does not exceed. First the blocks where that is largest are multiplied exactly,
+// and give a number that k logits reach; then come all others in which a logit may reach it. One of the k largest is
+// missed only if the sketch misses that very row by more than the bound. Where that would read no less than the head,
+// everything is multiplied exactly.
 #include "core/error.h"
 #include "core/pool.h"
 #include "cpu/gemm.h"
