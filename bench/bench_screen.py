@@ -7,7 +7,7 @@ head   the product with the whole head and the screened one in turn, medians; an
        rows that was read in full. "penalised": a presence penalty of 1.5 on the 200 ids that are most likely
 step   a decoded token of one model with the screen and of one without, in turn
 draws  tokens sampled from rows of both: how many are equal. They are drawn at temperature 1 from the 20 largest logits,
-       of which each is compared, too; every second row is penalised. 0: none"""
+       once penalties are taken off, of which each is compared, too; every second row is penalised. 0: none"""
 
 from __future__ import annotations
 
@@ -112,8 +112,10 @@ def print_draws(head: Head, rows: np.ndarray, rng: np.random.Generator) -> None:
         text = head.text(x, *((PENALISED, largest) if i % 2 else (PLAIN, None)))
         rests += bool(head.screen.history[0])
         some = head.screened(x, 20, text)
-        order = largest[np.argsort(-every[0][largest])][:20]
-        top += i % 2 or bool((every[0][order] == some[0][order]).all())
+        worth = every[0].copy()
+        worth[largest] -= text["presence_penalty"]
+        order = np.argpartition(-worth, 20)[:20]
+        top += bool((every[0][order] == some[0][order]).all())
         chosen = []
         draws = rng.integers(0, 2**53, 1)
         for logits in (every, some):

@@ -96,19 +96,8 @@ def test_load_flags_reach_the_model(run, tiny_folder, monkeypatch):
         raise deltaic.ArgumentError("seen")
 
     monkeypatch.setattr("deltaic.loading.load", load)
-    flags = (
-        "--kv-dtype",
-        "int8",
-        "--context",
-        64,
-        "--threads",
-        2,
-        "--dtype",
-        "int4",
-        "--speculate",
-        "off",
-        "--no-screen",
-    )
+    formats = ("--kv-dtype", "int8", "--dtype", "int4")
+    flags = (*formats, "--context", 64, "--threads", 2, "--speculate", "off", "--no-screen")
     assert run("run", tiny_folder, "hi", *flags)[0] == 2
     expected = {"kv_dtype": "int8", "context": 64, "threads": 2, "dtype": "int4", "speculate": "off", "screen": False}
     assert {name: found[name] for name in expected} == expected
